@@ -1,0 +1,582 @@
+"""Image processor of FlashSloth: pictures in, the tiles that the vision tower sees out.
+
+Paper: *FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression*, arXiv 2412.04317.
+
+    picture, any mode or layout ─ uint8 RGB, alpha dropped ─ Pillow's bicubic ─ ÷255, mean 0.5, std 0.5 ─ pixel_values
+    FlashSloth:     1 tile a picture, the whole picture squashed          (num_pictures, 3, height, width)
+    FlashSloth-HD:  5 tiles a picture (`do_image_splitting=True`)         (num_pictures * 5, 3, height, width)
+                    the whole picture squashed, then the picture padded to a square, resized to
+                    (2 * height, 2 * width) and cut into 2x2 tiles, row by row
+"""
+
+import difflib
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    ChannelDimension,
+    ImageInput,
+    ImageType,
+    PILImageResampling,
+    SizeDict,
+    get_image_type,
+    is_valid_image,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Tiles along one side of the enlarged picture in FlashSloth-HD.
+TILES_PER_SIDE = 2
+
+# Accepted channel counts, the likeliest first: this order decides when both ends of a shape could be the channels.
+CHANNEL_COUNTS = (3, 4, 1)
+
+# JPEG's own limit. Pillow keeps a (width, picture height) intermediate while resizing, so a 1-pixel-wide strip that
+# passes its decompression-bomb check can still take many gigabytes.
+MAX_SIDE = 65_535
+
+# Pixels of padded picture that are held at a time when a tall picture is padded to a square.
+STRIP_PIXELS = 2**20
+
+# What Pillow raises for files that are truncated, corrupt, not pictures, or decompression bombs.
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+# Bookkeeping of transformers in saved files, which the constructor has to let through.
+FILE_KEYS = frozenset({"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"})
+
+# Arguments that every image processor of transformers accepts and that have no meaning here.
+UNUSED_ARGUMENTS = ("do_center_crop", "crop_size", "do_pad", "pad_size", "image_seq_length")
+
+
+class FlashSlothImageProcessorKwargs(ImagesKwargs, total=False):
+    """Keyword arguments of `FlashSlothImageProcessor`: those of transformers and one more.
+
+    Attributes:
+        do_image_splitting: Whether a picture becomes five tiles (FlashSloth-HD) instead of one.
+    """
+
+    do_image_splitting: bool | None
+
+
+class FlashSlothImageProcessor(PilBackend):
+    """Turns pictures into `pixel_values` with Pillow, equal to the original FlashSloth to the last bit.
+
+    Pictures are PIL images of every mode, numpy or torch arrays, or strings (path, URL, base64): one, a list, or a
+    list per row of the batch. How they are read:
+
+    - **Alpha** is dropped, as the original does: the colour stored under a transparent pixel shows.
+    - **16-bit** pictures (modes `I;16*`, dtype uint16) are scaled, 65535 being white. Mode `I` and wider integers are
+      taken as 8-bit when no value exceeds 255, else as 16-bit.
+    - **Floats** (arrays, and mode `F`) within 0..1 have white at 1, whatever `do_rescale` says; whole numbers within
+      0..255 are taken as such; anything else raises. An array that holds only 0.0 and 1.0 is black and white.
+    - **Booleans** are black and white.
+    - **Layouts**: `(height, width)`, and 1, 3 or 4 channels first or last. Where both ends could be the channels,
+      3 wins over 4 over 1, then first over last, with a warning; `input_data_format` settles it.
+    - **EXIF rotation** is applied to strings, which are loaded here, and not to PIL images, as everywhere in
+      transformers. Of an animation, the current frame is taken: the first one of a file.
+    """
+
+    valid_kwargs = FlashSlothImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    do_resize = True
+    size = {"height": 384, "width": 384}
+    resample = PILImageResampling.BICUBIC
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    do_convert_rgb = True
+    do_image_splitting = False
+
+    def __init__(self, **kwargs: Unpack[FlashSlothImageProcessorKwargs]) -> None:
+        """Sets the defaults of every later call; an argument that is `None` keeps the class's default.
+
+        Raises:
+            TypeError: An argument is unknown.
+            ValueError: An argument has a value that FlashSloth has no use for.
+        """
+        _check_names(kwargs, self._argument_names(), FILE_KEYS)
+        super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
+        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._argument_names()})
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "FlashSlothImageProcessor":
+        """Builds the processor from a saved file's content; keys that other versions wrote are left out, and logged."""
+        known = {*cls._argument_names(), *FILE_KEYS}
+        if unknown := sorted(set(image_processor_dict) - known):
+            logger.warning(f"{cls.__name__}: the saved configuration has unknown keys {unknown}, which are ignored.")
+        return super().from_dict({key: value for key, value in image_processor_dict.items() if key in known}, **kwargs)
+
+    @classmethod
+    def _argument_names(cls) -> tuple[str, ...]:
+        return tuple(cls.valid_kwargs.__annotations__)
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """Number of tiles that a picture of this size becomes.
+
+        Args:
+            height: Height of the picture in pixels; every size gives the same number.
+            width: Width of the picture in pixels.
+            images_kwargs: Keyword arguments of the call that override this processor's defaults.
+
+        Returns:
+            1, or 5 with `do_image_splitting`.
+        """
+        do_image_splitting = (images_kwargs or {}).get("do_image_splitting")
+        if do_image_splitting is None:
+            do_image_splitting = self.do_image_splitting
+        return 1 + TILES_PER_SIDE**2 if do_image_splitting else 1
+
+    def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
+        """Loads the strings and paths in a picture or a nested list of pictures, and keeps everything else.
+
+        Raises:
+            TypeError: Something is no picture at all.
+            ValueError: A picture cannot be read, or an array has a number of axes that no picture has.
+        """
+        images = image_url_or_urls
+        if isinstance(images, list | tuple):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, str | os.PathLike):
+            return _load(os.fspath(images))
+        if not is_valid_image(images):
+            raise TypeError(
+                "Expected a picture as a PIL image, numpy array, torch tensor, path, URL or base64 string, "
+                f"found {type(images).__name__}; open it with `PIL.Image.open` first."
+            )
+        if get_image_type(images) == ImageType.PIL:
+            return images
+        if images.ndim not in (2, 3, 4):
+            raise ValueError(
+                "Expected an array (height, width), one with channels first or last, or a batch of those with a "
+                f"leading axis, found shape {tuple(images.shape)}; pass several pictures as a list."
+            )
+        # transformers counts pictures as arrays of three axes, which a grey one without channels has not.
+        return _grey_to_pil(_to_numpy(images)) if images.ndim == 2 else images
+
+    def preprocess(self, images: ImageInput, **kwargs: Unpack[FlashSlothImageProcessorKwargs]) -> BatchFeature:
+        """Turns pictures into tiles.
+
+        Args:
+            images: A picture, a list of pictures, or a list of lists.
+            **kwargs: Overrides of this processor's defaults for this call; `None` keeps a default.
+
+        Returns:
+            `pixel_values` (num_tiles, 3, height, width) in float32, the tiles of all pictures in order: a torch tensor
+            with `return_tensors="pt"`, else a numpy array.
+
+        Raises:
+            TypeError: An argument is unknown, or something is no picture.
+            ValueError: A picture cannot be read or interpreted, or an argument has an impossible value.
+        """
+        _check_names(kwargs, self._argument_names())
+        return super().preprocess(images, **{name: value for name, value in kwargs.items() if value is not None})
+
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
+        return list(_flatten(self.fetch_images(images), expected_ndims))
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        unused = [name for name in UNUSED_ARGUMENTS if kwargs.get(name)]
+        if unused:
+            raise ValueError(
+                f"FlashSloth sees the whole picture, neither cropped nor padded by a chosen size, and counts its tokens "
+                f"itself, so {unused} have no effect; leave them out."
+            )
+        if kwargs.get("data_format") not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
+            raise ValueError(
+                f"Expected `data_format` 'channels_first', which the model reads, found {kwargs['data_format']!r}; "
+                "permute `pixel_values` afterwards, or pass `input_data_format` to describe the input."
+            )
+        _check_settings(**kwargs)
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        *,
+        size: SizeDict,
+        do_image_splitting: bool,
+        device: Any = None,
+        return_tensors: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        images = self._prepare_images_structure(images)
+        tiles_per_image = self.get_number_of_image_patches(
+            size.height, size.width, {"do_image_splitting": do_image_splitting}
+        )
+        pixel_values = np.empty((len(images) * tiles_per_image, 3, size.height, size.width), dtype=np.float32)
+        tiles = iter(pixel_values)
+        for index, image in enumerate(images):
+            picture = self.process_image(image, name=_name(index, image), **kwargs)
+            levels = _levels(image, **kwargs)
+            for tile in self._cut(picture, size, do_image_splitting, **kwargs):
+                _write(tile, levels, next(tiles))
+        features = BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        return features if device is None else _to_device(features, device)
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        *,
+        name: str = "the picture",
+        **kwargs: Any,
+    ) -> Image.Image:
+        """Converts one picture to RGB with 8 bits a channel.
+
+        Args:
+            image: The picture.
+            do_convert_rgb: `False` refuses pictures that are not RGB instead of converting them.
+            input_data_format: Where an array has its channels.
+            name: How error messages call the picture.
+            **kwargs: Ignored.
+
+        Returns:
+            The picture as a PIL image, which Pillow resizes without another copy.
+        """
+        if get_image_type(image) == ImageType.PIL:
+            _check_sides(image.height, image.width, name)
+            converted = _convert_pil(image, name)
+            mode = image.mode
+        else:
+            converted = _convert_array(_to_numpy(image), input_data_format, name)
+            mode = converted.mode
+        if do_convert_rgb is False and mode != "RGB":
+            raise ValueError(f"Expected RGB in {name}, found mode {mode}; leave `do_convert_rgb` at True.")
+        return converted if converted.mode == "RGB" else converted.convert("RGB")
+
+    def _cut(
+        self,
+        picture: Image.Image,
+        size: SizeDict,
+        do_image_splitting: bool,
+        do_resize: bool,
+        resample: int,
+        image_mean: float | Iterable[float],
+        **kwargs: Any,
+    ) -> Iterator[Image.Image]:
+        height, width = size.height, size.width
+        if not do_resize:
+            if do_image_splitting or picture.size != (width, height):
+                raise ValueError(
+                    f"With `do_resize=False` expected pictures of {width}x{height} and no `do_image_splitting`, found "
+                    f"{picture.width}x{picture.height} and do_image_splitting={do_image_splitting}; set `do_resize=True`."
+                )
+            yield picture
+            return
+        yield _resize(picture, (width, height), resample)
+        if do_image_splitting:
+            # The original truncates: 0.5 * 255 gives 127, not 128.
+            background = tuple(int(mean * 255) for mean in np.broadcast_to(image_mean, 3))
+            enlarged = _pad_and_resize(picture, (TILES_PER_SIDE * width, TILES_PER_SIDE * height), resample, background)
+            for top in range(0, enlarged.height, height):
+                for left in range(0, enlarged.width, width):
+                    yield enlarged.crop((left, top, left + width, top + height))
+
+
+def _check_names(arguments: Iterable[str], valid: Iterable[str], also_valid: Iterable[str] = ()) -> None:
+    valid = sorted(set(valid) - set(UNUSED_ARGUMENTS))
+    unknown = sorted(set(arguments) - {*valid, *also_valid, *UNUSED_ARGUMENTS})
+    if unknown:
+        guesses = difflib.get_close_matches(unknown[0], valid, n=1)
+        hint = f"did you mean `{guesses[0]}`? " if guesses else ""
+        raise TypeError(f"FlashSlothImageProcessor does not know {unknown}; {hint}Expected some of {valid}.")
+
+
+def _check_settings(
+    size: SizeDict,
+    do_image_splitting: bool,
+    image_mean: float | Iterable[float],
+    image_std: float | Iterable[float],
+    **kwargs: Any,
+) -> None:
+    if not (size.height and size.width and size.height > 0 and size.width > 0):
+        raise ValueError(
+            f"Expected `size` with a positive height and width, found {dict(size)}; {{'height': 384, 'width': 384}} is the default."
+        )
+    if not isinstance(do_image_splitting, bool):
+        raise ValueError(
+            f"Expected `do_image_splitting` to be True or False, found {do_image_splitting!r}; pass a bool."
+        )
+    for name, value in (("image_mean", image_mean), ("image_std", image_std)):
+        if np.shape(value) not in ((), (3,)):
+            raise ValueError(
+                f"Expected `{name}` as one number or one for each of R, G and B, found {value}; give 1 or 3."
+            )
+    if not np.all(image_std):
+        raise ValueError(f"Expected a non-zero `image_std`, found {image_std}; set `do_normalize=False` to skip it.")
+
+
+def _name(index: int, image: ImageInput) -> str:
+    filename = getattr(image, "filename", "")
+    return f"picture {index} ({filename!r})" if filename else f"picture {index}"
+
+
+def _flatten(images: ImageInput | list, expected_ndims: int) -> Iterator[ImageInput]:
+    is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == expected_ndims + 1
+    if is_batch:
+        for image in images:
+            yield from _flatten(image, expected_ndims)
+    else:
+        yield images
+
+
+def _load(source: str) -> Image.Image:
+    try:
+        if os.path.isfile(source):
+            # `load_image` would also convert to RGB, where Pillow clips 16-bit pictures instead of scaling them.
+            with Image.open(source) as image:
+                return ImageOps.exif_transpose(image)
+        return load_image(source)
+    except PICTURE_ERRORS as error:
+        # `load_image` reports Pillow's error inside one of its own, together with the whole base64 string.
+        reason = error.__context__ or error
+        shown = source if len(source) <= 80 else f"{source[:80]}…"
+        raise ValueError(
+            f"Expected the path, URL or base64 string of a complete picture that Pillow can read, found {shown!r}, "
+            f"which it cannot ({type(reason).__name__}: {_first_line(reason)}); check that the file exists and is "
+            f"whole, save it again, or leave it out.{_bomb_advice(reason)}"
+        ) from reason
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error)[:200].partition("\n")[0]
+
+
+def _bomb_advice(error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return " If you trust the source, raise `PIL.Image.MAX_IMAGE_PIXELS`, or open and shrink the picture yourself."
+    return ""
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    if get_image_type(array) == ImageType.NUMPY:
+        return array
+    array = array.detach().cpu()
+    # numpy has no bfloat16
+    return (array.float() if array.is_floating_point() else array).numpy()
+
+
+def _grey_to_pil(values: np.ndarray) -> Image.Image:
+    """Keeps a grey picture's values, in the mode that `_convert_pil` reads in the way the array would be read."""
+    name = "an array of grey values"
+    _check_sides(*values.shape, name)
+    if values.dtype == np.uint16:
+        return Image.fromarray(values)
+    if values.dtype.kind == "f":
+        return Image.fromarray(values.astype(np.float32))
+    return Image.fromarray(_to_uint8(values, name))
+
+
+def _convert_pil(image: Image.Image, name: str) -> Image.Image:
+    """Converts a picture of any mode to RGB, without its alpha."""
+    try:
+        if image.mode == "F" or image.mode.startswith("I"):
+            # Pillow clips these modes to 0..255, which turns all but the darkest 16-bit pixels white.
+            image.load()
+            values = np.asarray(image)
+        else:
+            return _convert_shallow(image)
+    except PICTURE_ERRORS as error:
+        raise ValueError(
+            f"Expected a complete picture that Pillow can convert to RGB, found mode {image.mode} in {name}, which it "
+            f"cannot ({type(error).__name__}: {_first_line(error)}); save it again as RGB, or leave it out."
+        ) from error
+    return Image.fromarray(_to_uint8(values, name)).convert("RGB")
+
+
+def _convert_shallow(image: Image.Image) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")
+    if isinstance(image.info.get("transparency"), bytes):
+        # Pillow warns when such a palette loses its alpha in one step; the colours are the same.
+        image = image.convert("RGBA")
+    # `load` reads the rest of a file that was only opened, also where there is nothing to convert.
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _convert_array(array: np.ndarray, input_data_format: str | ChannelDimension | None, name: str) -> Image.Image:
+    """Converts an array with 1, 3 or 4 channels to a PIL image in mode L or RGB."""
+    shape = array.shape
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim == 3:
+        layout = _infer_layout(shape) if input_data_format is None else ChannelDimension(input_data_format)
+        array = np.moveaxis(array, 0, -1) if layout == ChannelDimension.FIRST else array
+    if array.ndim != 3 or array.shape[-1] not in CHANNEL_COUNTS:
+        raise ValueError(
+            f"Expected 1, 3 or 4 channels, first or last, in {name}, found shape {shape} and "
+            f"input_data_format={input_data_format}; select the channels to show, or correct `input_data_format`."
+        )
+    _check_sides(*array.shape[:2], name)
+    array = array[..., :3]
+    if array.shape[-1] == 1:
+        array = array[..., 0]
+    return Image.fromarray(np.ascontiguousarray(_to_uint8(array, name)))
+
+
+def _infer_layout(shape: tuple[int, ...]) -> ChannelDimension:
+    counts = {ChannelDimension.FIRST: shape[0], ChannelDimension.LAST: shape[-1]}
+    possible = [layout for layout, count in counts.items() if count in CHANNEL_COUNTS]
+    if len(possible) == 2:
+        layout = min(possible, key=lambda layout: CHANNEL_COUNTS.index(counts[layout]))
+        logger.warning_once(
+            f"Both ends of the shape {shape} could be a picture's channels; reading it as {layout.value}. Pass "
+            "`input_data_format` ('channels_first' or 'channels_last') to settle it."
+        )
+        return layout
+    return possible[0] if possible else ChannelDimension.LAST
+
+
+def _check_sides(height: int, width: int, name: str) -> None:
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise ValueError(
+            f"Expected sides of 1 to {MAX_SIDE} pixels in {name}, found {width}x{height} (width x height); check the "
+            "crop or file that it comes from, shrink it, or leave it out."
+        )
+
+
+def _to_uint8(values: np.ndarray, name: str) -> np.ndarray:
+    kind = values.dtype.kind
+    if values.dtype == np.uint8:
+        return values
+    if kind == "b":
+        return np.where(values, np.uint8(255), np.uint8(0))
+    if kind == "f":
+        return _floats_to_uint8(values, name)
+    if kind in "iu":
+        return _integers_to_uint8(values, name)
+    raise ValueError(f"Expected bool, integer or float pixels in {name}, found dtype {values.dtype}; convert to uint8.")
+
+
+def _floats_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(
+            f"Expected finite pixels in {name}, found {np.count_nonzero(~np.isfinite(values))} that are NaN or "
+            "infinite; repair the array, e.g. with `numpy.nan_to_num`."
+        )
+    if low >= 0 and high <= 1:
+        return np.rint(values * np.float32(255)).astype(np.uint8)
+    if low >= 0 and high <= 255:
+        whole = values.astype(np.uint8)
+        if np.array_equal(whole, values):
+            return whole
+    raise ValueError(
+        f"Expected float pixels within 0..1, or whole numbers within 0..255, in {name}, found {low} to {high}; undo an "
+        "earlier normalisation, clip to 0..1, or round 0..255 and convert to uint8."
+    )
+
+
+def _integers_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65_535:
+        raise ValueError(
+            f"Expected integer pixels within 0..255, or 0..65535 for 16 bits, in {name}, found {low} to {high}; scale "
+            "them to 0..255 and convert to uint8."
+        )
+    if high > 255 or values.dtype.kind + str(values.dtype.itemsize) == "u2":
+        # 65535 = 257 * 255: the nearest 8-bit level.
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return values.astype(np.uint8)
+
+
+def _is_unit_range(image: ImageInput) -> bool:
+    """Whether a picture is given in floats within 0..1."""
+    values = np.asarray(image) if get_image_type(image) == ImageType.PIL else _to_numpy(image)
+    return values.dtype.kind == "f" and values.max() <= 1
+
+
+def _levels(
+    image: ImageInput,
+    do_rescale: bool,
+    rescale_factor: float,
+    do_normalize: bool,
+    image_mean: float | Iterable[float],
+    image_std: float | Iterable[float],
+    **kwargs: Any,
+) -> np.ndarray:
+    """The 256 float32 values, per channel, that the 256 levels of an 8-bit picture become: (3, 256)."""
+    if do_rescale:
+        scale = rescale_factor
+    else:
+        scale = 1 / 255 if _is_unit_range(image) else 1.0
+    levels = np.broadcast_to(np.arange(256) * scale, (3, 256))
+    if do_normalize:
+        mean, std = (np.broadcast_to(value, 3)[:, None] for value in (image_mean, image_std))
+        levels = (levels - mean) / std
+    return levels.astype(np.float32)
+
+
+def _write(tile: Image.Image, levels: np.ndarray, target: np.ndarray) -> None:
+    pixels = np.asarray(tile)  # (height, width, 3)
+    for channel in range(3):
+        np.take(levels[channel], pixels[..., channel], out=target[channel], mode="clip")
+
+
+def _resize(picture: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    """Resizes to `size` (width, height) one axis at a time, in the order that Pillow 13 chooses.
+
+    Pillow rounds to 8 bits between its two passes, so their order shows in the last bits. Up to Pillow 12 rows always
+    came first; spelling the order out makes the result the same on every version.
+    """
+    width, height = size
+    excess = picture.height - height
+    columns_first = excess > 0 and excess > 2 * (picture.width - width)
+    between = (picture.width, height) if columns_first else (width, picture.height)
+    return picture.resize(between, resample).resize(size, resample)
+
+
+def _pad_and_resize(
+    picture: Image.Image, size: tuple[int, int], resample: int, background: tuple[int, ...]
+) -> Image.Image:
+    """Pads to a centred square and resizes it to `size` (width, height), without ever holding that square.
+
+    From square to square, Pillow resizes rows first; a row's result depends on no other row, and padding stays padding.
+    So the picture's own rows are resized, and only then the rows above and below are added: the same bits, and a
+    10000x3 picture takes 31 MB instead of 400.
+    """
+    width, height = size
+    side = max(picture.size)
+    left, top = (side - picture.width) // 2, (side - picture.height) // 2
+    if picture.width == side:
+        rows = picture.resize((width, picture.height), resample)
+    else:
+        rows = Image.new("RGB", (width, picture.height))
+        num_rows = max(1, STRIP_PIXELS // side)
+        for start in range(0, picture.height, num_rows):
+            end = min(start + num_rows, picture.height)
+            strip = Image.new("RGB", (side, end - start), background)
+            strip.paste(picture.crop((0, start, picture.width, end)), (left, 0))
+            rows.paste(strip.resize((width, end - start), resample), (0, start))
+    column = Image.new("RGB", (width, side), background)
+    column.paste(rows, (0, top))
+    return column.resize((width, height), resample)
+
+
+def _to_device(features: BatchFeature, device: Any) -> BatchFeature:
+    if isinstance(features["pixel_values"], np.ndarray):
+        if str(device) == "cpu":
+            return features
+        raise ValueError(f"Expected `return_tensors='pt'` with device={device}, found numpy output; pass it as well.")
+    return features.to(device)
+
+
+__all__ = ["FlashSlothImageProcessor", "FlashSlothImageProcessorKwargs"]

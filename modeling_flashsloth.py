@@ -1,0 +1,640 @@
+r"""FlashSloth: a vision-language model whose decoder sees a picture as a few tokens, and looks back when it is asked.
+
+Paper: "FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression", arXiv 2412.04317.
+With the released sizes, for one tile (a plain picture is one tile, a high-definition picture five):
+
+    pixel_values (3, 384, 384) ─ vision tower ─ patch features (729, 1152)
+      ├─ SpatialAttentionPooling over 3×3 windows ─ (81, 1152) ─ projector ─ 81 image tokens (81, 2560) of the prompt
+      └─ kept, unpooled, for EmbeddedQuery
+    prompt: … USER: <image>×81 \n question <query>×9 ASSISTANT: …
+    decoder layers 0–6 ─ EmbeddedQuery updates the query tokens from question and patches ─ decoder layers 7–31
+
+Which tokens are pictures, queries and questions follows from `input_ids` alone, by masks over the sequence: no loops,
+no padding copies, nothing kept between calls.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .configuration_flashsloth import FlashSlothConfig
+from .original_flashsloth import ORIGINAL_KEY_MAPPING
+from .prompt_flashsloth import PromptSpans
+
+FUSED_HEAD_DIM_MULTIPLE = 8  # what the fused CUDA attention kernels take
+
+
+@dataclass
+class FlashSlothModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `FlashSlothModel`.
+
+    Attributes:
+        image_hidden_states: Image tokens of all tiles, `(num_tiles, image_seq_length, hidden_size)`.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class FlashSlothCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of `FlashSlothForConditionalGeneration`.
+
+    Attributes:
+        image_hidden_states: Image tokens of all tiles, `(num_tiles, image_seq_length, hidden_size)`.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class SpatialAttentionPooling(nn.Module):
+    """Pools every window of the patch grid into one feature, by attention inside the window (paper, section 3.2).
+
+    Args:
+        hidden_size: Width of the patch features.
+        window_size: Side of a window, in patches.
+        dropout: Dropout between the two layers that score a patch.
+    """
+
+    def __init__(self, *, hidden_size: int, window_size: int, dropout: float) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.fc1 = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden_size, 1)
+
+    def window_weights(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """Attention weights inside every window.
+
+        Args:
+            patch_features: `(num_tiles, num_patches, hidden_size)`, patches row by row.
+
+        Returns:
+            `(num_tiles, num_windows, window_size**2)`, float32; the last axis sums to 1.
+        """
+        scores = self.fc2(self.dropout(nn.functional.relu(self.fc1(patch_features))))
+        return self._to_windows(scores).squeeze(-1).float().softmax(dim=-1)
+
+    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """Pool patch features.
+
+        Args:
+            patch_features: `(num_tiles, num_patches, hidden_size)`, patches row by row.
+
+        Returns:
+            `(num_tiles, num_windows, hidden_size)`, windows row by row.
+        """
+        weights = self.window_weights(patch_features).to(patch_features.dtype)
+        return torch.einsum("twp,twpd->twd", weights, self._to_windows(patch_features))
+
+    def _to_windows(self, patches: torch.Tensor) -> torch.Tensor:
+        num_tiles, num_patches, width = patches.shape
+        side = self.window_size
+        windows = int(num_patches**0.5) // side
+        patches = patches.view(num_tiles, windows, side, windows, side, width).transpose(2, 3)
+        return patches.reshape(num_tiles, windows**2, side**2, width)
+
+
+class FlashSlothMultiModalProjector(nn.Module):
+    """Two linear layers with an exact GELU between them, from the tower's width to the decoder's."""
+
+    def __init__(self, config: FlashSlothConfig) -> None:
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
+        self.act = ACT2FN["gelu"]
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Project `(…, vision_hidden_size)` to `(…, hidden_size)`."""
+        return self.linear_2(self.act(self.linear_1(image_features)))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention without output projection, whose values may be wider than its queries and keys."""
+
+    def __init__(self, *, hidden_size: int, value_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(value_size, value_size)
+
+    def forward(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend.
+
+        The head dimensions are padded with zeros to a common multiple of 8, so that CUDA takes a fused kernel; all
+        of them do the softmax in float32.
+
+        Args:
+            queries: `(batch, num_queries, hidden_size)`.
+            keys: What `k_proj` gave, `(batch, num_keys, hidden_size)`.
+            values: What `v_proj` gave, `(batch, num_keys, value_size)`.
+            mask: True where a query may look, `(batch, num_queries, num_keys)`.
+
+        Returns:
+            `(batch, num_queries, value_size)`; zeros for queries that may look at nothing.
+        """
+        value_size = values.shape[-1]
+        queries, keys, values = (
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, num_heads, length, head_dim)
+            for states in (self.q_proj(queries), keys, values)
+        )
+        query_dim, value_dim = queries.shape[-1], values.shape[-1]
+        padded_dim = -(-max(query_dim, value_dim) // FUSED_HEAD_DIM_MULTIPLE) * FUSED_HEAD_DIM_MULTIPLE
+        queries, keys, values = (
+            nn.functional.pad(states, (0, padded_dim - states.shape[-1])) for states in (queries, keys, values)
+        )
+        sees_any = mask.any(dim=-1, keepdim=True)
+        # A row of a softmax needs something to look at, or its gradient is NaN; its output is dropped below.
+        attended = nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=(mask | ~sees_any).unsqueeze(1), scale=query_dim**-0.5
+        )
+        attended = attended[..., :value_dim].transpose(1, 2).reshape(*sees_any.shape[:2], value_size)
+        return attended.masked_fill(~sees_any, 0.0)
+
+
+class QueryContext(NamedTuple):
+    """What the Embedded Query module needs of one forward call, beside the hidden states.
+
+    It travels as a keyword argument through the decoder, and is gone with the call.
+
+    Attributes:
+        patch_keys: `(batch, num_patches, query_hidden_size)`: keys of the patches of every row's tiles.
+        patch_values: `(batch, num_patches, vision_hidden_size)`.
+        patch_mask: True where a position may read a patch, `(batch, seq_length, num_patches)`.
+        instruction_mask: True where a query may read a token, `(batch, seq_length, seq_length)`.
+        update_mask: True at the queries that have a picture before them, `(batch, seq_length)`.
+    """
+
+    patch_keys: torch.Tensor
+    patch_values: torch.Tensor
+    patch_mask: torch.Tensor
+    instruction_mask: torch.Tensor
+    update_mask: torch.Tensor
+
+
+class EmbeddedQuery(nn.Module):
+    """The Embedded Query module (paper, section 3.3): queries read their question, then the patches of its pictures.
+
+    It computes every position of the sequence and keeps the queries': that is below 1 % of the model's arithmetic,
+    and needs neither loops nor shapes that depend on the ids.
+    """
+
+    def __init__(self, config: FlashSlothConfig) -> None:
+        super().__init__()
+        width, vision_width = config.query_hidden_size, config.vision_config.hidden_size
+        hidden_size, num_heads = config.text_config.hidden_size, config.num_query_heads
+        self.text_proj = nn.Linear(hidden_size, width)
+        self.image_proj = nn.Linear(vision_width, width)
+        self.query_norm = nn.LayerNorm(width)
+        self.text_norm = nn.LayerNorm(width)
+        self.image_norm = nn.LayerNorm(width)
+        self.text_attention = CrossAttention(hidden_size=width, value_size=width, num_heads=num_heads)
+        self.image_attention = CrossAttention(hidden_size=width, value_size=vision_width, num_heads=num_heads)
+        self.out_proj = nn.Linear(vision_width, hidden_size)
+
+    def project_patches(self, patch_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys `(num_tiles, num_patches, query_hidden_size)` and values (in the tower's width) of all patches."""
+        keys = self.image_attention.k_proj(self.image_norm(self.image_proj(patch_features)))
+        return keys, self.image_attention.v_proj(patch_features)
+
+    def forward(self, hidden_states: torch.Tensor, context: QueryContext) -> torch.Tensor:
+        """Update the queries.
+
+        Args:
+            hidden_states: What enters the decoder layer, `(batch, seq_length, hidden_size)`.
+            context: Which positions are queries, and what they may read.
+
+        Returns:
+            The hidden states, changed at `context.update_mask` only; a new tensor.
+        """
+        text = self.text_proj(hidden_states)
+        instruction = self.text_norm(text)
+        guided = self.text_attention(
+            self.query_norm(text),
+            self.text_attention.k_proj(instruction),
+            self.text_attention.v_proj(instruction),
+            context.instruction_mask,
+        )
+        seen = self.image_attention(guided, context.patch_keys, context.patch_values, context.patch_mask)
+        return torch.where(context.update_mask.unsqueeze(-1), hidden_states + self.out_proj(seen), hidden_states)
+
+
+class FlashSlothPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, common to all FlashSloth models."""
+
+    config_class = FlashSlothConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpatialAttentionPooling", "EmbeddedQuery"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FlashSlothModel):
+            init.normal_(module.query_tokens, std=getattr(self.config.text_config, "initializer_range", None) or 0.02)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in the backward pass; always non-re-entrant.
+
+        Raises:
+            ValueError: If `use_reentrant=True` is asked for.
+        """
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if kwargs["use_reentrant"]:
+            raise ValueError(
+                "FlashSloth needs `use_reentrant=False`: re-entrant checkpointing loses the gradients of the picture "
+                "features, which reach a decoder layer by keyword. Leave the argument out, or set it to False."
+            )
+        super().gradient_checkpointing_enable(kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a FlashSloth, in this package's layout or in that of the original releases.
+
+        See `PreTrainedModel.from_pretrained`. Tensors under their original names are renamed while they are read.
+        """
+        kwargs.setdefault("key_mapping", ORIGINAL_KEY_MAPPING)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers would save the tensors under the names that it read; ours are the same for every source.
+        model._weight_conversions = None
+        return loaded
+
+
+class FlashSlothModel(FlashSlothPreTrainedModel):
+    """FlashSloth without the language-modelling head."""
+
+    def __init__(self, config: FlashSlothConfig) -> None:
+        config.check()
+        super().__init__(config)
+        self.vision_tower = _without_unused_parts(AutoModel.from_config(config.vision_config))
+        self.spatial_attention_pooling = SpatialAttentionPooling(
+            hidden_size=config.vision_config.hidden_size,
+            window_size=config.pooling_window_size,
+            dropout=config.pooling_dropout,
+        )
+        self.multi_modal_projector = FlashSlothMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.query_tokens = nn.Parameter(torch.empty(config.num_query_tokens, config.text_config.hidden_size))
+        self.embedded_query = EmbeddedQuery(config)
+        layers = getattr(self.language_model, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise ValueError(
+                f"FlashSloth needs a decoder with a list `layers`, but {type(self.language_model).__name__} has none; "
+                "choose another `text_config`, such as phi, llama or qwen3."
+            )
+        # A bound method, so that a deep copy of the model calls its own module.
+        layers[config.query_layer_idx].register_forward_pre_hook(self._update_queries, with_kwargs=True)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def _update_queries(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        context = kwargs.pop("query_context", None)
+        if context is None:
+            return None
+        if args:
+            return (self.embedded_query(args[0], context), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.embedded_query(kwargs["hidden_states"], context)}
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode tiles.
+
+        Args:
+            pixel_values: `(num_tiles, 3, height, width)`, in [-1, 1] with the usual mean and deviation of 0.5.
+            **kwargs: Passed on to the vision tower.
+
+        Returns:
+            `last_hidden_state`: patch features, `(num_tiles, num_patches, vision_hidden_size)`; `pooler_output`: image
+            tokens, `(num_tiles, image_seq_length, hidden_size)`.
+
+        Raises:
+            ValueError: If the pictures are not of the size that the tower takes.
+        """
+        grid, size = self.config.patch_grid_size, self.config.vision_config.image_size
+        size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        if pixel_values.ndim != 4 or pixel_values.shape[-2:] != size:
+            raise ValueError(
+                f"`pixel_values` must be (num_tiles, channels, {size[0]}, {size[1]}), but is "
+                f"{tuple(pixel_values.shape)}; build it with `FlashSlothProcessor`, whose image processor's `size` "
+                "must be the vision tower's."
+            )
+        patches = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs).last_hidden_state
+        patches = patches[:, -(grid**2) :]  # without class and register tokens, which stand in front
+        image_tokens = self.multi_modal_projector(self.spatial_attention_pooling(patches))
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=image_tokens)
+
+    def find_special_ids(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
+        """Recover the ids that matter to FlashSloth from token embeddings.
+
+        Args:
+            inputs_embeds: Embeddings as the decoder's own table gives them, `(batch, seq_length, hidden_size)`.
+
+        Returns:
+            `(batch, seq_length)`: the id of every image token, query token and part of an instruction pattern; -1
+            elsewhere.
+        """
+        config = self.config
+        special = {config.image_token_id, config.query_token_id, *(i for p in config.instruction_start_ids for i in p)}
+        ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
+        for token_id in sorted(special):
+            embedding = self.get_input_embeddings()(ids.new_full((), token_id))
+            ids = torch.where((inputs_embeds == embedding).all(dim=-1), token_id, ids)
+        return ids
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_cached_tiles: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> FlashSlothModelOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: Prompt with expanded placeholders, `(batch, seq_length)`: `image_seq_length` image tokens a tile
+                and `num_query_tokens` query tokens a question.
+            pixel_values: All tiles of all pictures of all rows, in order, `(num_tiles, 3, height, width)`. How many
+                belong to a row follows from its image tokens. Rows may have any number.
+            attention_mask: `(batch, seq_length)`, 0 at padding, on either side.
+            position_ids: `(batch, seq_length)`.
+            past_key_values: Cache of what came before. A question on a picture that is in the cache needs
+                `pixel_values` again, for the queries read its patches.
+            inputs_embeds: Token embeddings instead of `input_ids`, `(batch, seq_length, hidden_size)`; placeholders are
+                recognised by their embeddings.
+            num_cached_tiles: Number of tiles of every row whose image tokens are in the cache, `(batch,)`; their
+                pixels come first in the row's part of `pixel_values`. `generate` sets it.
+            **kwargs: Passed on to the decoder.
+
+        Returns:
+            Last hidden state `(batch, seq_length, hidden_size)`, cache, image tokens.
+
+        Raises:
+            ValueError: If ids and pictures contradict each other, or a prompt was cut between a question and its
+                queries.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        else:
+            input_ids = self.find_special_ids(inputs_embeds)
+        num_tiles = 0 if pixel_values is None else pixel_values.shape[0]
+        spans = PromptSpans.find(input_ids, self.config, num_cached_tiles)
+        if torch.compiler.is_compiling() or input_ids.shape[1] == 1:  # a traced call, or a step of `generate`
+            # Every tile in this call has image tokens in it, which bounds their number without reading the ids.
+            max_tiles = input_ids.shape[1] // self.config.image_seq_length
+            tiles_per_row = min(num_tiles, max_tiles) if num_cached_tiles is None else num_tiles
+        else:
+            tiles_per_row = spans.check(self.config, num_tiles)
+
+        inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
+        image_tokens = None
+        if tiles_per_row:
+            features = self.get_image_features(pixel_values)
+            image_tokens = features.pooler_output.to(inputs_embeds)
+            inputs_embeds = self._insert_image_tokens(inputs_embeds, image_tokens, spans)
+            kwargs["query_context"] = self._query_context(features.last_hidden_state, spans, tiles_per_row)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return FlashSlothModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_tokens,
+        )
+
+    def _insert_query_tokens(self, inputs_embeds: torch.Tensor, spans: PromptSpans) -> torch.Tensor:
+        queries = self.query_tokens.to(inputs_embeds)
+        if self.config.query_anchor_token_id is not None:
+            anchor = spans.query_start.new_full((), self.config.query_anchor_token_id)
+            queries = queries + self.get_input_embeddings()(anchor)
+        queries = queries[spans.query_rank]  # (batch, seq_length, hidden_size)
+        return torch.where(spans.query_mask.unsqueeze(-1), queries, inputs_embeds)
+
+    def _insert_image_tokens(
+        self, inputs_embeds: torch.Tensor, image_tokens: torch.Tensor, spans: PromptSpans
+    ) -> torch.Tensor:
+        first_token = (spans.first_tile + spans.num_cached_tiles) * self.config.image_seq_length  # (batch,)
+        ranks = first_token.unsqueeze(1) + spans.image_mask.cumsum(dim=1) - 1
+        image_tokens = image_tokens.flatten(0, 1)
+        image_tokens = image_tokens[ranks.clamp(0, image_tokens.shape[0] - 1)]  # (batch, seq_length, hidden_size)
+        return torch.where(spans.image_mask.unsqueeze(-1), image_tokens, inputs_embeds)
+
+    def _query_context(self, patches: torch.Tensor, spans: PromptSpans, tiles_per_row: int) -> QueryContext:
+        slots = torch.arange(tiles_per_row, device=patches.device)
+        tiles = (spans.first_tile.unsqueeze(1) + slots).clamp(max=patches.shape[0] - 1)  # (batch, tiles_per_row)
+        keys, values = self.embedded_query.project_patches(patches)
+        visible = slots < spans.num_tiles_before.unsqueeze(-1)  # (batch, seq_length, tiles_per_row)
+        positions = torch.arange(spans.query_mask.shape[1], device=patches.device)
+        instruction = (positions >= spans.instruction_start.unsqueeze(-1)) & (
+            positions < spans.query_start.unsqueeze(-1)
+        )
+        return QueryContext(
+            patch_keys=keys[tiles].flatten(1, 2),
+            patch_values=values[tiles].flatten(1, 2),
+            patch_mask=visible.repeat_interleave(patches.shape[1], dim=-1),
+            instruction_mask=instruction & spans.query_mask.unsqueeze(-1),
+            update_mask=spans.query_mask & (spans.num_tiles_before > 0),
+        )
+
+
+class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMixin):
+    """FlashSloth with its language-modelling head: answers questions about pictures."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: FlashSlothConfig) -> None:
+        super().__init__(config)
+        self.model = FlashSlothModel(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        # An original release holds the whole tower; what FlashSloth does not use of it is not worth a warning.
+        unused_layer = config.vision_config.num_hidden_layers
+        self._keys_to_ignore_on_load_unexpected = [
+            r"vision_tower\.(post_layernorm|head)\.",
+            rf"vision_tower\.encoder\.layers\.{unused_layer}\.",
+        ]
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language-modelling head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language-modelling head."""
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode tiles; see `FlashSlothModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_cached_tiles: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> FlashSlothCausalLMOutputWithPast:
+        """Run the model and its head; see `FlashSlothModel.forward` for the other arguments.
+
+        Args:
+            input_ids: `(batch, seq_length)`.
+            pixel_values: `(num_tiles, 3, height, width)`.
+            attention_mask: `(batch, seq_length)`.
+            position_ids: `(batch, seq_length)`.
+            past_key_values: Cache of what came before.
+            inputs_embeds: `(batch, seq_length, hidden_size)`, instead of `input_ids`.
+            labels: Ids to predict, `(batch, seq_length)`, -100 where nothing is to be learned; not shifted.
+            logits_to_keep: Number of last positions whose logits are wanted, or their indices; 0: all.
+            num_cached_tiles: `(batch,)`.
+            **kwargs: Passed on to the decoder and to the loss, such as `num_items_in_batch`.
+
+        Returns:
+            Loss if there are labels, logits `(batch, seq_length, vocab_size)`, cache, image tokens.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            num_cached_tiles=num_cached_tiles,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]))
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return FlashSlothCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What some decoders' own heads do behind the matrix: Granite divides, Gemma 2 squashes."""
+        text_config = self.config.text_config
+        if (scaling := getattr(text_config, "logits_scaling", None)) is not None:
+            logits = logits / scaling
+        if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one step of `generate`: pixels go with every call that may hold image or query tokens."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if next_sequence_length == 1 and not is_first_iteration:
+            return model_inputs
+        prompt, fed = input_ids, model_inputs["input_ids"]
+        if model_inputs.get("inputs_embeds") is not None:
+            prompt, fed = self.model.find_special_ids(inputs_embeds), model_inputs["inputs_embeds"]
+        cached = prompt[:, : prompt.shape[1] - fed.shape[1]]
+        model_inputs["pixel_values"] = pixel_values
+        if cached.shape[1]:
+            num_cached_tokens = (cached == self.config.image_token_id).sum(dim=1)
+            model_inputs["num_cached_tiles"] = num_cached_tokens // self.config.image_seq_length
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        """Repeat every row `expand_size` times, with its own tiles; rows may have different numbers of them."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            embeds = model_kwargs.get("inputs_embeds")
+            prompt = input_ids if embeds is None else self.model.find_special_ids(embeds)
+            num_image_tokens = (prompt == self.config.image_token_id).sum(dim=1)
+            tiles_of_row = pixel_values.split((num_image_tokens // self.config.image_seq_length).tolist())
+            pixel_values = torch.cat([tiles.repeat(expand_size, 1, 1, 1) for tiles in tiles_of_row])
+        # By name: a static method in transformers 5.17, an ordinary one since.
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+def _without_unused_parts(tower: PreTrainedModel) -> PreTrainedModel:
+    """Take a vision tower's final norm, pooler and head away: FlashSloth reads its last layer's output as it is."""
+    for name in ("post_layernorm", "layernorm", "norm"):
+        if isinstance(getattr(tower, name, None), nn.Module):
+            setattr(tower, name, nn.Identity())
+    for name in ("pooler", "head"):
+        if isinstance(getattr(tower, name, None), nn.Module):
+            setattr(tower, name, None)
+    return tower
+
+
+__all__ = ["FlashSlothForConditionalGeneration", "FlashSlothModel", "FlashSlothPreTrainedModel"]

@@ -1,0 +1,122 @@
+"""The layout of the original FlashSloth releases: their sizes, their flat config, their tensor names."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig
+
+PHI_2 = {
+    "model_type": "phi",
+    "vocab_size": 51200,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "partial_rotary_factor": 0.4,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 50256,
+    "eos_token_id": 50296,
+    "pad_token_id": 50256,
+}
+SIGLIP_SO400M_384 = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+NUM_UNUSED_TOWER_LAYERS = 1  # FlashSloth reads what enters the tower's last layer
+PHI_INSTRUCTION_STARTS = [[50297, 198], [29904, 25], [1294, 1137, 25]]  # "<image>\n", "USER:", " USER:"
+
+ORIGINAL_KEY_MAPPING = {
+    r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
+    r"^model\.pooling\.mlp\.0\.": "model.spatial_attention_pooling.fc1.",
+    r"^model\.pooling\.mlp\.3\.": "model.spatial_attention_pooling.fc2.",
+    r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
+    r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
+    r"^model\.learnable_tokens\.token$": "model.query_tokens",
+    r"^model\.lqformer\.down_projector_learnable_text\.": "model.embedded_query.text_proj.",
+    r"^model\.lqformer\.down_projector_image\.": "model.embedded_query.image_proj.",
+    r"^model\.lqformer\.up_projector\.": "model.embedded_query.out_proj.",
+    r"^model\.lqformer\.layers\.0\.t2q_attn\.": "model.embedded_query.text_attention.",
+    r"^model\.lqformer\.layers\.0\.i2q_attn\.": "model.embedded_query.image_attention.",
+    r"^model\.lqformer\.layers\.0\.ln_q\.": "model.embedded_query.query_norm.",
+    r"^model\.lqformer\.layers\.0\.ln_text\.": "model.embedded_query.text_norm.",
+    r"^model\.lqformer\.layers\.0\.ln_kv\.": "model.embedded_query.image_norm.",
+    r"^model\.(embed_tokens|layers|final_layernorm)\.": r"model.language_model.\1.",
+}
+"""Tensor names of the original releases, as regular expressions, and what they are called here."""
+
+
+def translate_original_config(original: dict, *, folder: Path, vision_config: Path | None = None) -> dict:
+    """Translate the config of an original FlashSloth release.
+
+    Args:
+        original: The release's `config.json`: Phi's fields, flat, and `mm_*` fields.
+        folder: The release's folder; a relative `mm_vision_tower` is looked for in it.
+        vision_config: Folder or file of the vision tower's own config. Default: what `mm_vision_tower` points to, or
+            SigLIP-so400m/14 at 384 px, the tower of all releases, if nothing is there.
+
+    Returns:
+        The fields of a `FlashSlothConfig`.
+
+    Raises:
+        ValueError: If the release is of a kind that FlashSloth does not have.
+    """
+    projector = original.get("mm_projector_type", "mlp2x_gelu")
+    if projector != "mlp2x_gelu":
+        raise ValueError(f"`mm_projector_type` must be 'mlp2x_gelu' in an original FlashSloth, but is {projector!r}.")
+    tower = read_tower_config(vision_config or folder / str(original["mm_vision_tower"]), required=bool(vision_config))
+    select_layer = original.get("mm_vision_select_layer", -2)
+    num_layers = tower["num_hidden_layers"]
+    kept = num_layers + 1 + select_layer if select_layer < 0 else select_layer
+    if not 0 < kept <= num_layers:
+        raise ValueError(
+            f"`mm_vision_select_layer`={select_layer} is not a layer of a vision tower with {num_layers} layers."
+        )
+    tower |= {"num_hidden_layers": kept, "vision_use_head": False}
+
+    phi_fields = AutoConfig.for_model("phi").to_dict()
+    text = {name: value for name, value in original.items() if name in phi_fields or name in _ROPE_FIELDS}
+    text |= {"model_type": "phi", "eos_token_id": PHI_2["eos_token_id"], "pad_token_id": PHI_2["pad_token_id"]}
+    for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
+        text.pop(name, None)
+    config = {
+        "model_type": "flashsloth",
+        "architectures": ["FlashSlothForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": tower,
+        "dtype": original.get("dtype", original.get("torch_dtype")),
+    }
+    if "image_token_index" in original:
+        config["image_token_id"] = original["image_token_index"]
+    return config
+
+
+_ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
+def read_tower_config(path: Path, *, required: bool) -> dict:
+    """Read a vision tower's config from a folder or file.
+
+    Args:
+        path: `config.json`, or a folder with one; a SigLIP config with both towers is accepted too.
+        required: Whether to raise if there is none, instead of returning SigLIP-so400m/14 at 384 px.
+
+    Returns:
+        The tower's config, with `model_type`.
+
+    Raises:
+        FileNotFoundError: If `required` and there is no such file.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        if required:
+            raise FileNotFoundError(f"expected the vision tower's config.json at {path}, but there is none.")
+        return dict(SIGLIP_SO400M_384)
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = config.get("vision_config", config)
+    drop = ("architectures", "torch_dtype", "dtype", "transformers_version")
+    return {"model_type": "siglip_vision_model"} | {name: v for name, v in config.items() if name not in drop}

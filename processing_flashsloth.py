@@ -1,0 +1,363 @@
+r"""Turns pictures and conversations into what FlashSloth reads, and its answers back into text.
+
+The original prompt format, with the placeholders that the processor expands:
+
+    SYSTEM USER: <image>\nQUESTION<learnable> ASSISTANT: ANSWER</s>USER: QUESTION 2<learnable> ASSISTANT:
+
+`<image>` stands for all image tokens of one picture, `<learnable>` for the query tokens of one question.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import normalizers
+from transformers import AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .configuration_flashsloth import FlashSlothConfig
+from .image_processing_flashsloth import FlashSlothImageProcessor
+
+DEFAULT_SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+GUARD = "\ufdd0"
+"""A Unicode noncharacter, reserved for a program's internal use. Inside `<image>` it keeps the text from being matched
+as a token; the tokenizer's normaliser, which runs after that matching, takes it out again."""
+
+
+def build_chat_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
+    """Chat template of the original prompt format.
+
+    Pictures of a message stand before its text, whatever their place in the message, for a question reads the
+    pictures that stand before it. Answers, with their end token, are inside `{% generation %}`.
+
+    Args:
+        system_prompt: What stands before the first turn if the conversation brings no system message; may be empty.
+
+    Returns:
+        A Jinja template with `image_token`, `query_token` and `eos_token` written out by name.
+    """
+    return r"""
+{%- macro text_of(content) -%}
+    {%- if content is string -%}{{ content }}
+    {%- else -%}
+        {%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set system = text_of(messages[0]['content']) -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set system = SYSTEM_PROMPT -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{{- system ~ ' ' if system else '' -}}
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'USER: ' -}}
+        {%- if message['content'] is not string -%}
+            {%- for part in message['content'] if part['type'] in ['image', 'image_url'] -%}
+                {{- '<image>\n' -}}
+            {%- endfor -%}
+        {%- endif -%}
+        {{- text_of(message['content']) ~ '<learnable>' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- ' ASSISTANT:' -}}
+        {%- generation -%}{{- ' ' ~ text_of(message['content']) ~ eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception('FlashSloth knows the roles user and assistant, and system for the first message, but '
+            'found ' ~ message['role'] ~ '.') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
+""".strip().replace("SYSTEM_PROMPT", repr(system_prompt))
+
+
+class FlashSlothProcessor(ProcessorMixin):
+    """Image processor, tokenizer and prompt format of FlashSloth in one.
+
+    Text in the messages of a conversation can never become an image token, a query token or an end of turn: the
+    tokenizer that the processor is given is set to ignore `GUARD`, which keeps such text apart.
+
+    Args:
+        image_processor: Makes tiles of pictures.
+        tokenizer: A fast tokenizer that knows `image_token` and `query_token`.
+        chat_template: Jinja template; default: the original prompt format.
+        image_token: Placeholder of a picture.
+        query_token: Placeholder of the query tokens of a question.
+        image_seq_length: Image tokens of one tile; the model's `config.image_seq_length`.
+        num_query_tokens: Query tokens of one question; the model's `config.num_query_tokens`.
+
+    Example:
+    ```python
+    >>> processor = FlashSlothProcessor.from_pretrained(".")
+    >>> question = [{"type": "image", "path": "examples/scene.png"}, {"type": "text", "text": "How many things?"}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": question}],
+    ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    ... )
+    ```
+    """
+
+    def __init__(
+        self,
+        image_processor: FlashSlothImageProcessor | None = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        query_token: str = "<learnable>",
+        image_seq_length: int = 81,
+        num_query_tokens: int = 9,
+    ) -> None:
+        self.image_token, self.query_token = image_token, query_token
+        self.image_seq_length, self.num_query_tokens = image_seq_length, num_query_tokens
+        self.image_token_id = _token_id(tokenizer, image_token)
+        self.query_token_id = _token_id(tokenizer, query_token)
+        _ignore_guard(tokenizer)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or build_chat_template())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "FlashSlothProcessor":
+        """Load a processor, also for a folder or Hub id in the layout of the original releases.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            **kwargs: As for `ProcessorMixin.from_pretrained`.
+        """
+        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        except OSError:  # a processor without a model
+            config = {}
+        if "mm_vision_tower" not in config:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls.from_original(pretrained_model_name_or_path, config, **hub_kwargs)
+
+    @classmethod
+    def from_original(cls, source: Any, original_config: dict, **kwargs: Any) -> "FlashSlothProcessor":
+        """Build the processor of an original release, which has tokenizer files only.
+
+        Args:
+            source: Folder or Hub id of the release.
+            original_config: Its `config.json`.
+            **kwargs: Passed on to `AutoTokenizer.from_pretrained`.
+        """
+        config = FlashSlothConfig.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<learnable>", "<image>"]})
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
+        tokenizer.eos_token, tokenizer.pad_token = "</s>", "<|endoftext|>"
+        side = config.vision_config.image_size
+        image_processor = FlashSlothImageProcessor(
+            size={"height": side, "width": side}, do_image_splitting=bool(original_config.get("image_hd"))
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            image_seq_length=config.image_seq_length,
+            num_query_tokens=config.num_query_tokens,
+        )
+
+    def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
+        """Render a conversation, or a batch; see `ProcessorMixin.apply_chat_template`.
+
+        Control tokens in the messages' text are kept apart with `GUARD`, so that they stay text.
+
+        Args:
+            conversation: Messages with `role` and `content`, or a list of such conversations.
+            *args: As for `ProcessorMixin.apply_chat_template`.
+            **kwargs: As for `ProcessorMixin.apply_chat_template`.
+        """
+        control_tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        control_tokens |= {self.image_token, self.query_token}
+        pattern = re.compile("|".join(re.escape(token) for token in sorted(control_tokens, key=len, reverse=True)))
+        return super().apply_chat_template(_guarded(conversation, pattern), *args, **kwargs)
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
+        """Load the pictures, and make one flat list of them.
+
+        Raises:
+            TypeError: If videos or audio are given.
+            ValueError: If the pictures are more or fewer than the placeholders.
+        """
+        for modality in ("videos", "audio"):
+            if kwargs.get(modality) is not None:
+                raise TypeError(f"FlashSloth reads pictures and text, but `{modality}` were passed; leave them out.")
+        images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        if images is not None:
+            rows = images if isinstance(images, (list, tuple)) else [images]
+            is_nested = any(isinstance(row, (list, tuple)) for row in rows)
+            images = [image for row in rows for image in (row if isinstance(row, (list, tuple)) else [row])]
+            if text is not None:
+                self._check_image_counts(text, [_count(row) for row in rows] if is_nested else [len(images)])
+        elif text is not None:
+            self._check_image_counts(text, [0])
+        return images or None, text, videos, audio
+
+    def _check_image_counts(self, text: Sequence[str], num_images: Sequence[int]) -> None:
+        """Compare placeholders and pictures: row by row if the pictures came in rows, else in total."""
+        if not all(isinstance(sample, str) for sample in text):
+            raise TypeError("`text` must be a string or a list of strings, one for each row.")
+        expected = [sample.count(self.image_token) for sample in text]
+        if len(num_images) == len(expected) and list(num_images) == expected:
+            return
+        if len(num_images) == 1 and sum(num_images) == sum(expected):
+            return
+        raise ValueError(
+            f"The prompts have {expected} `{self.image_token}` placeholders a row, {sum(expected)} in all, but "
+            f"{sum(num_images)} pictures were passed ({list(num_images)}); pass one picture for each placeholder, in "
+            "order, as one flat list or as one list for each row."
+        )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """Image tokens of one picture, as text."""
+        num_tiles = self.image_processor.get_number_of_image_patches(0, 0, kwargs)
+        return self.image_token * (num_tiles * self.image_seq_length)
+
+    def get_text_with_replacements(
+        self, text: list[str], images_replacements: Iterable[str] = (), *args: Any, **kwargs: Any
+    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """Expand the placeholders of pictures and queries.
+
+        Args:
+            text: Prompts.
+            images_replacements: What `replace_image_token` gave, picture by picture.
+            *args: Unused: FlashSloth has no other modality.
+            **kwargs: Unused.
+
+        Returns:
+            The expanded prompts, and for each the list of replacements, with `span` in the old and `new_span` in the
+            new text (characters).
+        """
+        image_texts = iter(images_replacements)
+        query_text = self.query_token * self.num_query_tokens
+        pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})|(?P<query>{re.escape(self.query_token)})")
+        expanded, offsets = [], []
+        for sample in text:
+            row, growth = [], 0
+            for match in pattern.finditer(sample):
+                replacement = query_text if match.lastgroup == "query" else next(image_texts)
+                start, end = match.span()
+                row.append(
+                    {
+                        "type": match.lastgroup,
+                        "span": (start, end),
+                        "new_span": (start + growth, start + growth + len(replacement)),
+                        "text": match.group(),
+                        "replacement": replacement,
+                    }
+                )
+                growth += len(replacement) - (end - start)
+            replacements = iter(row)
+            expanded.append(pattern.sub(lambda _: next(replacements)["replacement"], sample))  # noqa: B023
+            offsets.append(row)
+        return expanded, offsets
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """Refuse prompts that were truncated through image or query tokens."""
+        rows = text_inputs["input_ids"]
+        rows = rows.tolist() if hasattr(rows, "tolist") else rows
+        for token, token_id in ((self.image_token, self.image_token_id), (self.query_token, self.query_token_id)):
+            for row, (sample, ids) in enumerate(zip(text, rows, strict=False)):
+                expected, found = sample.count(token), list(ids).count(token_id)
+                if expected != found:
+                    raise ValueError(
+                        f"Row {row} has {expected} `{token}` tokens, but {found} are left after tokenization: the "
+                        "prompt was truncated through them. Raise `max_length`, shorten the text, or do not truncate."
+                    )
+
+    def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
+        """Sort the arguments of a call by modality; unknown ones are refused instead of ignored."""
+        annotations = self.valid_processor_kwargs.__annotations__
+        known = {"common_kwargs", "tokenizer_init_kwargs", "ModelProcessorKwargs", "return_metadata", *annotations}
+        for valid in (*annotations.values(), self.image_processor.valid_kwargs):
+            known.update(getattr(valid, "__annotations__", {}))
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise TypeError(
+                f"FlashSlothProcessor does not know the argument{'s' * (len(unknown) > 1)} {', '.join(unknown)}; it "
+                f"takes {', '.join(sorted(self.image_processor.valid_kwargs.__annotations__))} for pictures, and "
+                "the tokenizer's arguments, such as padding, truncation, max_length and return_tensors."
+            )
+        return super()._merge_kwargs(*args, **kwargs)
+
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence | None = None, **kwargs: Any) -> MultiModalData:
+        """Number of image tokens and tiles of pictures of given sizes, `(height, width)` in pixels."""
+        if image_sizes is None:
+            return MultiModalData()
+        tiles = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
+        tokens = [num_tiles * self.image_seq_length for num_tiles in tiles]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Decode what `generate` returned.
+
+        Args:
+            generated_outputs: Ids, `(batch, seq_length)`.
+            skip_special_tokens: Whether to leave image, query and end tokens out.
+            **kwargs: Passed on to the tokenizer's `batch_decode`.
+
+        Returns:
+            One text for each row, without surrounding blanks.
+        """
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [text.strip() for text in texts]
+
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _token_id(tokenizer: Any, token: str) -> int:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise TypeError(
+            f"FlashSlothProcessor needs a fast tokenizer, but got {type(tokenizer).__name__}; load it with "
+            "`AutoTokenizer.from_pretrained`."
+        )
+    token_id = tokenizer.get_vocab().get(token)
+    if token_id is None:
+        raise ValueError(
+            f"The tokenizer does not know `{token}`; add it with "
+            f"`tokenizer.add_special_tokens({{'additional_special_tokens': ['{token}']}})`."
+        )
+    return token_id
+
+
+def _ignore_guard(tokenizer: Any) -> None:
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is None:
+        backend.normalizer = normalizers.Replace(GUARD, "")
+    elif GUARD in backend.normalizer.normalize_str(GUARD):
+        backend.normalizer = normalizers.Sequence([normalizers.Replace(GUARD, ""), backend.normalizer])
+
+
+def _guarded(node: Any, pattern: re.Pattern) -> Any:
+    """Copy conversations, messages or parts, with the control tokens in their text kept apart."""
+    if isinstance(node, (list, tuple)):
+        return [_guarded(item, pattern) for item in node]
+    if hasattr(node, "messages"):
+        return _guarded(node.messages, pattern)
+    if isinstance(node, dict):
+        return {
+            name: _guarded_text(value, pattern) if name in ("content", "text") else value
+            for name, value in node.items()
+        }
+    return node
+
+
+def _guarded_text(value: Any, pattern: re.Pattern) -> Any:
+    if isinstance(value, str):
+        return pattern.sub(lambda match: match.group()[0] + GUARD + match.group()[1:], value)
+    return _guarded(value, pattern)
+
+
+def _count(row: Any) -> int:
+    return len(row) if isinstance(row, (list, tuple)) else 1
+
+
+__all__ = ["FlashSlothProcessor"]

@@ -1,0 +1,144 @@
+r"""Where pictures, questions and queries stand in a batch of prompts.
+
+    … USER: <image>×81 \n question <query>×9 ASSISTANT: answer </s>USER: question 2 <query>×9 ASSISTANT:
+                         └instruction┘└block┘                         └instruction┘└block┘
+
+All of it follows from the ids, by masks over the sequence: no loops over rows, no padding copies, and no value is read
+from the device, except to refuse prompts that cannot be answered right.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .configuration_flashsloth import FlashSlothConfig
+
+
+class PromptSpans(NamedTuple):
+    """Where pictures, questions and queries stand in a batch of prompts, as masks and indices over the sequence.
+
+    Attributes:
+        image_mask: True at image tokens, `(batch, seq_length)`.
+        query_mask: True at query tokens, `(batch, seq_length)`.
+        query_rank: Which query of its block a query token is, from 0, `(batch, seq_length)`.
+        query_start: Where the block of a query token begins, `(batch, seq_length)`.
+        instruction_start: Where an instruction begins that ends here, `(batch, seq_length)`; -1: nowhere in this call.
+        num_tiles_before: Tiles of the row that stand before a position or are in the cache, `(batch, seq_length)`.
+        num_image_tokens: Image tokens of every row, `(batch,)`.
+        num_cached_tiles: Tiles of every row that are in the cache, `(batch,)`.
+        first_tile: Index of every row's first tile among all tiles, `(batch,)`.
+    """
+
+    image_mask: torch.Tensor
+    query_mask: torch.Tensor
+    query_rank: torch.Tensor
+    query_start: torch.Tensor
+    instruction_start: torch.Tensor
+    num_tiles_before: torch.Tensor
+    num_image_tokens: torch.Tensor
+    num_cached_tiles: torch.Tensor
+    first_tile: torch.Tensor
+
+    @classmethod
+    def find(
+        cls, input_ids: torch.LongTensor, config: FlashSlothConfig, num_cached_tiles: torch.LongTensor | None
+    ) -> "PromptSpans":
+        """Derive the spans from the ids, without reading a value of them on the host.
+
+        Args:
+            input_ids: `(batch, seq_length)`.
+            config: Ids, id patterns and counts.
+            num_cached_tiles: Tiles of every row that are in the cache, `(batch,)`; `None`: none.
+        """
+        image_mask = input_ids == config.image_token_id
+        query_mask = input_ids == config.query_token_id
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        query_rank = (query_mask.cumsum(dim=1) - 1) % config.num_query_tokens
+        starts = torch.full_like(input_ids, -1)
+        for pattern in config.instruction_start_ids:
+            starts = torch.where(_ends_of(pattern, input_ids), positions + 1, starts)
+        num_image_tokens = image_mask.sum(dim=1)
+        if num_cached_tiles is None:
+            num_cached_tiles = torch.zeros_like(num_image_tokens)
+        num_tiles = num_image_tokens // config.image_seq_length + num_cached_tiles
+        tiles_here = image_mask.cumsum(dim=1) // config.image_seq_length
+        return cls(
+            image_mask=image_mask,
+            query_mask=query_mask,
+            query_rank=query_rank,
+            query_start=positions - query_rank,
+            instruction_start=starts.cummax(dim=1).values,
+            num_tiles_before=tiles_here + num_cached_tiles.unsqueeze(1),
+            num_image_tokens=num_image_tokens,
+            num_cached_tiles=num_cached_tiles,
+            first_tile=num_tiles.cumsum(dim=0) - num_tiles,
+        )
+
+    def check(self, config: FlashSlothConfig, num_tiles: int) -> int:
+        """Refuse prompts that cannot be answered right. Reads a few numbers a row from the device, once.
+
+        Args:
+            config: Counts.
+            num_tiles: Tiles in `pixel_values`.
+
+        Returns:
+            How many tiles the row with most of them reads; 0 if this call has neither image nor query tokens.
+
+        Raises:
+            ValueError: If image tokens and pictures differ in number, image or query tokens were cut, or a query
+                block has lost its question.
+        """
+        after_query = nn.functional.pad(self.query_mask[:, :-1], (1, 0))
+        torn = (self.query_mask & (self.query_rank > 0) & ~after_query).any(dim=1)
+        lost = (self.query_mask & (self.num_tiles_before > 0) & (self.instruction_start < 0)).any(dim=1)
+        facts = (self.num_image_tokens, self.num_cached_tiles, self.query_mask.sum(dim=1), torn, lost)
+        rows = torch.stack(facts, dim=1).tolist()
+        for row, (num_image_tokens, _, num_queries, is_torn, is_lost) in enumerate(rows):
+            if num_image_tokens % config.image_seq_length:
+                raise ValueError(
+                    f"Row {row} has {num_image_tokens} image tokens, but a tile has {config.image_seq_length}: the "
+                    "prompt was truncated, or split by a chunked prefill, inside a picture. Raise `max_length`, or "
+                    "leave `prefill_chunk_size` out."
+                )
+            if num_queries % config.num_query_tokens or is_torn:
+                raise ValueError(
+                    f"Row {row} has {num_queries} query tokens that are not in whole blocks of "
+                    f"{config.num_query_tokens}: the prompt was truncated, or not built by `FlashSlothProcessor`."
+                )
+            if is_lost:
+                raise ValueError(
+                    f"Row {row} has query tokens, but their question does not begin in this call (none of "
+                    f"`instruction_start_ids`={config.instruction_start_ids} before them): a chunked prefill or a "
+                    "cached prefix must not part a question from its queries, and a raw prompt needs the original "
+                    "format, `USER: <image>\\nQUESTION<learnable> ASSISTANT:`."
+                )
+        _check_tile_count(rows, config, num_tiles)
+        if not any(row[0] or row[2] for row in rows):
+            return 0
+        return max(row[0] // config.image_seq_length + row[1] for row in rows)
+
+
+def _check_tile_count(rows: list[list[int]], config: FlashSlothConfig, num_tiles: int) -> None:
+    num_image_tokens, num_cached, num_queries = (sum(row[i] for row in rows) for i in range(3))
+    expected = num_image_tokens // config.image_seq_length + num_cached
+    if num_tiles == expected or (num_tiles == 0 and num_image_tokens == 0 and num_queries == 0):
+        return
+    where = f" and {num_cached} tiles in the cache" if num_cached else ""
+    raise ValueError(
+        f"`input_ids` has {num_image_tokens} image tokens{where}, so {expected} tiles are expected, but "
+        f"`pixel_values` gives {num_tiles} ({num_tiles * config.image_seq_length} features); build both with "
+        "`FlashSlothProcessor`, pass the pixels of all pictures again when you continue on a cache, and leave "
+        "`prefill_chunk_size` out."
+    )
+
+
+def _ends_of(pattern: list[int], input_ids: torch.LongTensor) -> torch.Tensor:
+    """True where an id pattern ends, `(batch, seq_length)`."""
+    length = input_ids.shape[1]
+    if length < len(pattern):
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    matches = input_ids[:, : length - len(pattern) + 1] == pattern[0]
+    for offset, token_id in enumerate(pattern[1:], start=1):
+        matches = matches & (input_ids[:, offset : length - len(pattern) + 1 + offset] == token_id)
+    return nn.functional.pad(matches, (len(pattern) - 1, 0))

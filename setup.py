@@ -1,0 +1,57 @@
+"""Builds the package `flashsloth` from the repository root, which is a Hub model repository at the same time."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+CHECKPOINT = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+
+
+class BuildModules(build_py):
+    """Leaves this file out of the package, though it lies beside the modules."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Modules of the package, as setuptools finds them, without `setup`."""
+        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+
+
+setup(
+    name="flashsloth",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text(encoding="utf-8")).group(1),
+    description="FlashSloth, a small and fast vision-language model, for transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    install_requires=[
+        "huggingface_hub",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "tokenizers",
+        "torch>=2.6",
+        "tqdm",
+        "transformers>=5.17,<6",
+    ],
+    extras_require={
+        "flash-attn": ["flash-attn"],
+        "test": ["accelerate", "matplotlib", "pytest", "ruff"],
+        "train": ["accelerate", "matplotlib"],
+    },
+    packages=["flashsloth"],
+    package_dir={"flashsloth": "."},
+    package_data={"flashsloth": CHECKPOINT},
+    cmdclass={"build_py": BuildModules},
+    entry_points={"console_scripts": ["flashsloth = flashsloth.cli:main"]},
+)
