@@ -35,7 +35,6 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-
 logger = logging.get_logger(__name__)
 
 # Tiles along one side of the enlarged picture in FlashSloth-HD.
@@ -44,9 +43,13 @@ TILES_PER_SIDE = 2
 # Accepted channel counts, the likeliest first: this order decides when both ends of a shape could be the channels.
 CHANNEL_COUNTS = (3, 4, 1)
 
-# JPEG's own limit. Pillow keeps a (width, picture height) intermediate while resizing, so a 1-pixel-wide strip that
-# passes its decompression-bomb check can still take many gigabytes.
+# JPEG's own limit. The padded picture is as long as the longer side: a strip of a million pixels, which passes Pillow's
+# check for decompression bombs, would take gigabytes.
 MAX_SIDE = 65_535
+
+# Floats with fractions and a maximum between 1 and this are taken for neither 0..1 nor 0..255: they may be 0..1 that
+# overshot in a resize, or linear light, and reading them as nearly black would be a silent mistake.
+DARKEST_WHITE = 16
 
 # Pixels of padded picture that are held at a time when a tall picture is padded to a square.
 STRIP_PIXELS = 2**20
@@ -80,8 +83,8 @@ class FlashSlothImageProcessor(PilBackend):
     - **Alpha** is dropped, as the original does: the colour stored under a transparent pixel shows.
     - **16-bit** pictures (modes `I;16*`, dtype uint16) are scaled, 65535 being white. Mode `I` and wider integers are
       taken as 8-bit when no value exceeds 255, else as 16-bit.
-    - **Floats** (arrays, and mode `F`) within 0..1 have white at 1, whatever `do_rescale` says; whole numbers within
-      0..255 are taken as such; anything else raises. An array that holds only 0.0 and 1.0 is black and white.
+    - **Floats** (arrays, and mode `F`) within 0..1 have white at 1, whatever `do_rescale` says; beyond that they are
+      rounded levels within 0..255; what fits neither scale raises. An array of only 0.0 and 1.0 is black and white.
     - **Booleans** are black and white.
     - **Layouts**: `(height, width)`, and 1, 3 or 4 channels first or last. Where both ends could be the channels,
       3 wins over 4 over 1, then first over last, with a warning; `input_data_format` settles it.
@@ -107,10 +110,11 @@ class FlashSlothImageProcessor(PilBackend):
         """Sets the defaults of every later call; an argument that is `None` keeps the class's default.
 
         Raises:
-            TypeError: An argument is unknown.
+            TypeError: An argument is unknown, or `do_image_splitting` is no bool.
             ValueError: An argument has a value that FlashSloth has no use for.
         """
         _check_names(kwargs, self._argument_names(), FILE_KEYS)
+        _check_flag(kwargs.get("do_image_splitting"))
         super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._argument_names()})
 
@@ -185,6 +189,7 @@ class FlashSlothImageProcessor(PilBackend):
             ValueError: A picture cannot be read or interpreted, or an argument has an impossible value.
         """
         _check_names(kwargs, self._argument_names())
+        _check_flag(kwargs.get("do_image_splitting"))
         return super().preprocess(images, **{name: value for name, value in kwargs.items() if value is not None})
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
@@ -194,8 +199,8 @@ class FlashSlothImageProcessor(PilBackend):
         unused = [name for name in UNUSED_ARGUMENTS if kwargs.get(name)]
         if unused:
             raise ValueError(
-                f"FlashSloth sees the whole picture, neither cropped nor padded by a chosen size, and counts its tokens "
-                f"itself, so {unused} have no effect; leave them out."
+                f"Expected no cropping, padding or token count, found {unused}: FlashSloth sees the whole picture and "
+                "counts its tokens itself; leave these arguments out."
             )
         if kwargs.get("data_format") not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
             raise ValueError(
@@ -216,9 +221,8 @@ class FlashSlothImageProcessor(PilBackend):
         **kwargs: Any,
     ) -> BatchFeature:
         images = self._prepare_images_structure(images)
-        tiles_per_image = self.get_number_of_image_patches(
-            size.height, size.width, {"do_image_splitting": do_image_splitting}
-        )
+        options = {"do_image_splitting": do_image_splitting}
+        tiles_per_image = self.get_number_of_image_patches(size.height, size.width, options)
         pixel_values = np.empty((len(images) * tiles_per_image, 3, size.height, size.width), dtype=np.float32)
         tiles = iter(pixel_values)
         for index, image in enumerate(images):
@@ -250,16 +254,12 @@ class FlashSlothImageProcessor(PilBackend):
         Returns:
             The picture as a PIL image, which Pillow resizes without another copy.
         """
-        if get_image_type(image) == ImageType.PIL:
-            _check_sides(image.height, image.width, name)
-            converted = _convert_pil(image, name)
-            mode = image.mode
-        else:
-            converted = _convert_array(_to_numpy(image), input_data_format, name)
-            mode = converted.mode
-        if do_convert_rgb is False and mode != "RGB":
-            raise ValueError(f"Expected RGB in {name}, found mode {mode}; leave `do_convert_rgb` at True.")
-        return converted if converted.mode == "RGB" else converted.convert("RGB")
+        if get_image_type(image) != ImageType.PIL:
+            image = _array_to_pil(_to_numpy(image), input_data_format, name)
+        _check_sides(image.height, image.width, name)
+        if do_convert_rgb is False and image.mode != "RGB":
+            raise ValueError(f"Expected mode RGB in {name}, found {image.mode}; leave `do_convert_rgb` at True.")
+        return _convert_to_rgb(image, name)
 
     def _cut(
         self,
@@ -275,8 +275,8 @@ class FlashSlothImageProcessor(PilBackend):
         if not do_resize:
             if do_image_splitting or picture.size != (width, height):
                 raise ValueError(
-                    f"With `do_resize=False` expected pictures of {width}x{height} and no `do_image_splitting`, found "
-                    f"{picture.width}x{picture.height} and do_image_splitting={do_image_splitting}; set `do_resize=True`."
+                    f"Expected pictures of {width}x{height} and no `do_image_splitting` with `do_resize=False`, found "
+                    f"{picture.width}x{picture.height} and {do_image_splitting}; set `do_resize=True`."
                 )
             yield picture
             return
@@ -299,20 +299,20 @@ def _check_names(arguments: Iterable[str], valid: Iterable[str], also_valid: Ite
         raise TypeError(f"FlashSlothImageProcessor does not know {unknown}; {hint}Expected some of {valid}.")
 
 
+def _check_flag(do_image_splitting: bool | None) -> None:
+    if not isinstance(do_image_splitting, bool | None):
+        raise TypeError(
+            f"Expected `do_image_splitting` to be True or False, found {do_image_splitting!r}; pass a bool."
+        )
+
+
 def _check_settings(
-    size: SizeDict,
-    do_image_splitting: bool,
-    image_mean: float | Iterable[float],
-    image_std: float | Iterable[float],
-    **kwargs: Any,
+    size: SizeDict, image_mean: float | Iterable[float], image_std: float | Iterable[float], **kwargs: Any
 ) -> None:
     if not (size.height and size.width and size.height > 0 and size.width > 0):
         raise ValueError(
-            f"Expected `size` with a positive height and width, found {dict(size)}; {{'height': 384, 'width': 384}} is the default."
-        )
-    if not isinstance(do_image_splitting, bool):
-        raise ValueError(
-            f"Expected `do_image_splitting` to be True or False, found {do_image_splitting!r}; pass a bool."
+            f"Expected `size` with a positive height and width, found {dict(size)}; pass the pixels that the model's "
+            "vision tower was built for, such as {'height': 384, 'width': 384}."
         )
     for name, value in (("image_mean", image_mean), ("image_std", image_std)):
         if np.shape(value) not in ((), (3,)):
@@ -338,31 +338,31 @@ def _flatten(images: ImageInput | list, expected_ndims: int) -> Iterator[ImageIn
 
 
 def _load(source: str) -> Image.Image:
+    # Not `Path.is_file`: it raises for a base64 string, which is too long for a name.
+    is_file = os.path.isfile(source)  # noqa: PTH113
     try:
-        if os.path.isfile(source):
-            # `load_image` would also convert to RGB, where Pillow clips 16-bit pictures instead of scaling them.
-            with Image.open(source) as image:
-                return ImageOps.exif_transpose(image)
-        return load_image(source)
+        if not is_file:
+            return load_image(source)
+        # `load_image` would also convert to RGB, where Pillow clips 16-bit pictures instead of scaling them.
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image)
     except PICTURE_ERRORS as error:
-        # `load_image` reports Pillow's error inside one of its own, together with the whole base64 string.
-        reason = error.__context__ or error
+        # `load_image` wraps Pillow's error in a ValueError that repeats the whole base64 string.
+        is_wrapped = not is_file and type(error) is ValueError and error.__context__ is not None
+        reason = error.__context__ if is_wrapped else error
         shown = source if len(source) <= 80 else f"{source[:80]}…"
+        found = "a file that Pillow cannot read" if is_file else "no file, and as a URL or base64 no picture to Pillow"
         raise ValueError(
-            f"Expected the path, URL or base64 string of a complete picture that Pillow can read, found {shown!r}, "
-            f"which it cannot ({type(reason).__name__}: {_first_line(reason)}); check that the file exists and is "
-            f"whole, save it again, or leave it out.{_bomb_advice(reason)}"
+            f"Expected the path, URL or base64 string of a complete picture, found {shown!r}: {found} "
+            f"({_describe(reason)}); correct the path, save the picture again, or leave it out."
         ) from reason
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error)[:200].partition("\n")[0]
-
-
-def _bomb_advice(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
+    text = f"{type(error).__name__}: {str(error)[:200]}"
     if isinstance(error, Image.DecompressionBombError):
-        return " If you trust the source, raise `PIL.Image.MAX_IMAGE_PIXELS`, or open and shrink the picture yourself."
-    return ""
+        text += " If you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`"
+    return text
 
 
 def _to_numpy(array: Any) -> np.ndarray:
@@ -374,7 +374,7 @@ def _to_numpy(array: Any) -> np.ndarray:
 
 
 def _grey_to_pil(values: np.ndarray) -> Image.Image:
-    """Keeps a grey picture's values, in the mode that `_convert_pil` reads in the way the array would be read."""
+    """Keeps a grey picture's values, in the mode that `_convert_to_rgb` reads in the way the array would be read."""
     name = "an array of grey values"
     _check_sides(*values.shape, name)
     if values.dtype == np.uint16:
@@ -384,36 +384,36 @@ def _grey_to_pil(values: np.ndarray) -> Image.Image:
     return Image.fromarray(_to_uint8(values, name))
 
 
-def _convert_pil(image: Image.Image, name: str) -> Image.Image:
+def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Converts a picture of any mode to RGB, without its alpha."""
     try:
-        if image.mode == "F" or image.mode.startswith("I"):
-            # Pillow clips these modes to 0..255, which turns all but the darkest 16-bit pixels white.
-            image.load()
-            values = np.asarray(image)
-        else:
+        # Reads the rest of a file that was only opened.
+        image.load()
+        if image.mode != "F" and not image.mode.startswith("I"):
             return _convert_shallow(image)
+        # Pillow clips these modes to 0..255, which turns all but the darkest 16-bit pixels white.
+        values = np.asarray(image)
     except PICTURE_ERRORS as error:
         raise ValueError(
             f"Expected a complete picture that Pillow can convert to RGB, found mode {image.mode} in {name}, which it "
-            f"cannot ({type(error).__name__}: {_first_line(error)}); save it again as RGB, or leave it out."
+            f"cannot ({_describe(error)}); save it again as RGB, or leave it out."
         ) from error
     return Image.fromarray(_to_uint8(values, name)).convert("RGB")
 
 
 def _convert_shallow(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
     if image.mode == "La":
         image = image.convert("LA")
     if isinstance(image.info.get("transparency"), bytes):
         # Pillow warns when such a palette loses its alpha in one step; the colours are the same.
         image = image.convert("RGBA")
-    # `load` reads the rest of a file that was only opened, also where there is nothing to convert.
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
-def _convert_array(array: np.ndarray, input_data_format: str | ChannelDimension | None, name: str) -> Image.Image:
-    """Converts an array with 1, 3 or 4 channels to a PIL image in mode L or RGB."""
+def _array_to_pil(array: np.ndarray, input_data_format: str | ChannelDimension | None, name: str) -> Image.Image:
+    """Turns an array with 1, 3 or 4 channels into a PIL image in mode L, RGB or RGBA."""
     shape = array.shape
     if array.ndim == 2:
         array = array[..., None]
@@ -426,10 +426,8 @@ def _convert_array(array: np.ndarray, input_data_format: str | ChannelDimension 
             f"input_data_format={input_data_format}; select the channels to show, or correct `input_data_format`."
         )
     _check_sides(*array.shape[:2], name)
-    array = array[..., :3]
-    if array.shape[-1] == 1:
-        array = array[..., 0]
-    return Image.fromarray(np.ascontiguousarray(_to_uint8(array, name)))
+    array = _to_uint8(array, name)
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
 
 
 def _infer_layout(shape: tuple[int, ...]) -> ChannelDimension:
@@ -475,13 +473,12 @@ def _floats_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
         )
     if low >= 0 and high <= 1:
         return np.rint(values * np.float32(255)).astype(np.uint8)
-    if low >= 0 and high <= 255:
-        whole = values.astype(np.uint8)
-        if np.array_equal(whole, values):
-            return whole
+    levels = np.rint(values)
+    if low >= 0 and high <= 255 and (high >= DARKEST_WHITE or np.array_equal(levels, values)):
+        return levels.astype(np.uint8)
     raise ValueError(
-        f"Expected float pixels within 0..1, or whole numbers within 0..255, in {name}, found {low} to {high}; undo an "
-        "earlier normalisation, clip to 0..1, or round 0..255 and convert to uint8."
+        f"Expected float pixels within 0..1 or 0..255 in {name}, found {low} to {high}, which fits neither scale; undo "
+        "an earlier normalisation, clip an overshoot to 0..1, or convert to uint8."
     )
 
 
@@ -514,10 +511,9 @@ def _levels(
     **kwargs: Any,
 ) -> np.ndarray:
     """The 256 float32 values, per channel, that the 256 levels of an 8-bit picture become: (3, 256)."""
-    if do_rescale:
-        scale = rescale_factor
-    else:
-        scale = 1 / 255 if _is_unit_range(image) else 1.0
+    # Without rescaling, a picture keeps the scale that it came in.
+    own_scale = 1 / 255 if not do_rescale and _is_unit_range(image) else 1.0
+    scale = rescale_factor if do_rescale else own_scale
     levels = np.broadcast_to(np.arange(256) * scale, (3, 256))
     if do_normalize:
         mean, std = (np.broadcast_to(value, 3)[:, None] for value in (image_mean, image_std))
@@ -549,7 +545,7 @@ def _pad_and_resize(
 ) -> Image.Image:
     """Pads to a centred square and resizes it to `size` (width, height), without ever holding that square.
 
-    From square to square, Pillow resizes rows first; a row's result depends on no other row, and padding stays padding.
+    From square to square, every Pillow resizes rows first; a row depends on no other row, and padding stays padding.
     So the picture's own rows are resized, and only then the rows above and below are added: the same bits, and a
     10000x3 picture takes 31 MB instead of 400.
     """

@@ -298,7 +298,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         self.embedded_query = EmbeddedQuery(config)
         layers = getattr(self.language_model, "layers", None)
         if not isinstance(layers, nn.ModuleList):
-            raise ValueError(
+            raise TypeError(
                 f"FlashSloth needs a decoder with a list `layers`, but {type(self.language_model).__name__} has none; "
                 "choose another `text_config`, such as phi, llama or qwen3."
             )

@@ -81,6 +81,8 @@ def translate_original_config(original: dict, *, folder: Path, vision_config: Pa
     phi_fields = AutoConfig.for_model("phi").to_dict()
     text = {name: value for name, value in original.items() if name in phi_fields or name in _ROPE_FIELDS}
     text |= {"model_type": "phi", "eos_token_id": PHI_2["eos_token_id"], "pad_token_id": PHI_2["pad_token_id"]}
+    if text.get("rope_scaling") is None:
+        text.pop("rope_scaling", None)  # transformers warns of it even where it says nothing
     for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
         text.pop(name, None)
     config = {

@@ -138,15 +138,18 @@ class FlashSlothProcessor(ProcessorMixin):
         return cls.from_original(pretrained_model_name_or_path, config, **hub_kwargs)
 
     @classmethod
-    def from_original(cls, source: Any, original_config: dict, **kwargs: Any) -> "FlashSlothProcessor":
+    def from_original(
+        cls, source: Any, original_config: dict, *, config: FlashSlothConfig | None = None, **kwargs: Any
+    ) -> "FlashSlothProcessor":
         """Build the processor of an original release, which has tokenizer files only.
 
         Args:
             source: Folder or Hub id of the release.
             original_config: Its `config.json`.
+            config: Its config in this package's form, if it is at hand. Default: read from `source`.
             **kwargs: Passed on to `AutoTokenizer.from_pretrained`.
         """
-        config = FlashSlothConfig.from_pretrained(source, **kwargs)
+        config = config or FlashSlothConfig.from_pretrained(source, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<learnable>", "<image>"]})
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"

@@ -1,0 +1,263 @@
+"""Command line of FlashSloth.
+
+flashsloth ask IMAGE QUESTION      answer a question about a picture
+flashsloth convert SOURCE OUTPUT   make an original release a complete model repository
+
+A command is a function that adds its parser and sets `run`, listed in `COMMANDS`. What it needs beyond arguments is
+imported when it runs.
+"""
+
+import argparse
+import contextlib
+import http.client
+import io
+import os
+import signal
+import sys
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PROGRAM = "flashsloth"
+SHIPPED_CHECKPOINT = Path(__file__).parent
+STDIN = "-"
+URL_PREFIXES = ("http://", "https://")
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+DEFAULT_MAX_NEW_TOKENS = 512
+EXIT_ERROR = 2
+EXIT_SIGNAL = 128  # a shell's convention: this plus the signal's number
+EXIT_BROKEN_PIPE = EXIT_SIGNAL + 13
+
+
+class CommandError(Exception):
+    """What a user can put right; shown as it is, without a traceback."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Command-line arguments. Default: the process's.
+
+    Returns:
+        Exit code: 0, or 2 for what a user can put right.
+    """
+    options = build_parser().parse_args(arguments)
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, _exit_by_signal)  # as an exception, so that what was half-written is removed
+    warnings.simplefilter("ignore")
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except CommandError as error:
+        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return EXIT_SIGNAL + signal.SIGINT
+    except BrokenPipeError:  # such as `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of all commands."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="FlashSloth, a small and fast vision-language model.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_command in COMMANDS:
+        add_command(commands)
+    return parser
+
+
+def _add_ask(commands: Any) -> None:
+    parser = commands.add_parser("ask", help="answer a question about a picture")
+    parser.add_argument("image", metavar="IMAGE", help="a file, an http(s) URL, or - for standard input")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="folder or Hub id (default: the shipped checkpoint)")
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=_positive_int,
+        default=DEFAULT_MAX_NEW_TOKENS,
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hd",
+        action="store_const",
+        const=True,
+        help="read the picture as five tiles (default: as the checkpoint says)",
+    )
+    parser.set_defaults(run=_ask)
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser("convert", help="make an original release a complete model repository")
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the release")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--vision-config", metavar="DIR", help="folder with the vision tower's config.json, for another tower"
+    )
+    parser.set_defaults(run=_convert)
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    if not options.question.strip():
+        raise CommandError('QUESTION is empty; ask something, such as "What is in the picture?".')
+    image = _read_image(options.image)
+    model, processor = _load_model(str(SHIPPED_CHECKPOINT if options.model is None else options.model))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": options.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"images_kwargs": {"do_image_splitting": options.hd}},
+    ).to(model.device, model.dtype)
+    model.generate(**inputs, max_new_tokens=options.max_new_tokens, streamer=_build_streamer(processor.tokenizer))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .convert import ConversionError, convert
+
+    _silence_transformers()
+    try:
+        done = convert(options.source, options.output, vision_config=options.vision_config, progress=True)
+    except (ConversionError, OSError) as error:
+        raise CommandError(error) from error
+    sys.stdout.write(
+        f"{done.output}: {done.num_parameters:,} parameters in {done.num_tensors} tensors, {done.dtype}, "
+        f"{done.num_bytes / 1e6:,.1f} MB in {done.num_shards} shard{'s' * (done.num_shards > 1)}\n"
+    )
+
+
+def _read_image(source: str) -> "Image.Image":
+    """Open the picture in a file, behind a URL, or on standard input."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from .image_processing_flashsloth import PICTURE_ERRORS
+
+    data = _read_bytes(source)
+    shown = "standard input" if source == STDIN else source
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise CommandError(f"{shown} is not a picture, or of a format that Pillow does not know.") from error
+    except PICTURE_ERRORS as error:
+        raise CommandError(f"{shown} is a picture that cannot be read: {_first_line(error)}") from error
+
+
+def _read_bytes(source: str) -> bytes:
+    if source == STDIN:
+        return sys.stdin.buffer.read()
+    try:
+        if source.lower().startswith(URL_PREFIXES):
+            # Some servers refuse the name that urllib gives itself.
+            request = urllib.request.Request(source, headers={"User-Agent": PROGRAM})
+            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+                return response.read()
+        return Path(source).read_bytes()
+    except FileNotFoundError as error:
+        raise CommandError(f"no such file: {source}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise CommandError(f"{source} cannot be read: {_first_line(reason)}") from error
+
+
+def _load_model(source: str) -> tuple[Any, Any]:
+    """Load model and processor, onto the accelerator if there is one."""
+    import torch
+    from safetensors import SafetensorError
+
+    from . import FlashSlothForConditionalGeneration, FlashSlothProcessor
+
+    _silence_transformers()
+    _check_model_type(source)
+    try:
+        processor = FlashSlothProcessor.from_pretrained(source)
+        model, report = FlashSlothForConditionalGeneration.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise CommandError(f"{source} cannot be loaded: {_first_line(error)}") from error
+    if missing := report["missing_keys"]:
+        raise CommandError(f"{source} is not complete: {len(missing)} tensors are missing, such as {min(missing)}.")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval(), processor
+
+
+def _check_model_type(source: str) -> None:
+    from transformers.configuration_utils import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError):
+        config = {}
+    if config.get("model_type") == "flashsloth":
+        return
+    if config:
+        raise CommandError(f"{source} is not a FlashSloth: its model_type is {config.get('model_type')!r}.")
+    if source == str(SHIPPED_CHECKPOINT):
+        raise CommandError(f"the shipped checkpoint is not in {source}; name another one with --model.")
+    reason = "it has no config.json" if Path(source).is_dir() else "neither a folder nor a Hub id that can be reached"
+    raise CommandError(f"no such model: {source} ({reason})")
+
+
+def _build_streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class AnswerStreamer(TextStreamer):
+        """Writes an answer while it grows, without the blank that it begins with."""
+
+        has_begun = False
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            """Write what is certain by now.
+
+            Args:
+                text: The next characters.
+                stream_end: Whether these are the last ones.
+            """
+            text = text if self.has_begun else text.lstrip()
+            self.has_begun = self.has_begun or bool(text)
+            sys.stdout.write(text + "\n" * stream_end)
+            sys.stdout.flush()
+
+    return AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _silence_transformers() -> None:
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _exit_by_signal(number: int, _frame: Any) -> None:
+    sys.exit(EXIT_SIGNAL + number)
+
+
+def _positive_int(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

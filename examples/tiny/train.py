@@ -1,0 +1,205 @@
+"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores in about two hours.
+
+    torchrun --nproc_per_node 2 examples/tiny/train.py --output tiny-flashsloth
+
+1. a tokenizer; 2. the vision tower, on what the drawing program knows of every patch; 3. the whole model but the tower,
+on conversations; 4. exact match on pictures that training never sees. A run that was stopped goes on where it was.
+One process with one thread a core suffers less from other work on the machine than one process with many threads; plain
+`python` does the same with one process.
+"""
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from conversations import (
+    END,
+    IMAGE,
+    PAD,
+    QUERY,
+    USER,
+    ConversationCollator,
+    ConversationDataset,
+    build_processor,
+    build_tokenizer,
+)
+from evaluate import as_table, evaluate
+from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
+from safetensors.torch import load_file, save_file
+from tower import PatchDataset, TowerForPatches, TowerTrainer
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+SEED = 0
+BATCH_SIZE = 64
+
+
+def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
+    """The architecture: 96 px in 8 px patches, 16 image tokens a picture, 4 query tokens a question."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, END, IMAGE, QUERY, USER)}
+    text_config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        bos_token_id=ids[PAD],
+        eos_token_id=ids[END],
+        pad_token_id=ids[PAD],
+    )
+    vision_config = SiglipVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=96,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    return FlashSlothConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=ids[IMAGE],
+        query_token_id=ids[QUERY],
+        pooling_window_size=3,
+        pooling_dropout=0.0,
+        num_query_tokens=4,
+        query_layer_idx=2,
+        query_hidden_size=128,
+        query_anchor_token_id=None,
+        instruction_start_ids=[[ids[IMAGE], *tokenizer.encode("\n")], [ids[USER]]],
+    )
+
+
+def training_arguments(folder: Path, num_steps: int) -> TrainingArguments:
+    """What both stages have in common."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=200,
+        weight_decay=0.02,
+        adam_beta2=0.98,
+        optim="adamw_torch_fused",
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        ddp_find_unused_parameters=False,
+        logging_steps=50,
+        save_steps=250,
+        save_total_limit=2,
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+        seed=SEED,
+    )
+
+
+def pretrain_tower(
+    config: FlashSlothConfig, processor: FlashSlothProcessor, folder: Path, num_steps: int
+) -> dict[str, torch.Tensor]:
+    """Train the vision tower, unless that was done before.
+
+    Returns:
+        Its weights.
+    """
+    weights = folder / "vision_tower.safetensors"
+    if weights.exists():
+        return load_file(weights)
+    set_seed(SEED)
+    tower = TowerForPatches(config.vision_config)
+    pictures = PatchDataset("train", num_steps * BATCH_SIZE, config.vision_config, processor.image_processor)
+    trainer = TowerTrainer(tower, training_arguments(folder, num_steps), train_dataset=pictures)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    if trainer.is_world_process_zero():
+        save_file(tower.vision_tower.state_dict(), weights)
+    return tower.vision_tower.state_dict()
+
+
+def train_on_conversations(
+    config: FlashSlothConfig,
+    processor: FlashSlothProcessor,
+    tower_weights: dict[str, torch.Tensor],
+    folder: Path,
+    num_steps: int,
+) -> Trainer:
+    """Train everything but the vision tower.
+
+    Returns:
+        The Trainer, with the trained model.
+    """
+    set_seed(SEED)
+    model = FlashSlothForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower_weights)
+    model.model.vision_tower.requires_grad_(False)
+    model.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
+    model.generation_config = GenerationConfig(
+        eos_token_id=config.text_config.eos_token_id,
+        pad_token_id=config.text_config.pad_token_id,
+        suppress_tokens=[config.image_token_id, config.query_token_id],
+    )
+    logger.info("%.2f M parameters", model.num_parameters() / 1e6)
+    trainer = Trainer(
+        model,
+        training_arguments(folder, num_steps),
+        train_dataset=ConversationDataset(num_steps * BATCH_SIZE, config.vision_config.image_size),
+        data_collator=ConversationCollator(processor),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    return trainer
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def main() -> None:
+    """Run all stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint")
+    parser.add_argument("--work", type=Path, help="folder for unfinished training (default: OUTPUT-work)")
+    parser.add_argument("--tower-steps", type=int, default=3000, help=f"steps of {BATCH_SIZE} pictures")
+    parser.add_argument("--steps", type=int, default=5000, help=f"steps of {BATCH_SIZE} conversations")
+    parser.add_argument("--evaluation-pictures", type=int, default=500)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    work = args.work or args.output.with_name(f"{args.output.name}-work")
+
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer)
+    processor = build_processor(config, tokenizer)
+    tower_weights = pretrain_tower(config, processor, work / "tower", args.tower_steps)
+    trainer = train_on_conversations(config, processor, tower_weights, work / "conversations", args.steps)
+    if trainer.is_world_process_zero():
+        model = trainer.model.to(torch.bfloat16).eval()
+        model.save_pretrained(args.output)
+        processor.save_pretrained(args.output)
+        result = evaluate(model, processor, args.evaluation_pictures)
+        (args.output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        logger.info("exact match:\n%s", as_table(result))
+
+
+if __name__ == "__main__":
+    main()

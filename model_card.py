@@ -1,0 +1,111 @@
+"""Model card of a FlashSloth checkpoint."""
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .configuration_flashsloth import FlashSlothConfig
+
+PHI_2_ID = "microsoft/phi-2"
+SIGLIP_ID = "google/siglip-so400m-patch14-384"
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+FlashSloth (arXiv [2412.04317](https://arxiv.org/abs/2412.04317)): a vision-language model whose decoder sees a picture
+as {num_image_tokens} tokens, and looks back at its {num_patches} patches when it is asked.
+
+| | |
+|---|---|
+| Parameters | {num_parameters:,} |
+| Decoder | {text_type}, {num_layers} layers of width {hidden_size} |
+| Vision tower | {vision_type}, {num_vision_layers} layers, {image_size} px |
+| Tiles of a picture | {num_tiles}{high_definition} |
+| Type of the weights | {dtype} |
+
+The weights are those of the original release, converted by `flashsloth convert`; no number was changed.
+
+## Use
+
+The code lies in this repository, so nothing beside transformers (5.17 or later) is needed:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model_id = "{name}"  # this repository's folder or Hub id
+processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=True)
+
+content = [{{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+answer = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].shape[1] :]
+sentence = processor.post_process_image_text_to_text(answer)[0]
+```
+
+With the package `flashsloth` installed, leave `trust_remote_code` out, or ask from the shell:
+
+```sh
+flashsloth ask picture.jpg "What is in the picture?" --model {name}
+```
+"""
+
+
+def build_model_card(
+    config: FlashSlothConfig, *, name: str, dtype: str, num_parameters: int, high_definition: bool
+) -> ModelCard:
+    """Write the model card of a converted release.
+
+    Args:
+        config: The checkpoint's config.
+        name: What the card calls the model.
+        dtype: Type of the weights, such as `float16`.
+        num_parameters: Number of parameters.
+        high_definition: Whether pictures are cut into five tiles.
+    """
+    text, vision = config.text_config, config.vision_config
+    metadata = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["custom_code", "flashsloth"],
+        base_model=_base_models(config),
+    )
+    num_tiles = 5 if high_definition else 1
+    return ModelCard(
+        CARD.format(
+            metadata=metadata.to_yaml(),
+            name=name,
+            num_image_tokens=num_tiles * config.image_seq_length,
+            num_patches=num_tiles * config.num_patches,
+            num_parameters=num_parameters,
+            text_type=text.model_type,
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            vision_type=vision.model_type,
+            num_vision_layers=vision.num_hidden_layers,
+            image_size=vision.image_size,
+            num_tiles=num_tiles,
+            high_definition=" (FlashSloth-HD)" if high_definition else "",
+            dtype=dtype,
+        )
+    )
+
+
+def _base_models(config: FlashSlothConfig) -> list[str] | None:
+    """Models that this one grew from, as far as their sizes tell."""
+    released, text, vision = FlashSlothConfig(), config.text_config, config.vision_config
+    bases = []
+    fields = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    if all(getattr(text, field) == getattr(released.text_config, field) for field in fields):
+        bases.append(PHI_2_ID)
+    fields = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
+    if all(getattr(vision, field) == getattr(released.vision_config, field) for field in fields):
+        bases.append(SIGLIP_ID)
+    return bases or None

@@ -1,0 +1,155 @@
+"""Tiny real models, of several decoder families, and the processor that goes with them."""
+
+import copy
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of huggingface is imported
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from flashsloth import (
+    FlashSlothConfig,
+    FlashSlothForConditionalGeneration,
+    FlashSlothImageProcessor,
+    FlashSlothProcessor,
+)
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+SPECIAL_TOKENS = ["<|endoftext|>", "</s>", "<image>", "<learnable>"]
+TEXT = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "initializer_range": 0.2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+DECODERS = {
+    "phi": {**TEXT, "num_attention_heads": 4, "max_position_embeddings": 512, "partial_rotary_factor": 0.5},
+    "llama": {**TEXT, **HEADS},
+    "qwen3": {**TEXT, **HEADS, "tie_word_embeddings": True},
+    "gemma3_text": {**TEXT, **HEADS, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 128},
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a byte, and FlashSloth's special tokens."""
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="</s>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<image>", "<learnable>"],
+        padding_side="left",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_config(tokenizer):
+    def make(family="phi", **changes):
+        ids = dict(zip(("pad_token_id", "eos_token_id"), tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[:2])))
+        fields = {
+            "text_config": {"model_type": family, **DECODERS[family], **ids, "bos_token_id": ids["pad_token_id"]},
+            "vision_config": dict(VISION),
+            "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+            "query_token_id": tokenizer.convert_tokens_to_ids("<learnable>"),
+            "pooling_window_size": 2,
+            "num_query_tokens": 3,
+            "query_layer_idx": 2,
+            "query_hidden_size": 24,
+            "query_anchor_token_id": tokenizer.convert_tokens_to_ids("."),
+            "instruction_start_ids": [
+                tokenizer.encode("<image>\n", add_special_tokens=False),
+                tokenizer.encode("USER:", add_special_tokens=False),
+            ],
+        }
+        return FlashSlothConfig(**copy.deepcopy(fields | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config):
+    """Builds a model whose modules all matter: with the usual small weights the queries would hardly be heard."""
+
+    def make(family="phi", attn_implementation="sdpa", **changes):
+        torch.manual_seed(0)
+        model = FlashSlothForConditionalGeneration._from_config(
+            make_config(family, **changes), attn_implementation=attn_implementation
+        )
+        with torch.no_grad():
+            for module in (model.model.embedded_query, model.model.spatial_attention_pooling, model.lm_head):
+                for parameter in module.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        special = [model.config.image_token_id, model.config.query_token_id]
+        model.generation_config.update(suppress_tokens=special, pad_token_id=model.config.text_config.pad_token_id)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session", params=sorted(DECODERS))
+def any_model(request, make_model):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def model(make_model):
+    return make_model("phi")
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer, make_config):
+    config = make_config()
+    return FlashSlothProcessor(
+        FlashSlothImageProcessor(size={"height": 32, "width": 32}),
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+        num_query_tokens=config.num_query_tokens,
+    )
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Four pictures that have nothing in common."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, 48, 40, 3), generator=generator, dtype=torch.uint8)
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+@pytest.fixture(scope="session")
+def ask(processor):
+    """Renders one conversation or several: a turn is (pictures, question) or, answered, (pictures, question, answer)."""
+
+    def render(*conversations, add_generation_prompt=True, padding_side="left", **kwargs):
+        batch = []
+        for turns in conversations:
+            messages = []
+            for pictures, question, *answer in turns:
+                images = [{"type": "image", "image": picture} for picture in pictures]
+                messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+                messages += [{"role": "assistant", "content": text} for text in answer]
+            batch.append(messages)
+        return processor.apply_chat_template(
+            batch,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": padding_side, **kwargs},
+        )
+
+    return render

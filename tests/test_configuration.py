@@ -1,0 +1,131 @@
+"""The configuration: defaults, round trips, and impossible combinations."""
+
+import json
+
+import pytest
+from conftest import VISION
+from transformers import AutoConfig
+
+from flashsloth import FlashSlothConfig, FlashSlothModel
+
+
+def test_defaults_are_the_released_model():
+    config = FlashSlothConfig()
+    config.check()
+    text, vision = config.text_config, config.vision_config
+    assert (text.model_type, text.hidden_size, text.num_hidden_layers, text.vocab_size) == ("phi", 2560, 32, 51200)
+    assert text.rope_parameters["partial_rotary_factor"] == 0.4
+    assert (vision.model_type, vision.hidden_size, vision.num_hidden_layers) == ("siglip_vision_model", 1152, 26)
+    assert (config.patch_grid_size, config.num_patches, config.image_seq_length) == (27, 729, 81)
+    assert (config.query_layer_idx, config.query_hidden_size, config.num_query_heads) == (7, 576, 32)
+    assert (config.num_query_tokens, config.query_anchor_token_id, config.lm_head_bias) == (9, 764, True)
+
+
+def test_a_saved_config_loads_equal(make_config, tmp_path):
+    config = make_config("qwen3", num_query_heads=2)
+    config.save_pretrained(tmp_path)
+    saved, loaded = config.to_dict(), AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert loaded["model_type"] == "flashsloth"
+    for name in set(saved) - {"architectures", "_name_or_path"}:
+        assert loaded[name] == saved[name], name
+
+
+def test_a_saved_config_names_its_code(make_config, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+    }
+
+
+def test_heads_and_head_bias_follow_the_decoder(make_config):
+    assert make_config("phi").lm_head_bias is True
+    assert make_config("llama").lm_head_bias is False
+    assert make_config("llama").num_query_heads == 4
+    assert make_config("qwen3").tie_word_embeddings is True
+
+
+IMPOSSIBLE = [
+    ({"pooling_window_size": 3}, r"`pooling_window_size`=3 must divide .* 4"),
+    ({"pooling_window_size": 0}, r"`pooling_window_size`=0"),
+    ({"query_layer_idx": 4}, r"`query_layer_idx`=4 must be from 0 to 3"),
+    ({"query_layer_idx": -1}, r"`query_layer_idx`=-1"),
+    ({"query_hidden_size": 25}, r"`query_hidden_size`=25 must be a multiple of `num_query_heads`=4"),
+    ({"num_query_heads": 3}, r"`vision_config.hidden_size`=32 must be a multiple of `num_query_heads`=3"),
+    ({"num_query_heads": 0}, r"`num_query_heads`=0"),
+    ({"num_query_tokens": 0}, r"`num_query_tokens` must be at least 1"),
+    ({"pooling_dropout": 1.0}, r"`pooling_dropout` must be in \[0, 1\)"),
+    ({"image_token_id": 264}, r"`image_token_id`=264 is outside the decoder's vocabulary of 264"),
+    ({"query_token_id": -1}, r"`query_token_id`=-1 is outside"),
+    ({"query_anchor_token_id": 1000}, r"`query_anchor_token_id`=1000 is outside"),
+    ({"instruction_start_ids": [[1, 999]]}, r"`instruction_start_ids.*`=999 is outside"),
+    ({"instruction_start_ids": []}, r"at least one non-empty id pattern"),
+    ({"instruction_start_ids": [[1], []]}, r"at least one non-empty id pattern"),
+    ({"query_token_id": 258}, r"must differ"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE)
+def test_impossible_combinations_are_refused_when_the_model_is_built(make_config, change, message):
+    assert make_config().image_token_id == 258
+    config = make_config()
+    for name, value in change.items():
+        setattr(config, name, value)  # as `from_pretrained(..., name=value)` does, past any check at construction
+    with pytest.raises(ValueError, match=message):
+        FlashSlothModel(config)
+
+
+@pytest.mark.parametrize(
+    "vision_config", [{**VISION, "image_size": [32, 40]}, {"model_type": "siglip2_vision_model", "num_attention_heads": 4}]
+)
+def test_a_tower_without_a_square_grid_is_refused(make_config, vision_config):
+    config = make_config(vision_config=vision_config)
+    with pytest.raises(ValueError, match="square pictures and patches.*choose another tower"):
+        FlashSlothModel(config)
+
+
+def test_a_decoder_without_layers_is_refused(make_config):
+    text = {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 264}
+    with pytest.raises(TypeError, match="needs a decoder with a list `layers`, but GPT2Model has none"):
+        FlashSlothModel(make_config(text_config=text))
+
+
+def test_an_original_config_is_translated(tmp_path):
+    original = {
+        "model_type": "flashsloth",
+        "hidden_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 10240,
+        "vocab_size": 51200,
+        "partial_rotary_factor": 0.4,
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+        "mm_vision_select_layer": -2,
+        "mm_projector_type": "mlp2x_gelu",
+        "torch_dtype": "float16",
+        "image_hd": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(original))
+    config = FlashSlothConfig.from_pretrained(tmp_path)
+    default = FlashSlothConfig()
+    assert config.vision_config.to_diff_dict() == default.vision_config.to_diff_dict()
+    for name in ("hidden_size", "num_hidden_layers", "rope_parameters", "vocab_size", "eos_token_id", "pad_token_id"):
+        assert getattr(config.text_config, name) == getattr(default.text_config, name), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mm_projector_type": "linear"}, "mm_projector_type.*'linear'"),
+        ({"mm_vision_select_layer": -40}, "`mm_vision_select_layer`=-40 is not a layer"),
+    ],
+)
+def test_an_original_config_of_another_model_is_refused(tmp_path, change, message):
+    original = {"model_type": "flashsloth", "mm_vision_tower": "google/siglip-so400m-patch14-384", **change}
+    (tmp_path / "config.json").write_text(json.dumps(original))
+    with pytest.raises(ValueError, match=message):
+        FlashSlothConfig.from_pretrained(tmp_path)

@@ -1,0 +1,524 @@
+"""The model sees exactly the pictures that the original saw, from whatever the user has; the rest is a clear error."""
+
+import base64
+import io
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from flashsloth import FlashSlothImageProcessor
+
+GOLDEN = Path(__file__).parent / "golden" / "images"
+FILES = {name: GOLDEN / case["file"] for name, case in json.loads((GOLDEN / "images.json").read_text()).items()}
+MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return FlashSlothImageProcessor()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A processor that gives levels 0..255, in tiles as large as `picture`, which is then not resized."""
+    return FlashSlothImageProcessor(size={"height": 6, "width": 8}, do_rescale=False, do_normalize=False)
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+
+
+def levels(features):
+    """`pixel_values` as the pictures they were, `(tiles, height, width, 3)`; fails unless they are 8-bit levels."""
+    values = (np.asarray(features["pixel_values"]) * np.float32(0.5) + np.float32(0.5)) * np.float32(255)
+    rounded = np.rint(values)
+    assert np.abs(values - rounded).max() < 1e-4
+    return rounded.astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def pixels(features):
+    """What a processor without rescaling and normalising gives, `(tiles, height, width, 3)`."""
+    return features["pixel_values"].transpose(0, 2, 3, 1)
+
+
+def array(path, channels_first=False):
+    values = np.asarray(Image.open(path))
+    values = values[..., None] if values.ndim == 2 else values
+    return values.transpose(2, 0, 1).copy() if channels_first else values.copy()
+
+
+FORMS = {
+    "path string": str,
+    "path": lambda path: path,
+    "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
+    "data url": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+    "pil": Image.open,
+    "numpy, channels last": array,
+    "numpy, channels first": lambda path: array(path, channels_first=True),
+    "numpy, as Pillow gives it": lambda path: np.asarray(Image.open(path)),
+    "torch, channels last": lambda path: torch.from_numpy(array(path)),
+    "torch, channels first": lambda path: torch.from_numpy(array(path, channels_first=True)),
+    "torch floats": lambda path: torch.from_numpy(array(path, channels_first=True)) / 255,
+    "numpy float levels": lambda path: array(path).astype(np.float64),
+    "numpy int64": lambda path: array(path).astype(np.int64),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FILES)
+def test_pictures_equal_the_original_to_the_last_bit(processor, name, form):
+    picture = FORMS[form](FILES[name])
+    expected = np.asarray(Image.open(GOLDEN / f"{name}.expect.png"))
+    expected_hd = np.asarray(Image.open(GOLDEN / f"{name}.expect_hd.png")).reshape(5, *expected.shape)
+    np.testing.assert_array_equal(levels(processor(picture, return_tensors="pt")), expected[None])
+    np.testing.assert_array_equal(levels(processor(picture, do_image_splitting=True)), expected_hd)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 2), (2, 1), (31, 30), (30, 31), (97, 12), (12, 97), (700, 300), (300, 700)]
+)
+def test_tiles_equal_those_of_a_picture_that_was_really_padded(processor, size, monkeypatch):
+    width, height = size
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    side = max(size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    enlarged = np.asarray(square.resize((768, 768), Image.Resampling.BICUBIC))
+    expected = [enlarged[top : top + 384, left : left + 384] for top in (0, 384) for left in (0, 384)]
+    monkeypatch.setattr(f"{type(processor).__module__}.STRIP_PIXELS", 5_000)  # several strips, the last one shorter
+    np.testing.assert_array_equal(levels(processor(picture, do_image_splitting=True))[1:], expected)
+
+
+def test_splitting_is_chosen_by_the_checkpoint_and_by_the_call(picture):
+    plain, hd = FlashSlothImageProcessor(), FlashSlothImageProcessor(do_image_splitting=True)
+    shapes = {"plain": (1, 3, 384, 384), "hd": (5, 3, 384, 384)}
+    assert plain(picture)["pixel_values"].shape == shapes["plain"]
+    assert plain(picture, do_image_splitting=None)["pixel_values"].shape == shapes["plain"]
+    assert plain(picture, do_image_splitting=True)["pixel_values"].shape == shapes["hd"]
+    assert hd(picture)["pixel_values"].shape == shapes["hd"]
+    assert hd(picture, do_image_splitting=False)["pixel_values"].shape == shapes["plain"]
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize("called_with", [None, False, True])
+@pytest.mark.parametrize("size", [(1, 1), (3, 10_000), (480, 640)])
+def test_the_number_of_tiles_is_known_beforehand(default, called_with, size):
+    processor = FlashSlothImageProcessor(do_image_splitting=default, size={"height": 4, "width": 4})
+    options = {"do_image_splitting": called_with}
+    tiles = processor(Image.new("RGB", size[::-1]), **options)["pixel_values"]
+    assert processor.get_number_of_image_patches(*size, options) == len(tiles)
+    assert processor.get_number_of_image_patches(*size) == (5 if default else 1)
+
+
+def test_tiles_of_all_pictures_come_in_order(small):
+    greys = [Image.new("RGB", (5, 5), (level, level, level)) for level in (10, 20, 30)]
+    expected = [10, 20, 30]
+    for images in (
+        greys,
+        tuple(greys),
+        [greys[:1], greys[1:]],
+        [[], greys],
+        [np.stack([np.asarray(g) for g in greys])],
+    ):
+        np.testing.assert_array_equal(pixels(small(images))[:, 0, 0, 0], expected)
+    split = pixels(small(greys, do_image_splitting=True))
+    np.testing.assert_array_equal(split[:, 0, 0, 0], np.repeat(expected, 5))
+
+
+def test_no_pictures_give_no_tiles(small):
+    for images in ([], [[]], [[], []]):
+        assert small(images, return_tensors="pt")["pixel_values"].shape == (0, 3, 6, 8)
+
+
+def test_the_type_of_the_output_follows_return_tensors(small, picture):
+    for return_tensors, kind in ((None, np.ndarray), ("np", np.ndarray), ("pt", torch.Tensor)):
+        values = small(picture, return_tensors=return_tensors)["pixel_values"]
+        assert isinstance(values, kind)
+        assert str(values.dtype).endswith("float32")
+    on_device = small(picture, return_tensors="pt", device=torch.device("meta"))["pixel_values"]
+    assert on_device.device.type == "meta"
+    assert isinstance(small(picture, device="cpu")["pixel_values"], np.ndarray)
+    with pytest.raises(ValueError, match=r"return_tensors='pt'.*device=cuda.*numpy"):
+        small(picture, device="cuda")
+
+
+def test_every_option_of_the_arithmetic_has_its_effect(picture):
+    processor = FlashSlothImageProcessor(size={"height": 6, "width": 8})
+    raw = np.asarray(picture, dtype=np.float64)[None]
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    cases = [
+        ({}, (raw / 255 - 0.5) / 0.5),
+        ({"image_mean": mean, "image_std": std}, (raw / 255 - mean) / std),
+        ({"image_mean": 0.2, "image_std": 0.3}, (raw / 255 - 0.2) / 0.3),
+        ({"do_normalize": False}, raw / 255),
+        ({"do_rescale": False, "do_normalize": False}, raw),
+        ({"rescale_factor": 1 / 128, "do_normalize": False}, raw / 128),
+    ]
+    for options, expected in cases:
+        np.testing.assert_allclose(pixels(processor(picture, **options)), expected, rtol=1e-6, atol=1e-7)
+    smaller = processor(picture, size={"height": 3, "width": 4}, resample=Image.Resampling.NEAREST, do_normalize=False)
+    nearest = np.asarray(picture.resize((4, 3), Image.Resampling.NEAREST))
+    np.testing.assert_allclose(pixels(smaller)[0], nearest / 255, rtol=1e-6)
+    assert processor(picture, size=5)["pixel_values"].shape == (1, 3, 5, 5)
+
+
+def test_the_padding_has_the_mean_colour(picture):
+    processor = FlashSlothImageProcessor(do_image_splitting=True, size={"height": 4, "width": 4}, do_normalize=False)
+    tiles = pixels(processor(Image.new("RGB", (90, 10)), image_mean=[0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(tiles[1, 0, 0] * 255, [0, 127, 255], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_of_any_mode_is_read_as_pillow_converts_it(small, picture, mode):
+    converted = picture.convert("LA").convert("La") if mode == "La" else picture.convert(mode)
+    expected = converted.convert("LA").convert("RGB") if mode == "La" else converted.convert("RGB")
+    np.testing.assert_array_equal(pixels(small(converted))[0], np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_alpha_is_dropped_not_blended(small, picture, mode):
+    opaque = picture.convert(mode)
+    transparent = opaque.copy()
+    transparent.putalpha(0)
+    np.testing.assert_array_equal(pixels(small(transparent)), pixels(small(opaque)))
+    np.testing.assert_array_equal(pixels(small(np.asarray(opaque.convert("RGBA")))), pixels(small(opaque)))
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(16))])
+def test_a_transparent_palette_gives_its_colours_without_a_warning(small, picture, tmp_path, transparency):
+    palette = picture.quantize(16)
+    palette.save(tmp_path / "palette.png", transparency=transparency)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = pixels(small(str(tmp_path / "palette.png")))
+    np.testing.assert_array_equal(result[0], np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N", "I"])
+def test_sixteen_bits_are_scaled_not_clipped(small, mode):
+    deep = np.linspace(0, 65_535, 48).reshape(6, 8).astype(np.int32)
+    stored = deep.astype({"I": "=i4", "I;16B": ">u2", "I;16N": "=u2"}.get(mode, "<u2"))
+    picture = Image.frombytes(mode, (8, 6), stored.tobytes())
+    np.testing.assert_array_equal(pixels(small(picture))[0, ..., 0], np.rint(deep / 257))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bit_files_and_arrays_agree(small, tmp_path, suffix):
+    deep = np.linspace(0, 65_535, 48).reshape(6, 8).astype(np.uint16)
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(deep).save(path)
+    expected = pixels(small(Image.open(path)))
+    assert len(np.unique(expected)) == 48
+    for same in (str(path), deep, deep[..., None], torch.from_numpy(deep.astype(np.int32)), np.stack([deep] * 3)):
+        np.testing.assert_array_equal(pixels(small(same)), expected)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_deep_modes_made_from_eight_bits_keep_their_levels(small, picture, mode):
+    grey = picture.convert("L")
+    np.testing.assert_array_equal(pixels(small(grey.convert(mode)))[0], np.asarray(grey.convert("RGB")))
+    np.testing.assert_allclose(pixels(small(picture.convert(mode)))[0, ..., 0], np.asarray(grey), atol=1)
+
+
+def test_floats_have_white_at_one_with_and_without_rescaling(picture):
+    processor = FlashSlothImageProcessor(size={"height": 6, "width": 8})
+    values = np.asarray(picture)
+    expected = processor(picture)["pixel_values"]
+    for kind in (np.float16, np.float32, np.float64):
+        for options in ({}, {"do_rescale": False}):
+            floats = (values / 255).astype(kind)
+            np.testing.assert_array_equal(processor(floats, **options)["pixel_values"], expected)
+    tensor = torch.from_numpy(values / 255).requires_grad_()
+    np.testing.assert_array_equal(processor(tensor)["pixel_values"], expected)
+    np.testing.assert_allclose(processor(tensor.bfloat16())["pixel_values"], expected, atol=0.01)
+    grey = np.asarray(picture.convert("L"))
+    for options in ({}, {"do_rescale": False}):
+        result = processor((grey / 255).astype(np.float32), **options)["pixel_values"]
+        np.testing.assert_array_equal(result, processor(grey)["pixel_values"])
+
+
+def test_booleans_are_black_and_white(small):
+    mask = np.eye(6, 8, dtype=bool)
+    for values in (mask, torch.from_numpy(mask), Image.fromarray(mask), mask.astype(np.float32)):
+        np.testing.assert_array_equal(small(values, do_rescale=True)["pixel_values"][0, 0], np.float32(mask))
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_both_layouts_are_recognised(small, make, channels):
+    values = np.random.default_rng(2).integers(0, 256, (6, 8, channels), dtype=np.uint8)
+    expected = values[..., :3] if channels > 1 else np.repeat(values, 3, axis=-1)
+    np.testing.assert_array_equal(pixels(small(make(values)))[0], expected)
+    np.testing.assert_array_equal(pixels(small(make(values.transpose(2, 0, 1).copy())))[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((3, 9, 3), "channels_first"),
+        ((1, 9, 1), "channels_first"),
+        ((1, 1, 3), "channels_last"),
+        ((3, 1, 1), "channels_first"),
+        ((4, 9, 3), "channels_last"),
+        ((3, 9, 4), "channels_first"),
+        ((1, 9, 4), "channels_last"),
+    ],
+)
+def test_an_ambiguous_layout_follows_the_documented_rule_unless_it_is_given(small, shape, layout):
+    values = np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
+    np.testing.assert_array_equal(pixels(small(values)), pixels(small(values, input_data_format=layout)))
+    for given, last in (("channels_first", values.transpose(1, 2, 0)), ("channels_last", values)):
+        expected = Image.fromarray(last[..., 0] if last.shape[-1] == 1 else np.ascontiguousarray(last)).convert("RGB")
+        np.testing.assert_array_equal(pixels(small(values, input_data_format=given)), pixels(small(expected)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 3), (3, 10_000), (65_535, 1)])
+@pytest.mark.parametrize("do_image_splitting", [False, True])
+def test_extreme_shapes_work(processor, size, do_image_splitting):
+    result = processor(Image.new("RGB", size, (200, 100, 50)), do_image_splitting=do_image_splitting)
+    np.testing.assert_array_equal(levels(result)[0], np.broadcast_to([200, 100, 50], (384, 384, 3)))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_an_animation_shows_its_first_frame(small, tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
+    path = tmp_path / f"moving.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    for animation in (str(path), Image.open(path)):
+        np.testing.assert_array_equal(pixels(small(animation))[0], np.asarray(frames[0]))
+
+
+def test_exif_rotation_is_applied_to_files_as_transformers_does(small, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    path = tmp_path / "phone.png"
+    picture.save(path, exif=exif)
+    turned = picture.transpose(Image.Transpose.ROTATE_270)
+    text = base64.b64encode(path.read_bytes()).decode()
+    for source in (str(path), path, text):
+        np.testing.assert_array_equal(pixels(small(source)), pixels(small(turned)))
+    np.testing.assert_array_equal(pixels(small(Image.open(path))), pixels(small(picture)))
+
+
+@pytest.mark.parametrize(
+    ("images", "parts"),
+    [
+        (Image.new("RGB", (0, 5)), ["picture 0", "0x5", "1 to 65535", "leave it out"]),
+        (np.zeros((0, 5, 3), np.uint8), ["picture 0", "5x0"]),
+        (np.zeros((3, 5, 0), np.uint8), ["picture 0", "0x5"]),
+        (np.zeros((0, 5), np.uint8), ["grey", "5x0"]),
+        (Image.new("1", (70_000, 1)), ["picture 0", "70000x1", "shrink"]),
+        ([Image.new("RGB", (4, 4)), np.full((5, 5, 3), np.nan)], ["picture 1", "finite", "75", "nan_to_num"]),
+        (torch.full((3, 5, 5), float("inf")), ["picture 0", "finite", "75"]),
+        (np.full((5, 5), np.nan, np.float32), ["picture 0", "finite", "25"]),
+        (Image.fromarray(np.full((5, 5), np.nan, np.float32)), ["picture 0", "finite", "25"]),
+        (np.zeros((5, 9, 2), np.uint8), ["picture 0", "1, 3 or 4 channels", "(5, 9, 2)", "input_data_format"]),
+        ([np.zeros((3, 9, 9)), torch.zeros(5, 9, 9)], ["picture 1", "1, 3 or 4 channels", "(5, 9, 9)"]),
+        (np.zeros((1, 1, 3, 9, 9), np.uint8), ["(1, 1, 3, 9, 9)", "list"]),
+        (np.full((5, 5, 3), -1.0), ["picture 0", "0..1", "-1.0", "normalisation"]),
+        (np.full((5, 5, 3), 1.004), ["picture 0", "0..1", "1.004", "clip"]),
+        (np.full((5, 5, 3), 255.5), ["picture 0", "0..255", "255.5", "uint8"]),
+        (np.full((5, 5, 3), -1), ["picture 0", "0..255", "-1", "uint8"]),
+        (np.full((5, 5, 3), 70_000), ["picture 0", "0..65535", "70000", "uint8"]),
+        (Image.fromarray(np.full((5, 5), 70_000, np.int32)), ["picture 0", "0..65535", "70000"]),
+        (np.zeros((5, 5, 3), complex), ["picture 0", "complex128", "uint8"]),
+        ("no/such/picture.png", ["no/such/picture.png", "no file", "correct the path"]),
+        ("A" * 5_000, ["AAAA…", "base64", "UnidentifiedImageError"]),
+    ],
+)
+def test_a_bad_picture_is_named_with_what_was_expected_and_the_fix(processor, images, parts):
+    with pytest.raises(ValueError) as caught:
+        processor(images, return_tensors="pt")
+    message = str(caught.value)
+    assert message.startswith("Expected")
+    assert [part for part in parts if part not in message] == []
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize("thing", [None, 3, b"bytes", {"url": "x"}, [[1, 2], [3, 4]]])
+def test_what_is_no_picture_is_refused_by_its_type(processor, thing):
+    with pytest.raises(TypeError, match=r"Expected a picture.*found (NoneType|int|bytes|dict).*PIL.Image.open"):
+        processor(thing)
+
+
+def encoded(suffix):
+    """A whole file of noise, which compresses badly enough to be cut anywhere."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(4).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, suffix)
+    return bytearray(file.getvalue())
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "bmp", "webp"])
+def test_a_truncated_file_is_named(processor, tmp_path, suffix):
+    path = tmp_path / f"cut.{suffix}"
+    content = encoded(suffix)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        ValueError, match=rf"complete picture, found '.*cut\.{suffix}'.*Pillow.*Error: .*save the"
+    ) as caught:
+        processor(str(path))
+    assert isinstance(caught.value.__cause__, OSError)
+    with pytest.raises(ValueError, match=r"complete picture.*base64.*Error: .*save the"):
+        processor(base64.b64encode(path.read_bytes()).decode())
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "bmp"])
+def test_a_truncated_file_that_pillow_opened_is_named_with_its_place(processor, picture, tmp_path, suffix):
+    path = tmp_path / f"cut.{suffix}"
+    content = encoded(suffix)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        ValueError, match=rf"complete picture.*picture 1 \('.*cut\.{suffix}'\).*OSError.*again"
+    ) as caught:
+        processor([picture, Image.open(path)])
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "bmp", "webp", "ppm", "tga", "pcx"])
+def test_damage_anywhere_in_a_file_never_escapes_as_another_error(small, tmp_path, suffix):
+    content, rng, path = encoded(suffix), np.random.default_rng(5), tmp_path / "damaged"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(30):
+            damaged = content.copy()
+            for _ in range(4):
+                damaged[rng.integers(0, 300)] = rng.integers(0, 256)
+            path.write_bytes(damaged)
+            try:
+                assert small(str(path))["pixel_values"].shape == (1, 3, 6, 8)
+            except ValueError as error:
+                assert "damaged" in str(error) or "picture 0" in str(error)
+
+
+def test_a_file_that_is_no_picture_is_named(processor, tmp_path):
+    path = tmp_path / "page.jpg"
+    path.write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=r"found '.*page\.jpg': a file that Pillow cannot read.*cannot identify"):
+        processor(str(path))
+
+
+def test_a_decompression_bomb_is_refused_and_a_suspect_still_warned_of(processor, tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (300, 200)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    for source in (str(path), base64.b64encode(path.read_bytes()).decode()):
+        with pytest.raises(ValueError, match=r"60000 pixels.*limit of 40000.*MAX_IMAGE_PIXELS") as caught:
+            processor(source)
+        assert isinstance(caught.value.__cause__, Image.DecompressionBombError)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    with pytest.warns(Image.DecompressionBombWarning):
+        processor(str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "parts"),
+    [
+        (
+            {"do_image_spliting": True},
+            TypeError,
+            ["do_image_spliting", "did you mean `do_image_splitting`", "resample"],
+        ),
+        ({"nonsense": 1}, TypeError, ["['nonsense']", "Expected some of", "size"]),
+        ({"do_image_splitting": "yes"}, TypeError, ["do_image_splitting", "True or False", "'yes'"]),
+        ({"do_center_crop": True, "crop_size": 4}, ValueError, ["do_center_crop", "crop_size", "leave"]),
+        ({"do_pad": True}, ValueError, ["do_pad", "leave"]),
+        ({"image_seq_length": 81}, ValueError, ["image_seq_length", "counts its tokens itself"]),
+        ({"data_format": "channels_last"}, ValueError, ["channels_first", "channels_last", "permute"]),
+        ({"size": {"shortest_edge": 9}}, ValueError, ["height and width", "shortest_edge"]),
+        ({"size": {"height": 0, "width": 9}}, ValueError, ["positive height and width", "'height': 0"]),
+        ({"image_mean": [0.5, 0.5]}, ValueError, ["image_mean", "(0.5, 0.5)", "R, G and B"]),
+        ({"image_std": [0.5, 0.0, 0.5]}, ValueError, ["image_std", "non-zero", "do_normalize=False"]),
+    ],
+)
+def test_a_bad_argument_is_refused_by_the_call_and_by_the_constructor(processor, picture, options, error, parts):
+    for use in (lambda: processor(picture, **options), lambda: FlashSlothImageProcessor(**options)):
+        with pytest.raises(error) as caught:
+            use()
+        assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_resize": False}, r"Expected pictures of 384x384.*`do_resize=False`, found 8x6.*do_resize=True"),
+        ({"do_resize": False, "do_image_splitting": True}, r"no `do_image_splitting` with `do_resize=False`"),
+        ({"do_convert_rgb": False}, r"Expected mode RGB in picture 0, found RGBA; leave `do_convert_rgb` at True"),
+        ({"input_data_format": "sideways"}, r"sideways is not a valid ChannelDimension.*channels_first"),
+        ({"input_data_format": "channels_first"}, r"1, 3 or 4 channels.*\(6, 8, 4\).*channels_first.*correct"),
+        ({"return_tensors": "tf"}, r"tf is not a valid TensorType"),
+    ],
+)
+def test_an_argument_that_does_not_fit_the_picture_is_refused(processor, picture, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor(np.asarray(picture.convert("RGBA")), **options)
+
+
+def test_pictures_of_the_right_size_and_mode_need_no_conversion(small, picture):
+    result = small(picture, do_resize=False, do_convert_rgb=False)
+    np.testing.assert_array_equal(pixels(result)[0], np.asarray(picture))
+
+
+def test_none_keeps_a_default(processor, picture):
+    names = ["do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"]
+    nothing = dict.fromkeys([*names, "do_convert_rgb", "do_image_splitting", "input_data_format", "return_tensors"])
+    np.testing.assert_array_equal(processor(picture, **nothing)["pixel_values"], processor(picture)["pixel_values"])
+    assert FlashSlothImageProcessor(**nothing).to_dict() == processor.to_dict()
+
+
+def test_the_inputs_stay_as_they_were(processor, picture):
+    for given in (np.asarray(picture).copy(), torch.from_numpy(np.asarray(picture) / 255), picture.convert("RGBA")):
+        before = np.array(given)
+        processor(given, do_image_splitting=True)
+        np.testing.assert_array_equal(np.array(given), before)
+
+
+def test_saving_and_loading_keeps_everything(tmp_path):
+    saved = FlashSlothImageProcessor(
+        do_image_splitting=True, size={"height": 28, "width": 42}, image_mean=[0.1, 0.2, 0.3]
+    )
+    saved.save_pretrained(tmp_path)
+    assert (tmp_path / "image_processing_flashsloth.py").is_file()
+    loaded = FlashSlothImageProcessor.from_pretrained(tmp_path)
+    remote = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(remote).__name__ == "FlashSlothImageProcessor"
+    tiles = saved(Image.new("RGB", (9, 5), "teal"))["pixel_values"]
+    assert tiles.shape == (5, 3, 28, 42)
+    for again in (loaded, remote):
+        assert {**again.to_dict(), "auto_map": None} == {**saved.to_dict(), "auto_map": None}
+        np.testing.assert_array_equal(again(Image.new("RGB", (9, 5), "teal"))["pixel_values"], tiles)
+        again.save_pretrained(tmp_path / "again")
+        assert FlashSlothImageProcessor.from_pretrained(tmp_path / "again").do_image_splitting is True
+    assert FlashSlothImageProcessor.from_pretrained(tmp_path, do_image_splitting=False).do_image_splitting is False
+
+
+def test_a_configuration_nested_in_a_processor_s_loads(tmp_path):
+    nested = {**FlashSlothImageProcessor(do_image_splitting=True).to_dict(), "processor_class": "FlashSlothProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    assert FlashSlothImageProcessor.from_pretrained(tmp_path).do_image_splitting is True
+
+
+def test_unknown_keys_of_a_saved_file_are_left_out(tmp_path):
+    FlashSlothImageProcessor(do_image_splitting=True).save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_in_transformers_9": 1}))
+    loaded = FlashSlothImageProcessor.from_pretrained(tmp_path)
+    assert loaded.do_image_splitting is True
+    assert "added_in_transformers_9" not in loaded.to_dict()
+
+
+def test_the_defaults_are_those_of_the_released_checkpoints():
+    settings = FlashSlothImageProcessor().to_dict()
+    assert settings["size"] == {"height": 384, "width": 384}
+    assert settings["resample"] == Image.Resampling.BICUBIC
+    assert settings["image_mean"] == settings["image_std"] == (0.5, 0.5, 0.5)
+    assert settings["rescale_factor"] == 1 / 255
+    assert settings["do_image_splitting"] is False
+    assert FlashSlothImageProcessor.model_input_names == ["pixel_values"]

@@ -1,0 +1,323 @@
+"""What the model computes, as properties of tiny real models."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import DECODERS
+from transformers import AutoModel
+
+from flashsloth import FlashSlothForConditionalGeneration
+from flashsloth.modeling_flashsloth import SpatialAttentionPooling
+
+
+def logits_of(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def rows_of(logits, mask):
+    """Logits of every row without its padding."""
+    return [row[m.bool()] for row, m in zip(logits, mask, strict=True)]
+
+
+@pytest.fixture
+def conversations(pictures):
+    """Rows with one picture, none, two in one prompt, and one in each of two turns."""
+    return [
+        [(pictures[:1], "What is it?")],
+        [([], "Hello there, who are you?")],
+        [(pictures[1:3], "Which?")],
+        [(pictures[3:], "First?", "yes"), (pictures[:1], "And the second one?")],
+    ]
+
+
+def test_pooling_is_the_weighted_mean_of_each_window():
+    torch.manual_seed(0)
+    pooling = SpatialAttentionPooling(hidden_size=6, window_size=3, dropout=0.1).eval()
+    patches = torch.randn(2, 81, 6)
+    with torch.no_grad():
+        pooled = pooling(patches)
+    grid = patches.view(2, 9, 9, 6)
+    for row in range(3):
+        for column in range(3):
+            window = grid[:, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3].reshape(2, 9, 6)
+            with torch.no_grad():
+                weights = pooling.fc2(pooling.fc1(window).relu()).softmax(dim=1)
+            torch.testing.assert_close(pooled[:, 3 * row + column], (weights * window).sum(dim=1))
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_batch_equals_its_rows(any_model, ask, conversations, padding_side):
+    batch = ask(*conversations, padding_side=padding_side)
+    together = rows_of(logits_of(any_model, batch), batch["attention_mask"])
+    for row, conversation in zip(together, conversations, strict=True):
+        alone = logits_of(any_model, ask(conversation))[0]
+        torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
+
+
+def test_queries_hear_their_question_and_see_their_picture(any_model, ask, pictures):
+    """What follows the queries depends on both through the queries alone: the image tokens are kept as they are."""
+    inputs = ask([(pictures[:1], "What is it?")])
+    before = logits_of(any_model, inputs)
+
+    class Blind(torch.nn.Module):
+        def forward(self, hidden_states, context):
+            return hidden_states
+
+    embedded_query = any_model.model.embedded_query
+    any_model.model.embedded_query = Blind()
+    Blind.project_patches = embedded_query.project_patches
+    try:
+        without = logits_of(any_model, inputs)
+    finally:
+        any_model.model.embedded_query = embedded_query
+    first = (inputs["input_ids"][0] == any_model.config.query_token_id).nonzero()[0].item()
+    torch.testing.assert_close(before[:, :first], without[:, :first])
+    assert (before[:, first:] - without[:, first:]).abs().max() > 1e-2
+
+
+def test_a_query_does_not_see_later_pictures(model, ask, pictures):
+    def first_turn(second_picture):
+        inputs = ask([(pictures[:1], "First?", "yes"), ([second_picture], "Second?")])
+        start = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[model.config.image_seq_length].item()
+        return logits_of(model, inputs)[:, :start]
+
+    torch.testing.assert_close(first_turn(pictures[1]), first_turn(pictures[2]))
+
+
+def test_a_later_turn_sees_earlier_pictures(model, ask, pictures):
+    outputs = []
+
+    def record(_, args, output):
+        outputs.append(output - args[0])
+
+    hook = model.model.embedded_query.register_forward_hook(record)
+    inputs = ask([(pictures[:1], "First?", "yes"), ([], "Second?")])
+    logits_of(model, inputs)
+    hook.remove()
+    changed = outputs[0].abs().sum(dim=-1)[0] > 0
+    assert torch.equal(changed, inputs["input_ids"][0] == model.config.query_token_id)
+
+
+def test_rows_without_pictures_keep_their_queries(model, ask, pictures):
+    calls = []
+    hook = model.model.embedded_query.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
+    logits_of(model, ask([(pictures[:1], "What is it?")], [([], "Hello?")]))
+    hook.remove()
+    before, after = calls[0]
+    torch.testing.assert_close(before[1], after[1], atol=0, rtol=0)
+
+
+def test_an_empty_question_gives_finite_answers(any_model, ask, pictures):
+    inputs = ask([(pictures[:1], "")])
+    assert logits_of(any_model, inputs).isfinite().all()
+
+
+def test_a_text_only_batch_needs_no_pixels(any_model, ask):
+    inputs = ask([([], "Hello?")], [([], "Hello, hello?")])
+    assert "pixel_values" not in inputs
+    assert logits_of(any_model, inputs).isfinite().all()
+
+
+def test_high_definition_uses_five_tiles_in_the_same_model(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")], do_image_splitting=True)
+    assert inputs["pixel_values"].shape[0] == 5
+    num_image_tokens = (inputs["input_ids"] == model.config.image_token_id).sum().item()
+    assert num_image_tokens == 5 * model.config.image_seq_length
+    assert logits_of(model, inputs).isfinite().all()
+
+
+def test_eager_and_sdpa_agree_and_reach_both_towers(make_model, ask, conversations):
+    inputs = ask(*conversations)
+    outputs = {}
+    for implementation in ("eager", "sdpa"):
+        model = make_model("llama", attn_implementation=implementation)
+        assert model.model.vision_tower.config._attn_implementation == implementation
+        assert model.model.language_model.config._attn_implementation == implementation
+        outputs[implementation] = logits_of(model, inputs)
+    mask = inputs["attention_mask"].bool()
+    torch.testing.assert_close(outputs["eager"][mask], outputs["sdpa"][mask], atol=1e-4, rtol=0)
+
+
+def test_embeddings_instead_of_ids_give_the_same_logits(any_model, ask, conversations):
+    inputs = dict(ask(*conversations))
+    expected = logits_of(any_model, inputs)
+    inputs["inputs_embeds"] = any_model.get_input_embeddings()(inputs.pop("input_ids"))
+    torch.testing.assert_close(logits_of(any_model, inputs), expected)
+
+
+@pytest.mark.parametrize("family", sorted(DECODERS))
+def test_the_forward_pass_compiles_without_graph_breaks(make_model, ask, conversations, family):
+    model = make_model(family)
+    inputs = ask(*conversations)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        logits = compiled(**inputs, use_cache=False).logits
+    mask = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[mask], logits_of(model, inputs)[mask], atol=1e-4, rtol=0)
+
+
+def test_every_parameter_learns_from_pictures(make_model, ask, conversations):
+    model = make_model("qwen3").train()
+    inputs = ask(*conversations)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_gradient_checkpointing_leaves_gradients_equal(make_model, ask, conversations):
+    inputs = ask(*conversations)
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model("phi", pooling_dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_reentrant_checkpointing_is_refused(model):
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        copy.deepcopy(model).gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_a_deep_copy_uses_its_own_modules(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    expected = logits_of(model, inputs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.model.embedded_query.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(logits_of(model, inputs), expected)
+    assert (logits_of(twin, inputs) - expected).abs().max() > 1e-2
+
+
+def test_config_and_model_survive_pickling(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    assert pickle.loads(pickle.dumps(model.config)).to_dict() == model.config.to_dict()
+    twin = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(logits_of(twin, inputs), logits_of(model, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_works(make_model, ask, conversations, dtype):
+    model = make_model("phi").to(dtype)
+    inputs = ask(*conversations)
+    logits = logits_of(model, inputs)
+    assert logits.dtype == dtype
+    expected = logits_of(make_model("phi"), inputs)
+    mask = inputs["attention_mask"].bool()
+    difference = (logits.float() - expected)[mask].norm() / expected[mask].norm()
+    assert difference < 0.1
+
+
+def test_resizing_the_vocabulary_keeps_answers(make_model, ask, pictures):
+    model = make_model("phi")
+    inputs = ask([(pictures[:1], "What is it?")])
+    expected = logits_of(model, inputs)
+    model.resize_token_embeddings(300)
+    torch.testing.assert_close(logits_of(model, inputs)[..., : expected.shape[-1]], expected)
+    assert model.config.text_config.vocab_size == 300
+
+
+def test_logits_to_keep_keeps_the_last(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    expected = logits_of(model, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, expected[:, -2:])
+
+
+def test_the_tower_has_no_unused_parts(model, make_config):
+    names = [name for name, _ in model.model.vision_tower.named_parameters()]
+    assert names
+    assert not any(word in name for name in names for word in ("post_layernorm", "head"))
+    assert len(AutoModel.from_config(make_config().vision_config).encoder.layers) == 2
+
+
+def test_a_tower_with_a_class_token_pools_patches_only(make_config, ask, pictures):
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    model = FlashSlothForConditionalGeneration(make_config(vision_config=vision)).eval()
+    features = model.get_image_features(torch.randn(2, 3, 32, 32))
+    assert features.last_hidden_state.shape == (2, 16, 32)
+    assert features.pooler_output.shape == (2, 4, 32)
+    assert logits_of(model, ask([(pictures[:1], "What is it?")])).isfinite().all()
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_more_features_than_image_tokens_are_refused(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    inputs["pixel_values"] = torch.cat([inputs["pixel_values"]] * 2)
+    with pytest.raises(ValueError, match=r"4 image tokens.*1 tiles are expected.*gives 2.*FlashSlothProcessor"):
+        logits_of(model, inputs)
+
+
+def test_image_tokens_without_pixels_are_refused(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    del inputs["pixel_values"]
+    with pytest.raises(ValueError, match=r"1 tiles are expected.*gives 0"):
+        logits_of(model, inputs)
+
+
+def test_pixels_without_image_tokens_are_refused(model, ask, pictures):
+    inputs = ask([([], "What is it?")])
+    inputs["pixel_values"] = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"0 image tokens.*gives 1"):
+        logits_of(model, inputs)
+
+
+def test_ids_cut_inside_a_picture_are_refused(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    last = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[-1].item()
+    cut = {"input_ids": inputs["input_ids"][:, :last], "pixel_values": inputs["pixel_values"]}
+    with pytest.raises(ValueError, match=r"Row 0 has 3 image tokens, but a tile has 4.*truncated"):
+        logits_of(model, cut)
+
+
+@pytest.mark.parametrize("cut", [slice(0, -1), slice(1, None)])
+def test_query_tokens_outside_whole_blocks_are_refused(model, ask, pictures, cut):
+    ids = ask([(pictures[:1], "What is it?")])["input_ids"][0].tolist()
+    block = [i for i, token in enumerate(ids) if token == model.config.query_token_id][cut]
+    keep = [i for i, token in enumerate(ids) if token != model.config.query_token_id or i in block]
+    with pytest.raises(ValueError, match=r"2 query tokens that are not in whole blocks of 3"):
+        logits_of(model, {"input_ids": torch.tensor([[ids[i] for i in keep]]), "pixel_values": torch.zeros(1, 3, 32, 32)})
+
+
+def test_a_torn_query_block_is_refused(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    ids = inputs["input_ids"]
+    last = (ids[0] == model.config.query_token_id).nonzero()[-1].item()
+    ids[0, [last, last + 1]] = ids[0, [last + 1, last]]
+    with pytest.raises(ValueError, match="not in whole blocks"):
+        logits_of(model, inputs)
+
+
+def test_queries_that_lost_their_question_are_refused(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    ids = inputs["input_ids"]
+    newline = (ids[0] == model.config.image_token_id).nonzero()[-1].item() + 1
+    ids[0, newline] = ids[0, newline + 1]
+    user = (ids[0] == model.config.image_token_id).nonzero()[0].item() - 2
+    ids[0, user] = ids[0, newline + 1]
+    with pytest.raises(ValueError, match=r"their question does not begin in this call"):
+        logits_of(model, inputs)
+
+
+def test_pictures_of_another_size_are_refused(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    inputs["pixel_values"] = torch.zeros(1, 3, 40, 40)
+    with pytest.raises(ValueError, match=r"\(num_tiles, channels, 32, 32\).*\(1, 3, 40, 40\)"):
+        logits_of(model, inputs)
+
+
+def test_ids_and_embeddings_together_are_refused(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    with pytest.raises(ValueError, match="and not both"):
+        model(**inputs, inputs_embeds=torch.zeros(1, 1, 32))
+    with pytest.raises(ValueError, match="is needed"):
+        model()
