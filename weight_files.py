@@ -29,6 +29,7 @@ SAFETENSORS_DTYPES = {
 TORCH_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_LENGTH_BYTES = 8  # safetensors: a little-endian length, that many bytes of JSON, the data
 CHUNK_BYTES = 2**24
+MAX_MAPPED_BYTES = 2**26  # of a mapped file, what was read stays in memory as long as the map
 UNREADABLE = (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -120,8 +121,11 @@ def read_tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Iterat
                 stream.seek(data_start + start)
                 yield name, _stream_chunks(stream, end - start)
         return
-    tensors = _load_bin(file, map_location="cpu")
+    is_mapped, num_bytes_read, tensors = zipfile.is_zipfile(file), 0, _load_bin(file, map_location="cpu")
     for name in names:
+        if is_mapped and num_bytes_read > MAX_MAPPED_BYTES:
+            tensors, num_bytes_read = _load_bin(file, map_location="cpu"), 0  # a fresh map has nothing in memory
+        num_bytes_read += tensors[name].nbytes
         yield name, _tensor_chunks(tensors[name])
 
 

@@ -51,32 +51,45 @@ CONFIG = {
     "mm_vision_select_feature": "patch",
     "mm_vision_select_layer": -2,
     "mm_vision_tower": "siglip-tower",
-    "torch_dtype": "float16",
+    "torch_dtype": None,
     "transformers_version": "4.38.0",
 }
 
 
-def original_shapes(*, query_hidden_size: int = 576, num_query_tokens: int = 9) -> dict[str, tuple[int, ...]]:
+def original_shapes(
+    *, query_hidden_size: int = 576, num_query_tokens: int = 9, hidden_size: int = HIDDEN, intermediate_size: int = 40
+) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors, by their original names."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def linear(name: str, inputs: int, outputs: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
-
-    def norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-
-    shapes["model.embed_tokens.weight"] = (VOCAB_SIZE, HIDDEN)
-    linear("lm_head", HIDDEN, VOCAB_SIZE)
-    norm("model.final_layernorm", HIDDEN)
+    shapes = _tower_shapes()
+    shapes["model.embed_tokens.weight"] = (VOCAB_SIZE, hidden_size)
+    _linear(shapes, "lm_head", hidden_size, VOCAB_SIZE)
+    _norm(shapes, "model.final_layernorm", hidden_size)
     for index in range(NUM_LAYERS):
         layer = f"model.layers.{index}"
         for name in ("q_proj", "k_proj", "v_proj", "dense"):
-            linear(f"{layer}.self_attn.{name}", HIDDEN, HIDDEN)
-        linear(f"{layer}.mlp.fc1", HIDDEN, CONFIG["intermediate_size"])
-        linear(f"{layer}.mlp.fc2", CONFIG["intermediate_size"], HIDDEN)
-        norm(f"{layer}.input_layernorm", HIDDEN)
+            _linear(shapes, f"{layer}.self_attn.{name}", hidden_size, hidden_size)
+        _linear(shapes, f"{layer}.mlp.fc1", hidden_size, intermediate_size)
+        _linear(shapes, f"{layer}.mlp.fc2", intermediate_size, hidden_size)
+        _norm(shapes, f"{layer}.input_layernorm", hidden_size)
 
+    _linear(shapes, "model.pooling.mlp.0", VISION_HIDDEN, VISION_HIDDEN)
+    _linear(shapes, "model.pooling.mlp.3", VISION_HIDDEN, 1)
+    _linear(shapes, "model.mm_projector.0", VISION_HIDDEN, hidden_size)
+    _linear(shapes, "model.mm_projector.2", hidden_size, hidden_size)
+    shapes["model.learnable_tokens.token"] = (num_query_tokens, hidden_size)
+    _linear(shapes, "model.lqformer.down_projector_learnable_text", hidden_size, query_hidden_size)
+    _linear(shapes, "model.lqformer.down_projector_image", VISION_HIDDEN, query_hidden_size)
+    _linear(shapes, "model.lqformer.up_projector", VISION_HIDDEN, hidden_size)
+    for name in ("t2q_attn.q_proj", "t2q_attn.k_proj", "t2q_attn.v_proj", "i2q_attn.q_proj", "i2q_attn.k_proj"):
+        _linear(shapes, f"model.lqformer.layers.0.{name}", query_hidden_size, query_hidden_size)
+    _linear(shapes, "model.lqformer.layers.0.i2q_attn.v_proj", VISION_HIDDEN, VISION_HIDDEN)
+    for name in ("ln_q", "ln_text", "ln_kv"):
+        _norm(shapes, f"model.lqformer.layers.0.{name}", query_hidden_size)
+    return shapes
+
+
+def _tower_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
     patch, grid = TOWER["patch_size"], TOWER["image_size"] // TOWER["patch_size"]
     shapes[f"{PREFIX}embeddings.patch_embedding.weight"] = (VISION_HIDDEN, 3, patch, patch)
     shapes[f"{PREFIX}embeddings.patch_embedding.bias"] = (VISION_HIDDEN,)
@@ -84,28 +97,22 @@ def original_shapes(*, query_hidden_size: int = 576, num_query_tokens: int = 9) 
     for index in range(NUM_TOWER_LAYERS):
         layer = f"{PREFIX}encoder.layers.{index}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(f"{layer}.self_attn.{name}", VISION_HIDDEN, VISION_HIDDEN)
-        linear(f"{layer}.mlp.fc1", VISION_HIDDEN, TOWER["intermediate_size"])
-        linear(f"{layer}.mlp.fc2", TOWER["intermediate_size"], VISION_HIDDEN)
-        norm(f"{layer}.layer_norm1", VISION_HIDDEN)
-        norm(f"{layer}.layer_norm2", VISION_HIDDEN)
-    norm(f"{PREFIX}post_layernorm", VISION_HIDDEN)
+            _linear(shapes, f"{layer}.self_attn.{name}", VISION_HIDDEN, VISION_HIDDEN)
+        _linear(shapes, f"{layer}.mlp.fc1", VISION_HIDDEN, TOWER["intermediate_size"])
+        _linear(shapes, f"{layer}.mlp.fc2", TOWER["intermediate_size"], VISION_HIDDEN)
+        _norm(shapes, f"{layer}.layer_norm1", VISION_HIDDEN)
+        _norm(shapes, f"{layer}.layer_norm2", VISION_HIDDEN)
+    _norm(shapes, f"{PREFIX}post_layernorm", VISION_HIDDEN)
     shapes[f"{PREFIX}head.probe"] = (1, 1, VISION_HIDDEN)
-
-    linear("model.pooling.mlp.0", VISION_HIDDEN, VISION_HIDDEN)
-    linear("model.pooling.mlp.3", VISION_HIDDEN, 1)
-    linear("model.mm_projector.0", VISION_HIDDEN, HIDDEN)
-    linear("model.mm_projector.2", HIDDEN, HIDDEN)
-    shapes["model.learnable_tokens.token"] = (num_query_tokens, HIDDEN)
-    linear("model.lqformer.down_projector_learnable_text", HIDDEN, query_hidden_size)
-    linear("model.lqformer.down_projector_image", VISION_HIDDEN, query_hidden_size)
-    linear("model.lqformer.up_projector", VISION_HIDDEN, HIDDEN)
-    for name in ("t2q_attn.q_proj", "t2q_attn.k_proj", "t2q_attn.v_proj", "i2q_attn.q_proj", "i2q_attn.k_proj"):
-        linear(f"model.lqformer.layers.0.{name}", query_hidden_size, query_hidden_size)
-    linear("model.lqformer.layers.0.i2q_attn.v_proj", VISION_HIDDEN, VISION_HIDDEN)
-    for name in ("ln_q", "ln_text", "ln_kv"):
-        norm(f"model.lqformer.layers.0.{name}", query_hidden_size)
     return shapes
+
+
+def _linear(shapes: dict[str, tuple[int, ...]], name: str, inputs: int, outputs: int) -> None:
+    shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+
+
+def _norm(shapes: dict[str, tuple[int, ...]], name: str, width: int) -> None:
+    shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
 
 
 def original_tensors(dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, torch.Tensor]:

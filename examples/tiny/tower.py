@@ -5,6 +5,7 @@ thing's name and colour; each patch under a text predicts its characters one by 
 """
 
 import logging
+import random
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+SHARE_GREY = 0.2
 NAMES = ("nothing", *SHAPES, "sign", "number")
 COLOUR_NAMES = ("nothing", *COLOURS)
 END = len(CHARACTERS)  # the class of a position behind a text's last character
@@ -64,7 +66,11 @@ def _covered(box: tuple[float, float, float, float], grid: int) -> tuple[slice, 
 
 
 class PatchDataset(Dataset):
-    """Pictures with `patch_targets`, drawn when asked for."""
+    """Pictures with `patch_targets`, drawn when asked for.
+
+    Some are grey and ask for no colours: a shape has to be known whatever its colour, also in a colour that it never
+    had in training.
+    """
 
     def __init__(self, split: str, length: int, config: SiglipVisionConfig, preprocess: BaseImageProcessor) -> None:
         self.split, self.length = split, length
@@ -76,9 +82,13 @@ class PatchDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         scene = scene_at(self.split, index)
+        picture = draw(scene, self.size)
         labels, weights = patch_targets(scene, self.grid)
+        if random.Random(f"grey:{index}").random() < SHARE_GREY:
+            picture = picture.convert("L").convert("RGB")
+            labels[:, 1] = IGNORED
         return {
-            "pixel_values": self.preprocess(draw(scene, self.size), return_tensors="pt")["pixel_values"][0],
+            "pixel_values": self.preprocess(picture, return_tensors="pt")["pixel_values"][0],
             "labels": torch.from_numpy(labels),
             "weights": torch.from_numpy(weights),
         }
@@ -133,8 +143,10 @@ class TowerForPatches(nn.Module):
             asked = slice(None) if target < 2 else on_text
             part, right = part[asked], labels[asked, target]
             losses = nn.functional.cross_entropy(part, right, reduction="none")
-            loss = loss + TARGET_WEIGHTS[target] * (losses * weights[asked]).sum() / weights[asked].sum().clamp(min=1e-6)
-            hits[asked, target] = (part.argmax(-1) == right).long()
+            loss = loss + TARGET_WEIGHTS[target] * (losses * weights[asked]).sum() / weights[asked].sum().clamp(
+                min=1e-6
+            )
+            hits[asked, target] = (part.argmax(-1) == right).long().masked_fill(right == IGNORED, IGNORED)
         return ModelOutput(loss=loss, hits=hits.view(*features.shape[:2], -1))
 
 

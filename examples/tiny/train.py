@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint")
     parser.add_argument("--work", type=Path, help="folder for unfinished training (default: OUTPUT-work)")
-    parser.add_argument("--tower-steps", type=int, default=3000, help=f"steps of {BATCH_SIZE} pictures")
+    parser.add_argument("--tower-steps", type=int, default=3600, help=f"steps of {BATCH_SIZE} pictures")
     parser.add_argument("--steps", type=int, default=5000, help=f"steps of {BATCH_SIZE} conversations")
     parser.add_argument("--evaluation-pictures", type=int, default=500)
     args = parser.parse_args()

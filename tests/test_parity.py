@@ -1,0 +1,129 @@
+"""The package computes what the original FlashSloth computes: the golden cases, from a converted checkpoint.
+
+`golden/` holds what the original implementation gave in float32 on a small checkpoint with synthetic weights.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from golden_checkpoint import GOLDEN, synthetic, write_golden_checkpoint
+from safetensors.torch import load_file
+
+from flashsloth import FlashSlothForConditionalGeneration
+from flashsloth.convert import convert
+from flashsloth.original_flashsloth import ORIGINAL_KEY_MAPPING
+
+CASES = ["single", "batch", "mixed", "turns", "hd"]
+TOLERANCE = 1e-4
+ASSISTANT = [24994, 8808, 8643, 25]  # " ASSISTANT:"
+END = 50296  # "</s>"
+
+
+@pytest.fixture(scope="module", params=["converted", "original layout"])
+def golden_model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    source = write_golden_checkpoint(folder / "original")
+    if request.param == "converted":
+        convert(source, folder / "converted")
+        source = folder / "converted"
+    model = FlashSlothForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
+    model.model.vision_tower.requires_grad_(False)  # as it was when the gradients were recorded
+    return model
+
+
+def read_case(name, config):
+    """The prompts with their placeholders expanded, padded on the right, and the pictures."""
+    case = json.loads((GOLDEN / f"{name}.json").read_text())
+    shape = case["images"]["shape"]
+    pixels = torch.from_numpy(np.clip(synthetic(case["images"]["synthetic"], shape), -1, 1)).view(-1, *shape[-3:])
+    num_tiles = shape[1] if len(shape) == 5 else 1
+    if name == "mixed":  # row 2 has no picture
+        pixels = pixels[:1]
+    repeats = {config.image_token_id: num_tiles * config.image_seq_length, config.query_token_id: 9}
+    rows = [[i for i in row for _ in range(repeats.get(i, 1))] for row in case["input_ids"]]
+    length = max(map(len, rows))
+    pad = config.text_config.pad_token_id
+    return case, {
+        "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+        "pixel_values": pixels,
+    }
+
+
+def answer_labels(input_ids):
+    """Labels from behind every `ASSISTANT:` through its end token."""
+    labels = torch.full_like(input_ids, -100)
+    for row, ids in enumerate(input_ids.tolist()):
+        inside = False
+        for i, token in enumerate(ids):
+            if inside:
+                labels[row, i] = token
+            inside = (inside and token != END) or ids[max(0, i - 3) : i + 1] == ASSISTANT
+    return labels
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_equals_the_original(golden_model, name):
+    _, inputs = read_case(name, golden_model.config)
+    expected = load_file(GOLDEN / f"{name}.safetensors")
+    seen = {}
+
+    def record(key):
+        def hook(_, args, kwargs):
+            seen[key] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    decoder = golden_model.model.language_model
+    hooks = [decoder.layers[i].register_forward_pre_hook(record(i), with_kwargs=True) for i in (0, 7)]
+    with torch.no_grad():
+        last = golden_model.model(**inputs).last_hidden_state
+        logits = golden_model(**inputs).logits
+    for hook in hooks:
+        hook.remove()
+    mask = inputs["attention_mask"].bool()
+    found = {"hidden_in": seen[0], "hidden_embq": seen[7], "hidden_last": last, "logits_cols": logits[..., ::401]}
+    for key, value in found.items():
+        assert (value - expected[key])[mask].abs().max() < TOLERANCE, key
+    assert torch.equal(logits.argmax(dim=-1)[mask], expected["argmax"][mask])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vision_equals_the_original(golden_model, name):
+    _, inputs = read_case(name, golden_model.config)
+    expected = load_file(GOLDEN / f"{name}.safetensors")
+    with torch.no_grad():
+        features = golden_model.get_image_features(inputs["pixel_values"])
+        pooled = golden_model.model.spatial_attention_pooling(features.last_hidden_state)
+    found = {"vision": features.last_hidden_state[:, ::7, ::31], "sap": pooled[..., ::7]}
+    found["projected"] = features.pooler_output
+    for key, value in found.items():
+        reference = expected[key].reshape(-1, *value.shape[1:])[: len(value)]
+        assert (value - reference).abs().max() < TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", [case for case in CASES if case != "single"])  # has no answer
+def test_loss_and_gradients_equal_the_original(golden_model, name):
+    case, inputs = read_case(name, golden_model.config)
+    golden_model.zero_grad()
+    loss = golden_model(**inputs, labels=answer_labels(inputs["input_ids"])).loss
+    loss.backward()
+    assert abs(loss.item() - case["loss"]) < TOLERANCE
+    parameters = dict(golden_model.named_parameters())
+    for original_name, expected in case["grad_norms"].items():
+        for pattern, replacement in ORIGINAL_KEY_MAPPING.items():
+            original_name = re.sub(pattern, replacement, original_name)
+        norm = parameters[original_name].grad.double().norm().item()
+        # Keys' biases and the like have no gradient but rounding: a softmax does not see what is common to its scores.
+        assert norm == pytest.approx(expected, rel=TOLERANCE, abs=1e-8), original_name
+
+
+@pytest.mark.parametrize("name", ["generate", "generate_hd"])
+def test_greedy_tokens_equal_the_original(golden_model, name):
+    case, inputs = read_case(name, golden_model.config)
+    # The original goes on to 16 tokens, whatever they are.
+    output = golden_model.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=-1)
+    assert output[0, inputs["input_ids"].shape[1] :].tolist() == case["new_tokens"]
