@@ -22,12 +22,12 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_flashsloth import FlashSlothConfig
+from .generation_flashsloth import FlashSlothGenerationMixin
 from .original_flashsloth import ORIGINAL_KEY_MAPPING
 from .prompt_flashsloth import PromptSpans
 
@@ -405,31 +405,21 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
+        is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        else:
+        elif is_prompt:
             input_ids = self.find_special_ids(inputs_embeds)
-        num_tiles = 0 if pixel_values is None else pixel_values.shape[0]
-        spans = PromptSpans.find(input_ids, self.config, num_cached_tiles)
-        if torch.compiler.is_compiling() or input_ids.shape[1] == 1:  # a traced call, or a step of `generate`
-            # Every tile in this call has image tokens in it, which bounds their number without reading the ids.
-            max_tiles = input_ids.shape[1] // self.config.image_seq_length
-            tiles_per_row = min(num_tiles, max_tiles) if num_cached_tiles is None else num_tiles
-        else:
-            tiles_per_row = spans.check(self.config, num_tiles)
-
-        inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
-        image_tokens = None
-        if tiles_per_row:
-            features = self.get_image_features(pixel_values)
-            image_tokens = features.pooler_output.to(inputs_embeds)
-            inputs_embeds = self._insert_image_tokens(inputs_embeds, image_tokens, spans)
-            kwargs["query_context"] = self._query_context(features.last_hidden_state, spans, tiles_per_row)
+        image_tokens = context = None
+        if is_prompt:  # a single token is a step of `generate`, and holds neither picture nor question
+            spans = PromptSpans.find(input_ids, self.config, num_cached_tiles)
+            inputs_embeds, image_tokens, context = self._embed_prompt(inputs_embeds, pixel_values, spans)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            query_context=context,
             **kwargs,
         )
         return FlashSlothModelOutputWithPast(
@@ -439,6 +429,23 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_tokens,
         )
+
+    def _embed_prompt(
+        self, inputs_embeds: torch.Tensor, pixel_values: torch.Tensor | None, spans: PromptSpans
+    ) -> tuple[torch.Tensor, torch.Tensor | None, QueryContext | None]:
+        """Put query and image tokens in their places, and gather what the Embedded Query module needs."""
+        num_tiles = 0 if pixel_values is None else pixel_values.shape[0]
+        if torch.compiler.is_compiling():  # the ids cannot be read: all tiles, or as many as a row has room for
+            tiles_per_row = min(num_tiles, spans.max_tiles_per_row(self.config))
+        else:
+            tiles_per_row = spans.check(self.config, num_tiles)
+        inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
+        if not tiles_per_row:
+            return inputs_embeds, None, None
+        features = self.get_image_features(pixel_values)
+        image_tokens = features.pooler_output.to(inputs_embeds)
+        inputs_embeds = self._insert_image_tokens(inputs_embeds, image_tokens, spans)
+        return inputs_embeds, image_tokens, self._query_context(features.last_hidden_state, spans, tiles_per_row)
 
     def _insert_query_tokens(self, inputs_embeds: torch.Tensor, spans: PromptSpans) -> torch.Tensor:
         queries = self.query_tokens.to(inputs_embeds)
@@ -475,7 +482,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         )
 
 
-class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMixin):
+class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGenerationMixin):
     """FlashSloth with its language-modelling head: answers questions about pictures."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -520,18 +527,11 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         num_cached_tiles: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> FlashSlothCausalLMOutputWithPast:
-        """Run the model and its head; see `FlashSlothModel.forward` for the other arguments.
+        """Run the model and its head; the arguments that are not named here are those of `FlashSlothModel.forward`.
 
         Args:
-            input_ids: `(batch, seq_length)`.
-            pixel_values: `(num_tiles, 3, height, width)`.
-            attention_mask: `(batch, seq_length)`.
-            position_ids: `(batch, seq_length)`.
-            past_key_values: Cache of what came before.
-            inputs_embeds: `(batch, seq_length, hidden_size)`, instead of `input_ids`.
             labels: Ids to predict, `(batch, seq_length)`, -100 where nothing is to be learned; not shifted.
             logits_to_keep: Number of last positions whose logits are wanted, or their indices; 0: all.
-            num_cached_tiles: `(batch,)`.
             **kwargs: Passed on to the decoder and to the loss, such as `num_items_in_batch`.
 
         Returns:
@@ -570,60 +570,6 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        pixel_values: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one step of `generate`: pixels go with every call that may hold image or query tokens."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if next_sequence_length == 1 and not is_first_iteration:
-            return model_inputs
-        prompt, fed = input_ids, model_inputs["input_ids"]
-        if model_inputs.get("inputs_embeds") is not None:
-            prompt, fed = self.model.find_special_ids(inputs_embeds), model_inputs["inputs_embeds"]
-        cached = prompt[:, : prompt.shape[1] - fed.shape[1]]
-        model_inputs["pixel_values"] = pixel_values
-        if cached.shape[1]:
-            num_cached_tokens = (cached == self.config.image_token_id).sum(dim=1)
-            model_inputs["num_cached_tiles"] = num_cached_tokens // self.config.image_seq_length
-        return model_inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Repeat every row `expand_size` times, with its own tiles; rows may have different numbers of them."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
-            embeds = model_kwargs.get("inputs_embeds")
-            prompt = input_ids if embeds is None else self.model.find_special_ids(embeds)
-            num_image_tokens = (prompt == self.config.image_token_id).sum(dim=1)
-            tiles_of_row = pixel_values.split((num_image_tokens // self.config.image_seq_length).tolist())
-            pixel_values = torch.cat([tiles.repeat(expand_size, 1, 1, 1) for tiles in tiles_of_row])
-        # By name: a static method in transformers 5.17, an ordinary one since.
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
 
 
 def _without_unused_parts(tower: PreTrainedModel) -> PreTrainedModel:

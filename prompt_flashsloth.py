@@ -28,6 +28,7 @@ class PromptSpans(NamedTuple):
         num_image_tokens: Image tokens of every row, `(batch,)`.
         num_cached_tiles: Tiles of every row that are in the cache, `(batch,)`.
         first_tile: Index of every row's first tile among all tiles, `(batch,)`.
+        is_complete: Whether nothing of the prompt is in the cache, as far as the caller said.
     """
 
     image_mask: torch.Tensor
@@ -39,6 +40,7 @@ class PromptSpans(NamedTuple):
     num_image_tokens: torch.Tensor
     num_cached_tiles: torch.Tensor
     first_tile: torch.Tensor
+    is_complete: bool
 
     @classmethod
     def find(
@@ -59,7 +61,8 @@ class PromptSpans(NamedTuple):
         for pattern in config.instruction_start_ids:
             starts = torch.where(_ends_of(pattern, input_ids), positions + 1, starts)
         num_image_tokens = image_mask.sum(dim=1)
-        if num_cached_tiles is None:
+        is_complete = num_cached_tiles is None
+        if is_complete:
             num_cached_tiles = torch.zeros_like(num_image_tokens)
         num_tiles = num_image_tokens // config.image_seq_length + num_cached_tiles
         tiles_here = image_mask.cumsum(dim=1) // config.image_seq_length
@@ -73,7 +76,15 @@ class PromptSpans(NamedTuple):
             num_image_tokens=num_image_tokens,
             num_cached_tiles=num_cached_tiles,
             first_tile=num_tiles.cumsum(dim=0) - num_tiles,
+            is_complete=is_complete,
         )
+
+    def max_tiles_per_row(self, config: FlashSlothConfig) -> int | float:
+        """How many tiles a row may read, as far as the shapes tell: every one has its image tokens in this call.
+
+        Not so if some are in the cache; then there is no bound but the number of all tiles.
+        """
+        return self.image_mask.shape[1] // config.image_seq_length if self.is_complete else torch.inf
 
     def check(self, config: FlashSlothConfig, num_tiles: int) -> int:
         """Refuse prompts that cannot be answered right. Reads a few numbers a row from the device, once.

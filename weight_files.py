@@ -28,8 +28,8 @@ SAFETENSORS_DTYPES = {
 }
 TORCH_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_LENGTH_BYTES = 8  # safetensors: a little-endian length, that many bytes of JSON, the data
-CHUNK_BYTES = 2**24
-MAX_MAPPED_BYTES = 2**26  # of a mapped file, what was read stays in memory as long as the map
+CHUNK_BYTES = 2**22
+MAX_MAPPED_BYTES = 2**25  # of a mapped file, what was read stays in memory as long as the map
 UNREADABLE = (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 

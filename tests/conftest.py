@@ -132,7 +132,7 @@ def pictures():
 
 @pytest.fixture(scope="session")
 def ask(processor):
-    """Renders one conversation or several: a turn is (pictures, question) or, answered, (pictures, question, answer)."""
+    """Renders conversations: a turn is (pictures, question) or, answered, (pictures, question, answer)."""
 
     def render(*conversations, add_generation_prompt=True, padding_side="left", **kwargs):
         batch = []

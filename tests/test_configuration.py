@@ -80,11 +80,12 @@ def test_impossible_combinations_are_refused_when_the_model_is_built(make_config
 
 
 @pytest.mark.parametrize(
-    "vision_config", [{**VISION, "image_size": [32, 40]}, {"model_type": "siglip2_vision_model", "num_attention_heads": 4}]
+    "vision_config",
+    [{**VISION, "image_size": [32, 40]}, {"model_type": "siglip2_vision_model", "num_attention_heads": 4}],
 )
 def test_a_tower_without_a_square_grid_is_refused(make_config, vision_config):
     config = make_config(vision_config=vision_config)
-    with pytest.raises(ValueError, match="square pictures and patches.*choose another tower"):
+    with pytest.raises(ValueError, match=r"square pictures and patches.*choose another tower"):
         FlashSlothModel(config)
 
 

@@ -212,3 +212,10 @@ def test_generation_keeps_the_callers_inputs(model, ask, conversations):
     before = copy.deepcopy(dict(inputs))
     answers(model, inputs, num_beams=2)
     assert all(torch.equal(before[name], inputs[name]) for name in before)
+
+
+def test_beams_refuse_more_pictures_than_placeholders(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    inputs["pixel_values"] = torch.cat([inputs["pixel_values"]] * 2)
+    with pytest.raises(ValueError, match=r"1 tiles are expected.*gives 2"):
+        answers(model, inputs, num_beams=2)

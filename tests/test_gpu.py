@@ -14,7 +14,7 @@ IMPLEMENTATIONS = ["eager", "sdpa"] + ["flash_attention_2"] * is_flash_attn_2_av
 
 
 def released_widths(attn_implementation):
-    """FlashSloth-3.2B with fewer layers and a smaller vocabulary; head dimensions 72, 80, 18 and 36 are the real ones."""
+    """FlashSloth-3.2B with fewer layers: its head dimensions, 72, 80, 18 and 36, are what matters."""
     config = FlashSlothConfig()
     config.text_config.num_hidden_layers = 9
     config.vision_config.num_hidden_layers = 2

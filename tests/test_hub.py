@@ -99,6 +99,7 @@ def test_a_folder_names_its_code(saved):
     assert json.loads((saved / "tokenizer_config.json").read_text())["padding_side"] == "left"
     assert {path.name for path in saved.glob("*.py")} == {
         "configuration_flashsloth.py",
+        "generation_flashsloth.py",
         "image_processing_flashsloth.py",
         "modeling_flashsloth.py",
         "original_flashsloth.py",

@@ -285,7 +285,9 @@ def test_query_tokens_outside_whole_blocks_are_refused(model, ask, pictures, cut
     block = [i for i, token in enumerate(ids) if token == model.config.query_token_id][cut]
     keep = [i for i, token in enumerate(ids) if token != model.config.query_token_id or i in block]
     with pytest.raises(ValueError, match=r"2 query tokens that are not in whole blocks of 3"):
-        logits_of(model, {"input_ids": torch.tensor([[ids[i] for i in keep]]), "pixel_values": torch.zeros(1, 3, 32, 32)})
+        logits_of(
+            model, {"input_ids": torch.tensor([[ids[i] for i in keep]]), "pixel_values": torch.zeros(1, 3, 32, 32)}
+        )
 
 
 def test_a_torn_query_block_is_refused(model, ask, pictures):

@@ -4,12 +4,13 @@ import random
 from collections.abc import Iterator
 
 import torch
-from flashsloth import FlashSlothConfig, FlashSlothImageProcessor, FlashSlothProcessor
-from flashsloth.processing_flashsloth import build_chat_template
 from scenes import describe, draw, questions, scene_at
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import BatchFeature, PreTrainedTokenizerFast
+
+from flashsloth import FlashSlothConfig, FlashSlothImageProcessor, FlashSlothProcessor
+from flashsloth.processing_flashsloth import build_chat_template
 
 PAD, END, IMAGE, QUERY, USER, ASSISTANT = "<|endoftext|>", "</s>", "<image>", "<learnable>", "USER:", "ASSISTANT:"
 VOCABULARY_SIZE = 512

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from PIL import Image
 from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, draw, questions, scene_at
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,9 @@ a row) and at most one number (it fills a cell). Everything follows from a split
 Pictures of the split "train" never hold one of `HELD_OUT_PAIRS`; every other split may.
 """
 
+import argparse
 import colorsys
+import logging
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +21,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+logger = logging.getLogger(__name__)
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLOURS = {
@@ -418,3 +422,22 @@ def _outline(shape: str) -> np.ndarray:
     angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     heart = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
     return np.stack([np.sin(angle) ** 3, -heart / 16], axis=1)
+
+
+def main() -> None:
+    """Save the picture of a scene, and log what can be asked about it."""
+    parser = argparse.ArgumentParser(description="Draw a scene, and list its questions and answers.")
+    parser.add_argument("index", type=int, help="number of the scene in its split")
+    parser.add_argument("--split", default="evaluation", help="'train', or any other name")
+    parser.add_argument("--size", type=int, default=384, help="side of the picture in pixels")
+    parser.add_argument("--output", type=Path, required=True, help="picture file")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    scene = scene_at(args.split, args.index)
+    draw(scene, args.size).save(args.output)
+    for kind, question, answer in questions(scene, random.Random(args.index)):
+        logger.info("%s: %s %s", kind, question, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,6 @@ from conversations import (
     build_tokenizer,
 )
 from evaluate import as_table, evaluate
-from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 from safetensors.torch import load_file, save_file
 from tower import PatchDataset, TowerForPatches, TowerTrainer
 from transformers import (
@@ -40,6 +39,8 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+
+from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def train_on_conversations(
     model = FlashSlothForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower_weights)
     model.model.vision_tower.requires_grad_(False)
-    model.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
+    model.model.language_model.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
     model.generation_config = GenerationConfig(
         eos_token_id=config.text_config.eos_token_id,
         pad_token_id=config.text_config.pad_token_id,
