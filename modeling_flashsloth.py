@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_flashsloth import FlashSlothConfig
 from .generation_flashsloth import FlashSlothGenerationMixin
-from .original_flashsloth import ORIGINAL_KEY_MAPPING
+from .original_flashsloth import ORIGINAL_KEY_MAPPING, original_generation_config
 from .prompt_flashsloth import PromptSpans
 
 FUSED_HEAD_DIM_MULTIPLE = 8  # what the fused CUDA attention kernels take
@@ -247,6 +247,15 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: FlashSlothConfig) -> None:
+        super().__init__(config)
+        # An original release holds the whole tower; what FlashSloth does not use of it is not worth a warning.
+        unused_layer = config.vision_config.num_hidden_layers
+        self._keys_to_ignore_on_load_unexpected = [
+            r"vision_tower\.(post_layernorm|head)\.",
+            rf"vision_tower\.encoder\.layers\.{unused_layer}\.",
+        ]
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, FlashSlothModel):
@@ -275,8 +284,12 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("key_mapping", ORIGINAL_KEY_MAPPING)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # transformers would save the tensors under the names that it read; ours are the same for every source.
-        model._weight_conversions = None
+        used = {pattern for conversion in model._weight_conversions or () for pattern in conversion.source_patterns}
+        if not used.isdisjoint(ORIGINAL_KEY_MAPPING):
+            # transformers would save the tensors under the names that it read, and answers would not end at `</s>`.
+            model._weight_conversions = None
+            if model.can_generate():
+                model.generation_config = original_generation_config(model.generation_config.to_dict(), model.config)
         return loaded
 
 
@@ -493,12 +506,6 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         self.model = FlashSlothModel(config)
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
-        # An original release holds the whole tower; what FlashSloth does not use of it is not worth a warning.
-        unused_layer = config.vision_config.num_hidden_layers
-        self._keys_to_ignore_on_load_unexpected = [
-            r"vision_tower\.(post_layernorm|head)\.",
-            rf"vision_tower\.encoder\.layers\.{unused_layer}\.",
-        ]
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -527,9 +534,16 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         num_cached_tiles: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> FlashSlothCausalLMOutputWithPast:
-        """Run the model and its head; the arguments that are not named here are those of `FlashSlothModel.forward`.
+        """Run the model and its head; see `FlashSlothModel.forward` for what both take.
 
         Args:
+            input_ids: `(batch, seq_length)`.
+            pixel_values: `(num_tiles, 3, height, width)`.
+            attention_mask: `(batch, seq_length)`.
+            position_ids: `(batch, seq_length)`.
+            past_key_values: Cache of what came before.
+            inputs_embeds: `(batch, seq_length, hidden_size)`, instead of `input_ids`.
+            num_cached_tiles: `(batch,)`.
             labels: Ids to predict, `(batch, seq_length)`, -100 where nothing is to be learned; not shifted.
             logits_to_keep: Number of last positions whose logits are wanted, or their indices; 0: all.
             **kwargs: Passed on to the decoder and to the loss, such as `num_items_in_batch`.

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 PHI_2 = {
     "model_type": "phi",
@@ -97,6 +98,21 @@ def translate_original_config(original: dict, *, folder: Path, vision_config: Pa
     return config
 
 
+def original_generation_config(original: dict, config: PreTrainedConfig) -> GenerationConfig:
+    """Generation config of an original FlashSloth release, whose own is Phi-2's and does not end at `</s>`.
+
+    Args:
+        original: The release's `generation_config.json`; only its way of sampling is kept.
+        config: The model's `FlashSlothConfig`; image and query tokens are never generated.
+    """
+    names = _SAMPLING_FIELDS if original.get("do_sample") else _GREEDY_FIELDS
+    fields = {name: original[name] for name in names if original.get(name) is not None}
+    fields |= {name: PHI_2[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**fields, suppress_tokens=[config.image_token_id, config.query_token_id])
+
+
+_GREEDY_FIELDS = ("num_beams", "repetition_penalty", "no_repeat_ngram_size")
+_SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p", *_GREEDY_FIELDS)
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 

@@ -174,7 +174,17 @@ class FlashSlothProcessor(ProcessorMixin):
             conversation: Messages with `role` and `content`, or a list of such conversations.
             *args: As for `ProcessorMixin.apply_chat_template`.
             **kwargs: As for `ProcessorMixin.apply_chat_template`.
+
+        Raises:
+            NotImplementedError: If a mask of the answers is asked for and transformers is too old to place it.
         """
+        if kwargs.get("return_assistant_tokens_mask") and not hasattr(
+            ProcessorMixin, "_adjust_assistant_masks_indices"
+        ):
+            raise NotImplementedError(
+                "`return_assistant_tokens_mask` needs transformers 5.18 or newer: older ones misplace the mask when "
+                "placeholders are expanded. Update transformers, or build labels from the ids."
+            )
         control_tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         control_tokens |= {self.image_token, self.query_token}
         pattern = re.compile("|".join(re.escape(token) for token in sorted(control_tokens, key=len, reverse=True)))
@@ -191,15 +201,12 @@ class FlashSlothProcessor(ProcessorMixin):
             if kwargs.get(modality) is not None:
                 raise TypeError(f"FlashSloth reads pictures and text, but `{modality}` were passed; leave them out.")
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        if images is not None:
-            rows = images if isinstance(images, (list, tuple)) else [images]
-            is_nested = any(isinstance(row, (list, tuple)) for row in rows)
-            images = [image for row in rows for image in (row if isinstance(row, (list, tuple)) else [row])]
-            if text is not None:
-                self._check_image_counts(text, [_count(row) for row in rows] if is_nested else [len(images)])
-        elif text is not None:
-            self._check_image_counts(text, [0])
-        return images or None, text, videos, audio
+        rows = _as_list([] if images is None else images)
+        is_nested = any(isinstance(row, (list, tuple)) for row in rows)
+        counts = [len(_as_list(row)) for row in rows]
+        if text is not None:
+            self._check_image_counts(text, counts if is_nested else [sum(counts)])
+        return [image for row in rows for image in _as_list(row)] or None, text, videos, audio
 
     def _check_image_counts(self, text: Sequence[str], num_images: Sequence[int]) -> None:
         """Compare placeholders and pictures: row by row if the pictures came in rows, else in total."""
@@ -359,8 +366,10 @@ def _guarded_text(value: Any, pattern: re.Pattern) -> Any:
     return _guarded(value, pattern)
 
 
-def _count(row: Any) -> int:
-    return len(row) if isinstance(row, (list, tuple)) else 1
+def _as_list(images: Any) -> list:
+    """Pictures of a list or of a batched array; one picture as a list of one."""
+    is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+    return list(images) if is_batch else [images]
 
 
 __all__ = ["FlashSlothProcessor"]

@@ -49,7 +49,7 @@ setup(
         "test": ["accelerate", "matplotlib", "pytest", "ruff"],
         "train": ["accelerate", "matplotlib"],
     },
-    packages=["flashsloth"],
+    packages=["flashsloth", "flashsloth.cli"],
     package_dir={"flashsloth": "."},
     package_data={"flashsloth": CHECKPOINT},
     cmdclass={"build_py": BuildModules},

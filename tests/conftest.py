@@ -60,9 +60,15 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def make_config(tokenizer):
     def make(family="phi", **changes):
-        ids = dict(zip(("pad_token_id", "eos_token_id"), tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[:2])))
+        pad, end = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[:2])
         fields = {
-            "text_config": {"model_type": family, **DECODERS[family], **ids, "bos_token_id": ids["pad_token_id"]},
+            "text_config": {
+                "model_type": family,
+                **DECODERS[family],
+                "pad_token_id": pad,
+                "bos_token_id": pad,
+                "eos_token_id": end,
+            },
             "vision_config": dict(VISION),
             "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
             "query_token_id": tokenizer.convert_tokens_to_ids("<learnable>"),

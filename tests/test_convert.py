@@ -9,36 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from original_checkpoint import PREFIX, make_original, original_shapes, original_tensors, write_json, write_weights
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
-from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor, convert
-from flashsloth.convert import ConversionError, original_name_of, rename
+from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.cli import convert
+from flashsloth.cli.convert import ConversionError, original_name_of, rename
 
-sys.path.append(str(Path(__file__).parent))
-from original_checkpoint import (
-    PREFIX,
-    make_original,
-    original_shapes,
-    original_tensors,
-    write_json,
-    write_weights,
-)
-
+ROOT = Path(__file__).parents[1]
 OUTPUT_FILES = {
     "README.md",
     "chat_template.jinja",
     "config.json",
-    "configuration_flashsloth.py",
     "generation_config.json",
-    "image_processing_flashsloth.py",
-    "modeling_flashsloth.py",
-    "original_flashsloth.py",
-    "processing_flashsloth.py",
     "processor_config.json",
-    "prompt_flashsloth.py",
     "tokenizer.json",
     "tokenizer_config.json",
+    *(file.name for file in ROOT.glob("*_flashsloth.py")),
 }
 PICTURE = Image.radial_gradient("L").resize((40, 30)).convert("RGB")
 LOGITS = """
@@ -76,7 +65,7 @@ save_file({{"logits": compute_logits(model, processor, Image.open(picture))}}, o
 MEMORY = """
 import sys
 from pathlib import Path
-from flashsloth.convert import convert
+from flashsloth.cli.convert import convert
 
 def read(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -148,10 +137,9 @@ def test_every_kind_of_release_becomes_what_loading_it_directly_gives(tmp_path, 
 
 
 def test_output_is_a_complete_repository(tmp_path, tensors):
-    write_json(
-        make_original(tmp_path / "in", tensors, num_shards=2) / "generation_config.json", {"eos_token_id": 50256}
-    )
-    convert.convert(tmp_path / "in", tmp_path / "out")
+    source = make_original(tmp_path / "in", tensors, num_shards=2)
+    write_json(source / "generation_config.json", {"eos_token_id": 50256, "repetition_penalty": 1.1, "max_length": 20})
+    convert.convert(source, tmp_path / "out")
 
     weights = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == OUTPUT_FILES | weights
@@ -161,6 +149,10 @@ def test_output_is_a_complete_repository(tmp_path, tensors):
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (50256, 50296, 50256)
     assert sorted(generation["suppress_tokens"]) == [50295, 50297]
+    assert generation["repetition_penalty"] == 1.1
+    assert "max_length" not in generation
+    direct = FlashSlothForConditionalGeneration.from_pretrained(source).generation_config
+    assert direct.to_diff_dict() == GenerationConfig.from_pretrained(tmp_path / "out").to_diff_dict()
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in load_all(tmp_path / "out").values())
     assert set(index["weight_map"]) == load_all(tmp_path / "out").keys()
@@ -316,7 +308,7 @@ def test_a_hub_id_is_read_from_what_was_downloaded(tmp_path, tensors):
     make_original(repository / "snapshots" / ("0" * 40), tensors)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0" * 40)
-    code = "import sys; from flashsloth.convert import convert; convert('someone/sloth', sys.argv[1])"
+    code = "import sys; from flashsloth.cli.convert import convert; convert('someone/sloth', sys.argv[1])"
     environment = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     result = run_python(code, tmp_path / "out", **environment)
     assert result.returncode == 0, result.stderr

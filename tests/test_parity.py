@@ -13,7 +13,7 @@ from golden_checkpoint import GOLDEN, synthetic, write_golden_checkpoint
 from safetensors.torch import load_file
 
 from flashsloth import FlashSlothForConditionalGeneration
-from flashsloth.convert import convert
+from flashsloth.cli.convert import convert
 from flashsloth.original_flashsloth import ORIGINAL_KEY_MAPPING
 
 CASES = ["single", "batch", "mixed", "turns", "hd"]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers.processing_utils import ProcessorMixin
 
 from flashsloth import FlashSlothProcessor
 from flashsloth.processing_flashsloth import DEFAULT_SYSTEM_PROMPT, GUARD, build_chat_template
@@ -162,6 +163,24 @@ def test_replacement_offsets_point_at_the_expanded_text(processor):
     for offset in offsets:
         assert text[slice(*offset["span"])] == offset["text"]
         assert expanded[slice(*offset["new_span"])] == offset["replacement"]
+
+
+def test_a_batched_array_is_several_pictures(processor):
+    inputs = processor(images=np.zeros((2, 3, 40, 40), dtype=np.uint8), text="<image><image>")
+    assert len(inputs["pixel_values"]) == 2
+
+
+def test_the_answer_mask_covers_answers_and_their_end(processor, pictures):
+    picture = {"type": "image", "image": pictures[0]}
+    messages = [user(picture, "Why?"), answer("So."), user(picture, "And?"), answer("Yes.")]
+    arguments = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    if not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):  # transformers 5.17
+        with pytest.raises(NotImplementedError, match=r"needs transformers 5\.18"):
+            processor.apply_chat_template(messages, **arguments)
+        return
+    inputs = processor.apply_chat_template(messages, **arguments)
+    ids, mask = np.array(inputs["input_ids"][0]), np.array(inputs["assistant_masks"][0], dtype=bool)
+    assert processor.tokenizer.decode(ids[mask]) == " So.</s> Yes.</s>"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 
 import torch
-from scenes import describe, draw, questions, scene_at
+from scenes import draw, questions, scene_at
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import BatchFeature, PreTrainedTokenizerFast
@@ -85,10 +85,10 @@ def conversation(index: int, size: int) -> list[dict]:
     """
     rng = random.Random(f"conversation:{index}")
     scene = scene_at("train", index)
+    (_, describe, description), *others = questions(scene, rng)
     by_kind: dict[str, list[tuple[str, str]]] = {}
-    for kind, question, answer in questions(scene, rng):
+    for kind, question, answer in others:
         by_kind.setdefault(kind, []).append((question, answer))
-    del by_kind["describe"]
     kinds = list(by_kind)
     turns = []
     for kind in rng.choices(kinds, [KIND_WEIGHTS.get(kind, 1.0) for kind in kinds], k=NUM_TURNS - 1):
@@ -96,7 +96,7 @@ def conversation(index: int, size: int) -> list[dict]:
         if turn not in turns:
             turns.append(turn)
     position = 0 if rng.random() < SHARE_DESCRIBED_FIRST else len(turns)
-    turns.insert(position, ("Describe the picture.", describe(scene)))
+    turns.insert(position, (describe, description))
 
     messages = []
     for question, answer in turns:
@@ -109,16 +109,16 @@ def conversation(index: int, size: int) -> list[dict]:
 
 
 class ConversationDataset(Dataset):
-    """Training conversations, drawn when asked for."""
+    """Training conversations from number `start` on, drawn when asked for."""
 
-    def __init__(self, length: int, size: int) -> None:
-        self.length, self.size = length, size
+    def __init__(self, start: int, length: int, size: int) -> None:
+        self.start, self.length, self.size = start, length, size
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> list[dict]:
-        return conversation(index, self.size)
+        return conversation(self.start + index, self.size)
 
 
 class ConversationCollator:

@@ -53,6 +53,19 @@ FONTS = (
 )
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 QUESTION_KINDS = ("colour", "shape", "count", "left of", "above", "place", "read word", "read number", "describe")
+WORDINGS = {
+    "describe": ("Describe the picture.", "Describe the image.", "What is in the picture?", "What do you see?"),
+    "colour": ("What colour is the {0}?", "What color is the {0}?", "Which colour is the {0}?"),
+    "shape of colour": ("Which shape is {0}?", "What shape is {0}?", "What shape is the {0} one?"),
+    "shape at place": ("Which shape is {0}?", "What shape is at the {0}?", "Which shape is at the {0}?"),
+    "count": ("How many {0} are there?", "How many {0} do you see?", "Count the {0}."),
+    "count of colour": ("How many shapes are {0}?", "How many {0} shapes are there?", "Count the {0} shapes."),
+    "read word": ("What does the sign say?", "What is written on the sign?", "Read the sign."),
+    "read number": ("What is the number?", "Which number is there?", "What number do you see?"),
+    "place": ("What is {0}?", "What is at the {0}?", "What do you see at the {0}?"),
+    "neighbour": ("What is {0} the {1}?", "Which thing is {0} the {1}?"),
+    "relation": ("Is the {0} {1} the {2}?", "Does the {0} stand {1} the {2}?"),
+}
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _REFERENCE_FONT_SIZE = 100
@@ -219,12 +232,16 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     """
     references = {thing: names for thing in scene.things if (names := _references(thing, scene))}
     return [
-        ("describe", "Describe the picture.", describe(scene)),
+        ("describe", _word("describe", rng), describe(scene)),
         *_property_questions(scene, references, rng),
-        *_place_questions(scene),
+        *_place_questions(scene, rng),
         *_count_questions(scene, rng),
         *_position_questions(scene, references, rng),
     ]
+
+
+def _word(question: str, rng: random.Random, *parts: str) -> str:
+    return rng.choice(WORDINGS[question]).format(*parts)
 
 
 def _property_questions(
@@ -235,23 +252,23 @@ def _property_questions(
     colours = [thing.colour for thing in scene.things]
     for thing in scene.things:
         if thing.name in references.get(thing, ()):
-            asked.append(("colour", f"What {rng.choice(('colour', 'color'))} is the {thing.name}?", thing.colour))
+            asked.append(("colour", _word("colour", rng, thing.name), thing.colour))
         if thing.name == "sign":
-            asked.append(("read word", "What does the sign say?", thing.text))
+            asked.append(("read word", _word("read word", rng), thing.text))
         elif thing.name == "number":
-            asked.append(("read number", "What is the number?", thing.text))
+            asked.append(("read number", _word("read number", rng), thing.text))
         else:
-            asked.append(("shape", f"Which shape is {thing.place}?", thing.name))
+            asked.append(("shape", _word("shape at place", rng, thing.place), thing.name))
             if colours.count(thing.colour) == 1:
-                asked.append(("shape", f"Which shape is {thing.colour}?", thing.name))
+                asked.append(("shape", _word("shape of colour", rng, thing.colour), thing.name))
     return asked
 
 
-def _place_questions(scene: Scene) -> list[tuple[str, str, str]]:
+def _place_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     """Questions on what stands in each of the four cells, but for those that a sign fills."""
     by_place = {thing.place: thing.phrase for thing in scene.things}
     return [
-        ("place", f"What is {row} {side}?", by_place.get(f"{row} {side}", "nothing"))
+        ("place", _word("place", rng, f"{row} {side}"), by_place.get(f"{row} {side}", "nothing"))
         for row in ("top", "bottom")
         for side in ("left", "right")
         if row not in by_place
@@ -265,9 +282,9 @@ def _count_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, s
     colour = rng.choice([thing.colour for thing in shapes] + [rng.choice(tuple(COLOURS))])
     plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
     return [
-        ("count", "How many shapes are there?", str(len(shapes))),
-        ("count", f"How many {plural} are there?", str(sum(thing.name == shape for thing in shapes))),
-        ("count", f"How many shapes are {colour}?", str(sum(thing.colour == colour for thing in shapes))),
+        ("count", _word("count", rng, "shapes"), str(len(shapes))),
+        ("count", _word("count", rng, plural), str(sum(thing.name == shape for thing in shapes))),
+        ("count", _word("count of colour", rng, colour), str(sum(thing.colour == colour for thing in shapes))),
     ]
 
 
@@ -292,11 +309,12 @@ def _position_questions(
             kind = "left of" if relation in ("left of", "right of") else "above"
             anchor_name = rng.choice(names)
             if [found for found, _ in neighbours].count(relation) == 1:
-                asked.append((kind, f"What is {relation} the {anchor_name}?", other.phrase))
+                asked.append((kind, _word("neighbour", rng, relation, anchor_name), other.phrase))
             if other in references:
                 stated = rng.choice((relation, OPPOSITES[relation]))
                 answer = "yes" if stated == relation else "no"
-                asked.append((kind, f"Is the {rng.choice(references[other])} {stated} the {anchor_name}?", answer))
+                question = _word("relation", rng, rng.choice(references[other]), stated, anchor_name)
+                asked.append((kind, question, answer))
     return asked
 
 

@@ -3,7 +3,9 @@
     torchrun --nproc_per_node 2 examples/tiny/train.py --output tiny-flashsloth
 
 1. a tokenizer; 2. the vision tower, on what the drawing program knows of every patch; 3. the whole model but the tower,
-on conversations; 4. exact match on pictures that training never sees. A run that was stopped goes on where it was.
+on conversations; 4. the same with the tower; 5. exact match on pictures that training never sees. A run that was
+stopped goes on where it was.
+
 One process with one thread a core suffers less from other work on the machine than one process with many threads; plain
 `python` does the same with one process.
 """
@@ -88,15 +90,15 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
     )
 
 
-def training_arguments(folder: Path, num_steps: int) -> TrainingArguments:
-    """What both stages have in common."""
+def training_arguments(folder: Path, num_steps: int, learning_rate: float = 1e-3) -> TrainingArguments:
+    """What all stages have in common."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
         per_device_train_batch_size=BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=200,
+        warmup_steps=0.05,
         weight_decay=0.02,
         adam_beta2=0.98,
         optim="adamw_torch_fused",
@@ -138,37 +140,43 @@ def pretrain_tower(
     return tower.vision_tower.state_dict()
 
 
-def train_on_conversations(
-    config: FlashSlothConfig,
-    processor: FlashSlothProcessor,
-    tower_weights: dict[str, torch.Tensor],
-    folder: Path,
-    num_steps: int,
-) -> Trainer:
-    """Train everything but the vision tower.
-
-    Returns:
-        The Trainer, with the trained model.
-    """
+def build_model(config: FlashSlothConfig, tower_weights: dict[str, torch.Tensor]) -> FlashSlothForConditionalGeneration:
+    """A new model around a trained vision tower, which is frozen."""
     set_seed(SEED)
     model = FlashSlothForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower_weights)
     model.model.vision_tower.requires_grad_(False)
-    model.model.language_model.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
+    for part in (model.model.vision_tower, model.model.language_model):
+        part.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
     model.generation_config = GenerationConfig(
         eos_token_id=config.text_config.eos_token_id,
         pad_token_id=config.text_config.pad_token_id,
         suppress_tokens=[config.image_token_id, config.query_token_id],
     )
     logger.info("%.2f M parameters", model.num_parameters() / 1e6)
+    return model
+
+
+def train_on_conversations(
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    args: TrainingArguments,
+    first_conversation: int = 0,
+) -> Trainer:
+    """Train what is not frozen of a model.
+
+    Returns:
+        The Trainer.
+    """
+    size = model.config.vision_config.image_size
     trainer = Trainer(
         model,
-        training_arguments(folder, num_steps),
-        train_dataset=ConversationDataset(num_steps * BATCH_SIZE, config.vision_config.image_size),
+        args,
+        train_dataset=ConversationDataset(first_conversation, args.max_steps * BATCH_SIZE, size),
         data_collator=ConversationCollator(processor),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(Path(args.output_dir)))
     return trainer
 
 
@@ -182,7 +190,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint")
     parser.add_argument("--work", type=Path, help="folder for unfinished training (default: OUTPUT-work)")
     parser.add_argument("--tower-steps", type=int, default=3600, help=f"steps of {BATCH_SIZE} pictures")
-    parser.add_argument("--steps", type=int, default=5000, help=f"steps of {BATCH_SIZE} conversations")
+    parser.add_argument("--steps", type=int, default=2200, help=f"steps of {BATCH_SIZE} conversations")
+    parser.add_argument("--joint-steps", type=int, default=600, help="the same, with the vision tower")
     parser.add_argument("--evaluation-pictures", type=int, default=500)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -192,9 +201,13 @@ def main() -> None:
     config = build_config(tokenizer)
     processor = build_processor(config, tokenizer)
     tower_weights = pretrain_tower(config, processor, work / "tower", args.tower_steps)
-    trainer = train_on_conversations(config, processor, tower_weights, work / "conversations", args.steps)
+    model = build_model(config, tower_weights)
+    train_on_conversations(model, processor, training_arguments(work / "conversations", args.steps))
+    model.model.vision_tower.requires_grad_(True)
+    together = training_arguments(work / "together", args.joint_steps, learning_rate=2e-4)
+    trainer = train_on_conversations(model, processor, together, first_conversation=args.steps * BATCH_SIZE)
     if trainer.is_world_process_zero():
-        model = trainer.model.to(torch.bfloat16).eval()
+        model = model.to(torch.bfloat16).eval()
         model.save_pretrained(args.output)
         processor.save_pretrained(args.output)
         result = evaluate(model, processor, args.evaluation_pictures)

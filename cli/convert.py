@@ -21,11 +21,11 @@ from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from ..configuration_flashsloth import FlashSlothConfig
+from ..modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..original_flashsloth import ORIGINAL_KEY_MAPPING, original_generation_config, translate_original_config
+from ..processing_flashsloth import FlashSlothProcessor
 from . import model_card
-from .configuration_flashsloth import FlashSlothConfig
-from .modeling_flashsloth import FlashSlothForConditionalGeneration
-from .original_flashsloth import ORIGINAL_KEY_MAPPING, PHI_2, translate_original_config
-from .processing_flashsloth import FlashSlothProcessor
 from .weight_files import (
     SAFETENSORS_DTYPES,
     TensorInfo,
@@ -46,8 +46,6 @@ DROPPED = (
     r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
 )
 """Tensors of a release, by their names here, that FlashSloth does not use or computes itself."""
-SAMPLING_FIELDS = ("do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size")
-RANDOM_SAMPLING_FIELDS = ("temperature", "top_k", "top_p")
 
 
 class ConversionError(ValueError):
@@ -155,7 +153,8 @@ def _plan(source: str | Path, vision_config: Path | None) -> Plan:
             model = FlashSlothForConditionalGeneration(config)
         shards = _check_tensors(shards, model)
         config.dtype = _main_dtype(shards)
-        generation_config = _generation_config(folder, config)
+        file = folder / "generation_config.json"
+        generation_config = original_generation_config(read_json(file) if file.is_file() else {}, config)
         processor = _build_processor(folder, original_config, config)
     except (ValueError, OSError) as error:
         raise ConversionError(f"{source} cannot be converted: {error}") from error
@@ -166,7 +165,7 @@ def _write_rest(folder: Path, plan: Plan, conversion: Conversion) -> None:
     """Write everything but the weights."""
     for part in (plan.config, plan.generation_config, plan.processor):
         part.save_pretrained(folder)
-    for module in sorted(Path(__file__).parent.glob("*_flashsloth.py")):
+    for module in sorted(Path(__file__).parents[1].glob("*_flashsloth.py")):
         shutil.copyfile(module, folder / module.name)
     card = model_card.build_model_card(
         plan.config,
@@ -380,18 +379,3 @@ def _write_weights(folder: Path, shards: list[Shard], num_bytes: int, progress: 
 def _read_shard(shard: Shard) -> Iterator[Iterator[memoryview]]:
     for _, chunks in read_tensors(shard.source, [shard.names[name] for name in shard.infos]):
         yield chunks
-
-
-def _generation_config(folder: Path, config: FlashSlothConfig) -> GenerationConfig:
-    """How to generate: the release's way of sampling, and never an image or query token as an answer."""
-    file = folder / "generation_config.json"
-    original = read_json(file) if file.is_file() else {}
-    names = SAMPLING_FIELDS + (RANDOM_SAMPLING_FIELDS if original.get("do_sample") else ())
-    sampling = {name: original[name] for name in names if original.get(name) is not None}
-    return GenerationConfig(
-        bos_token_id=PHI_2["bos_token_id"],
-        eos_token_id=PHI_2["eos_token_id"],
-        pad_token_id=PHI_2["pad_token_id"],
-        suppress_tokens=[config.image_token_id, config.query_token_id],
-        **sampling,
-    )

@@ -14,10 +14,11 @@ import io
 import os
 import signal
 import sys
+import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PROGRAM = "flashsloth"
-SHIPPED_CHECKPOINT = Path(__file__).parent
+SHIPPED_CHECKPOINT = Path(__file__).parents[1]
 STDIN = "-"
 URL_PREFIXES = ("http://", "https://")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
@@ -49,12 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, or 2 for what a user can put right.
     """
     options = build_parser().parse_args(arguments)
-    with contextlib.suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, _exit_by_signal)  # as an exception, so that what was half-written is removed
-    warnings.simplefilter("ignore")
     try:
-        options.run(options)
-        sys.stdout.flush()
+        with _termination_as_exit(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options.run(options)
+            sys.stdout.flush()
     except CommandError as error:
         sys.stderr.write(f"{PROGRAM}: error: {error}\n")
         return EXIT_ERROR
@@ -111,8 +111,6 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert)
 
 
 def _ask(options: argparse.Namespace) -> None:
-    if not options.question.strip():
-        raise CommandError('QUESTION is empty; ask something, such as "What is in the picture?".')
     image = _read_image(options.image)
     model, processor = _load_model(str(SHIPPED_CHECKPOINT if options.model is None else options.model))
     content = [{"type": "image", "image": image}, {"type": "text", "text": options.question}]
@@ -145,7 +143,7 @@ def _read_image(source: str) -> "Image.Image":
     """Open the picture in a file, behind a URL, or on standard input."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    from .image_processing_flashsloth import PICTURE_ERRORS
+    from ..image_processing_flashsloth import PICTURE_ERRORS
 
     data = _read_bytes(source)
     shown = "standard input" if source == STDIN else source
@@ -171,7 +169,8 @@ def _read_bytes(source: str) -> bytes:
     except FileNotFoundError as error:
         raise CommandError(f"no such file: {source}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        has_status = isinstance(error, urllib.error.HTTPError)
+        reason = error.reason if isinstance(error, urllib.error.URLError) and not has_status else error
         raise CommandError(f"{source} cannot be read: {_first_line(reason)}") from error
 
 
@@ -180,7 +179,7 @@ def _load_model(source: str) -> tuple[Any, Any]:
     import torch
     from safetensors import SafetensorError
 
-    from . import FlashSlothForConditionalGeneration, FlashSlothProcessor
+    from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
 
     _silence_transformers()
     _check_model_type(source)
@@ -244,8 +243,21 @@ def _silence_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def _exit_by_signal(number: int, _frame: Any) -> None:
-    sys.exit(EXIT_SIGNAL + number)
+@contextlib.contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """Let SIGTERM raise, as Ctrl-C does, so that a command removes what it has half-written."""
+
+    def leave(number: int, _frame: Any) -> None:
+        sys.exit(EXIT_SIGNAL + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _positive_int(text: str) -> int:
@@ -257,7 +269,3 @@ def _positive_int(text: str) -> int:
 
 def _first_line(error: object) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .configuration_flashsloth import FlashSlothConfig
+from ..configuration_flashsloth import FlashSlothConfig
 
 PHI_2_ID = "microsoft/phi-2"
 SIGLIP_ID = "google/siglip-so400m-patch14-384"

@@ -1,0 +1,115 @@
+"""The checkpoint in the repository's root: small, right, and the same in every mode of generation, in bfloat16."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate import evaluate, evaluation_set
+from safetensors import safe_open
+from test_hub import WITHOUT_PACKAGE
+from transformers import CompileConfig
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+
+ROOT = Path(__file__).parents[1]
+NUM_QUESTIONS = 16
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=torch.bfloat16).eval()
+    return model, FlashSlothProcessor.from_pretrained(ROOT)
+
+
+@pytest.fixture(scope="module")
+def prompts(shipped):
+    """Renders the first questions of the evaluation set, as one batch or alone."""
+    questions = [question for question, _ in zip(evaluation_set(8), range(NUM_QUESTIONS), strict=False)]
+
+    def render(rows, **kwargs):
+        conversations = []
+        for question in (questions[row] for row in rows):
+            content = [{"type": "image", "image": question.picture}, {"type": "text", "text": question.text}]
+            conversations.append([{"role": "user", "content": content}])
+        arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return shipped[1].apply_chat_template(conversations, **arguments, processor_kwargs={"padding": True, **kwargs})
+
+    return render
+
+
+def answers(model, inputs, **kwargs):
+    """New tokens of every row, up to the end token."""
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False, **kwargs)
+    rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+    end = model.generation_config.eos_token_id
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def test_it_is_small():
+    with safe_open(ROOT / "model.safetensors", "pt") as file:
+        tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        assert {tensor.get_dtype() for tensor in tensors} == {"BF16"}
+        assert sum(torch.Size(tensor.get_shape()).numel() for tensor in tensors) <= 10e6
+    assert (ROOT / "model.safetensors").stat().st_size <= 20e6
+
+
+def test_a_fresh_clone_loads_by_remote_code(shipped, pictures, tmp_path):
+    content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "Why?"}]
+    messages = [{"role": "user", "content": content}]
+    torch.save(([], messages), tmp_path / "inputs.pt")
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_PACKAGE.replace('folder + "-again"', f'"{tmp_path}/again"'))
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    arguments = [sys.executable, str(script), str(ROOT), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    inputs, logits = torch.load(tmp_path / "out.pt", weights_only=False)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, shipped[0](**inputs).logits)
+
+
+def test_it_answers_four_of_five_questions(shipped):
+    """A part of the evaluation set; `examples/tiny/evaluation.json` has all of it."""
+    result = evaluate(*shipped, num_pictures=40)
+    assert all(counts["asked"] for counts in result.values())
+    assert result["all"]["right"] >= 0.8 * result["all"]["asked"]
+
+
+@pytest.fixture(scope="module")
+def alone(shipped, prompts):
+    return [answers(shipped[0], prompts([row]))[0] for row in range(NUM_QUESTIONS)]
+
+
+def test_a_batch_answers_like_its_rows_in_bf16(shipped, prompts, alone):
+    assert answers(shipped[0], prompts(range(NUM_QUESTIONS))) == alone
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"num_beams": 1, "prefill_chunk_size": 4096},
+    ],
+)
+def test_every_cache_answers_the_same_in_bf16(shipped, prompts, alone, mode):
+    assert answers(shipped[0], prompts(range(NUM_QUESTIONS)), **mode) == alone
+
+
+def test_compiled_decoding_answers_the_same_in_bf16(shipped, prompts, alone):
+    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True
+    mode = {"cache_implementation": "static", "compile_config": compile_config}
+    assert answers(shipped[0], prompts(range(NUM_QUESTIONS)), **mode) == alone
+
+
+def test_prompt_lookup_answers_the_same_in_bf16(shipped, prompts, alone):
+    for row in range(4):
+        assert answers(shipped[0], prompts([row]), prompt_lookup_num_tokens=3)[0] == alone[row]
+
+
+def test_an_assistant_answers_the_same_in_bf16(shipped, prompts, alone):
+    for row in range(4):
+        assert answers(shipped[0], prompts([row]), assistant_model=shipped[0])[0] == alone[row]

@@ -1,0 +1,63 @@
+"""What the README shows is what happens: its code is run, and prints what the comments behind it say."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from evaluate import as_table
+from huggingface_hub import ModelCard
+
+from flashsloth.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = re.compile(r"^# (.*)$", flags=re.MULTILINE)
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def in_a_clone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_python_code_prints_what_it_says():
+    namespace, printed = {}, io.StringIO()
+    code = "\n".join(blocks("python"))
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert printed.getvalue().splitlines() == SHOWN.findall(code)
+    assert SHOWN.findall(code)
+
+
+def test_the_commands_print_what_they_say(capsys):
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    asked = [(line, shown) for line, shown in zip(lines, [*lines[1:], ""], strict=True) if "flashsloth ask" in line]
+    assert asked
+    for line, shown in asked:
+        command = line.split("&&")[-1].strip()
+        assert main(shlex.split(command)[1:]) == 0
+        assert f"# {capsys.readouterr().out.strip()}" == shown, line
+
+
+def test_it_is_a_valid_model_card():
+    data = ModelCard(README).data
+    assert (data.pipeline_tag, data.library_name, data.license) == ("image-text-to-text", "transformers", "apache-2.0")
+    assert "custom_code" in data.tags
+
+
+def test_its_figures_are_the_measured_ones():
+    result = json.loads((ROOT / "examples" / "tiny" / "evaluation.json").read_text())
+    assert as_table(result) in README
+
+
+def test_its_links_lead_somewhere():
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
