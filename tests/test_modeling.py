@@ -141,6 +141,12 @@ def test_eager_and_sdpa_agree_and_reach_both_towers(make_model, ask, conversatio
     torch.testing.assert_close(outputs["eager"][mask], outputs["sdpa"][mask], atol=1e-4, rtol=0)
 
 
+def test_each_part_can_have_its_own_attention(make_model):
+    model = make_model("llama", attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+
+
 def test_embeddings_instead_of_ids_give_the_same_logits(any_model, ask, conversations):
     inputs = dict(ask(*conversations))
     expected = logits_of(any_model, inputs)

@@ -58,6 +58,6 @@ def test_its_figures_are_the_measured_ones():
 
 
 def test_its_links_lead_somewhere():
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+    X
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
