@@ -267,6 +267,11 @@ class FlashSlothProcessor(ProcessorMixin):
             offsets.append(row)
         return expanded, offsets
 
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What some tokenizers return, and no decoder of FlashSloth takes."""
+        return ["token_type_ids"]
+
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         """Refuse prompts that were truncated through image or query tokens."""
         rows = text_inputs["input_ids"]
