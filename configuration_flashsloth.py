@@ -190,12 +190,17 @@ class FlashSlothConfig(PreTrainedConfig):
                 )
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """Read a config file, and translate it if it is an original release's."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "FlashSlothConfig":
+        """Load a config; see `PreTrainedConfig.from_pretrained`. That of an original release is translated."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # as `AutoConfig` does
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a config from the content of a file; see `PreTrainedConfig.from_dict`."""
         if "mm_vision_tower" in config_dict:
-            config_dict = translate_original_config(config_dict, folder=Path(str(pretrained_model_name_or_path)))
-        return config_dict, kwargs
+            config_dict = translate_original_config(config_dict, folder=Path(str(kwargs.get("name_or_path", ""))))
+        return super().from_dict(config_dict, **kwargs)
 
 
 def _as_config(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

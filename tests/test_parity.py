@@ -11,8 +11,9 @@ import pytest
 import torch
 from golden_checkpoint import GOLDEN, synthetic, write_golden_checkpoint
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoProcessor
 
-from flashsloth import FlashSlothForConditionalGeneration
+from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
 from flashsloth.cli.convert import convert
 from flashsloth.original_flashsloth import ORIGINAL_KEY_MAPPING
 
@@ -63,6 +64,14 @@ def answer_labels(input_ids):
                 labels[row, i] = token
             inside = (inside and token != END) or ids[max(0, i - 3) : i + 1] == ASSISTANT
     return labels
+
+
+@pytest.mark.parametrize("load", [AutoConfig.from_pretrained, FlashSlothConfig.from_pretrained])
+def test_auto_classes_read_the_original_layout(tmp_path, load):
+    source = write_golden_checkpoint(tmp_path / "original")
+    config = load(source)
+    assert (config.text_config.hidden_size, config.vision_config.num_hidden_layers) == (128, 2)
+    assert AutoProcessor.from_pretrained(source).image_seq_length == config.image_seq_length
 
 
 @pytest.mark.parametrize("name", CASES)

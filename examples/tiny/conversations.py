@@ -15,9 +15,10 @@ from flashsloth.processing_flashsloth import build_chat_template
 PAD, END, IMAGE, QUERY, USER, ASSISTANT = "<|endoftext|>", "</s>", "<image>", "<learnable>", "USER:", "ASSISTANT:"
 VOCABULARY_SIZE = 512
 NUM_TOKENIZER_SCENES = 2000
-NUM_TURNS = 4
-SHARE_DESCRIBED_FIRST = 0.25
-KIND_WEIGHTS = {"left of": 1.5, "above": 1.5, "place": 1.5}  # 1 for every other kind
+NUM_QUESTIONS = 5
+SHARE_DESCRIBED_FIRST = 0.15
+SHARE_DESCRIBED_LAST = 0.35
+KIND_WEIGHTS = {"count": 2.0, "left of": 2.0, "above": 2.0}  # the slowest to be learned; 1 for every other kind
 IGNORED = -100
 
 
@@ -71,10 +72,10 @@ def build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerFast
 
 
 def conversation(index: int, size: int) -> list[dict]:
-    """A training conversation: a picture, and `NUM_TURNS` questions about it with their answers.
+    """A training conversation: a picture, up to `NUM_QUESTIONS` questions about it with their answers.
 
-    The description comes first or not at all before the last turn, so that most questions have to be answered from
-    the picture and not from what was said.
+    A description comes last, if at all, more often than first, so that most questions have to be answered from the
+    picture and not from what was said.
 
     Args:
         index: Which scene of the split "train".
@@ -91,12 +92,15 @@ def conversation(index: int, size: int) -> list[dict]:
         by_kind.setdefault(kind, []).append((question, answer))
     kinds = list(by_kind)
     turns = []
-    for kind in rng.choices(kinds, [KIND_WEIGHTS.get(kind, 1.0) for kind in kinds], k=NUM_TURNS - 1):
+    for kind in rng.choices(kinds, [KIND_WEIGHTS.get(kind, 1.0) for kind in kinds], k=NUM_QUESTIONS):
         turn = rng.choice(by_kind[kind])
         if turn not in turns:
             turns.append(turn)
-    position = 0 if rng.random() < SHARE_DESCRIBED_FIRST else len(turns)
-    turns.insert(position, (describe, description))
+    described = rng.random()
+    if described < SHARE_DESCRIBED_FIRST:
+        turns.insert(0, (describe, description))
+    elif described < SHARE_DESCRIBED_FIRST + SHARE_DESCRIBED_LAST:
+        turns.append((describe, description))
 
     messages = []
     for question, answer in turns:

@@ -311,11 +311,17 @@ def _position_questions(
             if [found for found, _ in neighbours].count(relation) == 1:
                 asked.append((kind, _word("neighbour", rng, relation, anchor_name), other.phrase))
             if other in references:
-                stated = rng.choice((relation, OPPOSITES[relation]))
-                answer = "yes" if stated == relation else "no"
-                question = _word("relation", rng, rng.choice(references[other]), stated, anchor_name)
-                asked.append((kind, question, answer))
+                asked.append((kind, *_relation_question(rng.choice(references[other]), relation, anchor_name, rng)))
     return asked
+
+
+def _relation_question(name: str, relation: str, anchor_name: str, rng: random.Random) -> tuple[str, str]:
+    """A question with a choice of two relations, or one of them to confirm or deny, and its answer."""
+    if rng.random() < 0.5:
+        choice = "above or below" if relation in ("above", "below") else "left or right of"
+        return _word("relation", rng, name, choice, anchor_name), relation.removesuffix(" of")
+    stated = rng.choice((relation, OPPOSITES[relation]))
+    return _word("relation", rng, name, stated, anchor_name), "yes" if stated == relation else "no"
 
 
 def _relation(thing: Thing, anchor: Thing) -> str | None:
