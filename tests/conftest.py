@@ -136,6 +136,17 @@ def pictures():
     return [Image.fromarray(picture.numpy()) for picture in pixels]
 
 
+@pytest.fixture
+def conversations(pictures):
+    """Rows with one picture, none, two in one prompt, and one in each of two turns."""
+    return [
+        [(pictures[:1], "What is it?")],
+        [([], "Hello there, who are you?")],
+        [(pictures[1:3], "Which?")],
+        [(pictures[3:], "First?", "yes"), (pictures[:1], "And the second one?")],
+    ]
+
+
 @pytest.fixture(scope="session")
 def ask(processor):
     """Renders conversations: a turn is (pictures, question) or, answered, (pictures, question, answer)."""

@@ -106,7 +106,7 @@ def test_ask_reads_five_tiles_with_hd(run, checkpoint, picture):
 def test_ask_opens_urls(run, refused, checkpoint, picture):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
-            pass
+            """Says nothing."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=picture.parent))
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -10,17 +10,6 @@ NEW = 8
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 
-@pytest.fixture
-def conversations(pictures):
-    """Rows with one picture, none, two in one prompt, and one in each of two turns."""
-    return [
-        [(pictures[:1], "What is it?")],
-        [([], "Hello there, who are you?")],
-        [(pictures[1:3], "Which?")],
-        [(pictures[3:], "First?", "yes"), (pictures[:1], "And the second one?")],
-    ]
-
-
 def answers(model, inputs, **kwargs):
     """New tokens of every row."""
     output = model.generate(**inputs, **{**GREEDY, **kwargs})

@@ -22,17 +22,6 @@ def rows_of(logits, mask):
     return [row[m.bool()] for row, m in zip(logits, mask, strict=True)]
 
 
-@pytest.fixture
-def conversations(pictures):
-    """Rows with one picture, none, two in one prompt, and one in each of two turns."""
-    return [
-        [(pictures[:1], "What is it?")],
-        [([], "Hello there, who are you?")],
-        [(pictures[1:3], "Which?")],
-        [(pictures[3:], "First?", "yes"), (pictures[:1], "And the second one?")],
-    ]
-
-
 def test_pooling_is_the_weighted_mean_of_each_window():
     torch.manual_seed(0)
     pooling = SpatialAttentionPooling(hidden_size=6, window_size=3, dropout=0.1).eval()
