@@ -23,9 +23,8 @@ NAMES = ("nothing", *SHAPES, "sign", "number")
 COLOUR_NAMES = ("nothing", *COLOURS)
 END = len(CHARACTERS)  # the class of a position behind a text's last character
 NUM_CLASSES = (len(NAMES), len(COLOUR_NAMES), *(MAX_CHARACTERS + 1) * (len(CHARACTERS) + 1,))
-
-
 TARGET_WEIGHTS = (4.0, 2.0, *(MAX_CHARACTERS + 1) * (1.0,))
+TARGET_NAMES = ("name", "colour", *(f"character {i + 1}" for i in range(MAX_CHARACTERS)), "character on patch")
 
 
 def patch_targets(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,11 +140,9 @@ class TowerForPatches(nn.Module):
         loss, hits = logits.new_zeros(()), torch.full_like(labels, IGNORED)
         for target, part in enumerate(logits.split(NUM_CLASSES, dim=-1)):
             asked = slice(None) if target < 2 else on_text
-            part, right = part[asked], labels[asked, target]
-            losses = nn.functional.cross_entropy(part, right, reduction="none")
-            loss = loss + TARGET_WEIGHTS[target] * (losses * weights[asked]).sum() / weights[asked].sum().clamp(
-                min=1e-6
-            )
+            part, right, weight = part[asked], labels[asked, target], weights[asked]
+            losses = weight * nn.functional.cross_entropy(part, right, reduction="none")
+            loss = loss + TARGET_WEIGHTS[target] * losses.sum() / weight.sum().clamp(min=1e-6)  # a batch without texts
             hits[asked, target] = (part.argmax(-1) == right).long().masked_fill(right == IGNORED, IGNORED)
         return ModelOutput(loss=loss, hits=hits.view(*features.shape[:2], -1))
 
@@ -168,7 +165,5 @@ class TowerTrainer(Trainer):
             (hits[..., target] == 1)[on_thing & (hits[..., target] != IGNORED)].float().mean().item()
             for target in range(hits.shape[-1])
         ]
-        names = ["name", "colour", *(f"character {i + 1}" for i in range(MAX_CHARACTERS)), "character on patch"]
-        logger.info(
-            "step %d: %s", self.state.global_step, ", ".join(f"{n} {s:.3f}" for n, s in zip(names, shares, strict=True))
-        )
+        report = ", ".join(f"{name} {share:.3f}" for name, share in zip(TARGET_NAMES, shares, strict=True))
+        logger.info("step %d: %s", self.state.global_step, report)
