@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for unfinished training (default: OUTPUT-work)")
     parser.add_argument("--tower-steps", type=int, default=3600, help=f"steps of {BATCH_SIZE} pictures")
     parser.add_argument("--steps", type=int, default=2600, help=f"steps of {BATCH_SIZE} conversations")
-    parser.add_argument("--joint-steps", type=int, default=300, help="the same, with the vision tower")
+    parser.add_argument("--joint-steps", type=int, default=750, help="the same, with the vision tower")
     parser.add_argument("--evaluation-pictures", type=int, default=500)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
