@@ -104,7 +104,7 @@ def training_arguments(folder: Path, num_steps: int, learning_rate: float = 1e-3
         optim="adamw_torch_fused",
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
-        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
         logging_steps=50,
         save_steps=250,
@@ -113,6 +113,7 @@ def training_arguments(folder: Path, num_steps: int, learning_rate: float = 1e-3
         dataloader_persistent_workers=True,
         remove_unused_columns=False,
         label_names=["labels"],
+        use_cache=True,  # else the Trainer turns the cache off in the config that is saved
         report_to=[],
         disable_tqdm=True,
         seed=SEED,
@@ -208,6 +209,7 @@ def main() -> None:
     trainer = train_on_conversations(model, processor, together, first_conversation=args.steps * BATCH_SIZE)
     if trainer.is_world_process_zero():
         model = model.to(torch.bfloat16).eval()
+        model.config.use_cache = True  # the Trainer turned it off
         model.save_pretrained(args.output)
         processor.save_pretrained(args.output)
         result = evaluate(model, processor, args.evaluation_pictures)
