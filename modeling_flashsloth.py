@@ -13,6 +13,7 @@ Which tokens are pictures, queries and questions follows from `input_ids` alone,
 no padding copies, nothing kept between calls.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ class SpatialAttentionPooling(nn.Module):
     def _to_windows(self, patches: torch.Tensor) -> torch.Tensor:
         num_tiles, num_patches, width = patches.shape
         side = self.window_size
-        windows = int(num_patches**0.5) // side
+        windows = math.isqrt(num_patches) // side
         patches = patches.view(num_tiles, windows, side, windows, side, width).transpose(2, 3)
         return patches.reshape(num_tiles, windows**2, side**2, width)
 
@@ -261,19 +262,27 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
         if isinstance(module, FlashSlothModel):
             init.normal_(module.query_tokens, std=getattr(self.config.text_config, "initializer_range", None) or 0.02)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Recompute activations in the backward pass; always non-re-entrant.
+
+        The newer `activation_checkpointing_enable`, which the Trainer calls, leads here as well.
+
+        Args:
+            gradient_checkpointing_kwargs: Arguments for `torch.utils.checkpoint.checkpoint`.
+            **kwargs: What else transformers takes, such as `every_n_layers`.
 
         Raises:
             ValueError: If `use_reentrant=True` is asked for.
         """
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if kwargs["use_reentrant"]:
+        checkpointing_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if checkpointing_kwargs["use_reentrant"]:
             raise ValueError(
                 "FlashSloth needs `use_reentrant=False`: re-entrant checkpointing loses the gradients of the picture "
                 "features, which reach a decoder layer by keyword. Leave the argument out, or set it to False."
             )
-        super().gradient_checkpointing_enable(kwargs)
+        super().gradient_checkpointing_enable(checkpointing_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -318,14 +327,6 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         # A bound method, so that a deep copy of the model calls its own module.
         layers[config.query_layer_idx].register_forward_pre_hook(self._update_queries, with_kwargs=True)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's token embedding."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the decoder's token embedding."""
-        self.language_model.set_input_embeddings(value)
 
     def _update_queries(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         context = kwargs.pop("query_context", None)
@@ -507,14 +508,6 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The language-modelling head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the language-modelling head."""
-        self.lm_head = value
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode tiles; see `FlashSlothModel.get_image_features`."""

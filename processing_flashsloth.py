@@ -39,7 +39,7 @@ def build_chat_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
         system_prompt: What stands before the first turn if the conversation brings no system message; may be empty.
 
     Returns:
-        A Jinja template with `image_token`, `query_token` and `eos_token` written out by name.
+        A Jinja template that writes the placeholders `<image>` and `<learnable>`, and the tokenizer's `eos_token`.
     """
     return r"""
 {%- macro text_of(content) -%}
@@ -195,7 +195,7 @@ class FlashSlothProcessor(ProcessorMixin):
 
         Raises:
             TypeError: If videos or audio are given.
-            ValueError: If the pictures are more or fewer than the placeholders.
+            ValueError: If the pictures are more or fewer than the placeholders, in all or in a row.
         """
         for modality in ("videos", "audio"):
             if kwargs.get(modality) is not None:

@@ -80,6 +80,12 @@ def test_beams_of_a_batch_equal_beams_of_its_rows(any_model, ask, conversations,
     assert together == alone
 
 
+@pytest.mark.parametrize("mode", [{"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}])
+def test_beams_do_not_depend_on_the_cache(any_model, ask, conversations, mode):
+    inputs = ask(*conversations)
+    assert answers(any_model, inputs, num_beams=3, **mode) == answers(any_model, inputs, num_beams=3)
+
+
 def test_several_samples_a_row_use_that_rows_pictures(any_model, ask, conversations):
     """Sampling from the single most likely token is greedy search, so every sample must be its row's greedy answer."""
     inputs = ask(*conversations)
