@@ -31,6 +31,7 @@ from .configuration_flashsloth import FlashSlothConfig
 from .generation_flashsloth import FlashSlothGenerationMixin
 from .original_flashsloth import ORIGINAL_KEY_MAPPING, original_generation_config
 from .prompt_flashsloth import PromptSpans
+from .training_flashsloth import FlashSlothTrainingMixin
 
 FUSED_HEAD_DIM_MULTIPLE = 8  # what the fused CUDA attention kernels take
 
@@ -172,15 +173,15 @@ class QueryContext(NamedTuple):
     It travels as a keyword argument through the decoder, and is gone with the call.
 
     Attributes:
-        patch_keys: `(batch, num_patches, query_hidden_size)`: keys of the patches of every row's tiles.
-        patch_values: `(batch, num_patches, vision_hidden_size)`.
-        patch_mask: True where a position may read a patch, `(batch, seq_length, num_patches)`.
+        patch_features: Of all tiles of all rows, `(num_tiles, num_patches, vision_hidden_size)`.
+        tiles: Which tiles belong to a row, `(batch, tiles_per_row)`.
+        patch_mask: True where a position may read a patch, `(batch, seq_length, tiles_per_row * num_patches)`.
         instruction_mask: True where a query may read a token, `(batch, seq_length, seq_length)`.
         update_mask: True at the queries that have a picture before them, `(batch, seq_length)`.
     """
 
-    patch_keys: torch.Tensor
-    patch_values: torch.Tensor
+    patch_features: torch.Tensor
+    tiles: torch.LongTensor
     patch_mask: torch.Tensor
     instruction_mask: torch.Tensor
     update_mask: torch.Tensor
@@ -206,11 +207,6 @@ class EmbeddedQuery(nn.Module):
         self.image_attention = CrossAttention(hidden_size=width, value_size=vision_width, num_heads=num_heads)
         self.out_proj = nn.Linear(vision_width, hidden_size)
 
-    def project_patches(self, patch_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `(num_tiles, num_patches, query_hidden_size)` and values (in the tower's width) of all patches."""
-        keys = self.image_attention.k_proj(self.image_norm(self.image_proj(patch_features)))
-        return keys, self.image_attention.v_proj(patch_features)
-
     def forward(self, hidden_states: torch.Tensor, context: QueryContext) -> torch.Tensor:
         """Update the queries.
 
@@ -229,18 +225,20 @@ class EmbeddedQuery(nn.Module):
             self.text_attention.v_proj(instruction),
             context.instruction_mask,
         )
-        seen = self.image_attention(guided, context.patch_keys, context.patch_values, context.patch_mask)
+        # Every tile once, then gathered into rows: (batch, tiles_per_row * num_patches, width)
+        patch_keys = self.image_attention.k_proj(self.image_norm(self.image_proj(context.patch_features)))
+        patch_values = self.image_attention.v_proj(context.patch_features)
+        keys, values = (states[context.tiles].flatten(1, 2) for states in (patch_keys, patch_values))
+        seen = self.image_attention(guided, keys, values, context.patch_mask)
         return torch.where(context.update_mask.unsqueeze(-1), hidden_states + self.out_proj(seen), hidden_states)
 
 
-class FlashSlothPreTrainedModel(PreTrainedModel):
+class FlashSlothPreTrainedModel(FlashSlothTrainingMixin):
     """Loading, saving and initialisation, common to all FlashSloth models."""
 
     config_class = FlashSlothConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["SpatialAttentionPooling", "EmbeddedQuery"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -261,28 +259,6 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FlashSlothModel):
             init.normal_(module.query_tokens, std=getattr(self.config.text_config, "initializer_range", None) or 0.02)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Recompute activations in the backward pass; always non-re-entrant.
-
-        The newer `activation_checkpointing_enable`, which the Trainer calls, leads here as well.
-
-        Args:
-            gradient_checkpointing_kwargs: Arguments for `torch.utils.checkpoint.checkpoint`.
-            **kwargs: What else transformers takes, such as `every_n_layers`.
-
-        Raises:
-            ValueError: If `use_reentrant=True` is asked for.
-        """
-        checkpointing_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if checkpointing_kwargs["use_reentrant"]:
-            raise ValueError(
-                "FlashSloth needs `use_reentrant=False`: re-entrant checkpointing loses the gradients of the picture "
-                "features, which reach a decoder layer by keyword. Leave the argument out, or set it to False."
-            )
-        super().gradient_checkpointing_enable(checkpointing_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -454,12 +430,22 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         else:
             tiles_per_row = spans.check(self.config, num_tiles)
         inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
-        if not tiles_per_row:
-            return inputs_embeds, None, None
+        is_blank = not tiles_per_row
+        if is_blank:
+            if not self.touches_every_module():
+                return inputs_embeds, None, None
+            # A picture that no token stands for and no query reads: all its gradients are zero.
+            pixel_values, tiles_per_row = self._blank_tile(inputs_embeds), 1
         features = self.get_image_features(pixel_values)
         image_tokens = features.pooler_output.to(inputs_embeds)
         inputs_embeds = self._insert_image_tokens(inputs_embeds, image_tokens, spans)
-        return inputs_embeds, image_tokens, self._query_context(features.last_hidden_state, spans, tiles_per_row)
+        context = self._query_context(features.last_hidden_state, spans, tiles_per_row)
+        return inputs_embeds, None if is_blank else image_tokens, context
+
+    def _blank_tile(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        config = self.config.vision_config
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        return inputs_embeds.new_zeros(1, getattr(config, "num_channels", 3), *size)
 
     def _insert_query_tokens(self, inputs_embeds: torch.Tensor, spans: PromptSpans) -> torch.Tensor:
         queries = self.query_tokens.to(inputs_embeds)
@@ -481,15 +467,14 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def _query_context(self, patches: torch.Tensor, spans: PromptSpans, tiles_per_row: int) -> QueryContext:
         slots = torch.arange(tiles_per_row, device=patches.device)
         tiles = (spans.first_tile.unsqueeze(1) + slots).clamp(max=patches.shape[0] - 1)  # (batch, tiles_per_row)
-        keys, values = self.embedded_query.project_patches(patches)
         visible = slots < spans.num_tiles_before.unsqueeze(-1)  # (batch, seq_length, tiles_per_row)
         positions = torch.arange(spans.query_mask.shape[1], device=patches.device)
         instruction = (positions >= spans.instruction_start.unsqueeze(-1)) & (
             positions < spans.query_start.unsqueeze(-1)
         )
         return QueryContext(
-            patch_keys=keys[tiles].flatten(1, 2),
-            patch_values=values[tiles].flatten(1, 2),
+            patch_features=patches,
+            tiles=tiles,
             patch_mask=visible.repeat_interleave(patches.shape[1], dim=-1),
             instruction_mask=instruction & spans.query_mask.unsqueeze(-1),
             update_mask=spans.query_mask & (spans.num_tiles_before > 0),

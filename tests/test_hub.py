@@ -105,6 +105,7 @@ def test_a_folder_names_its_code(saved):
         "original_flashsloth.py",
         "processing_flashsloth.py",
         "prompt_flashsloth.py",
+        "training_flashsloth.py",
     }
 
 

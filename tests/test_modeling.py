@@ -57,7 +57,6 @@ def test_queries_hear_their_question_and_see_their_picture(any_model, ask, pictu
 
     embedded_query = any_model.model.embedded_query
     any_model.model.embedded_query = Blind()
-    Blind.project_patches = embedded_query.project_patches
     try:
         without = logits_of(any_model, inputs)
     finally:
@@ -159,6 +158,25 @@ def test_every_parameter_learns_from_pictures(make_model, ask, conversations):
     inputs = ask(*conversations)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_text_alone_touches_every_parameter_and_changes_nothing(make_model, ask, checkpointing):
+    """Or processes that train together would wait for each other, when one of them has no picture."""
+    model = make_model("qwen3", pooling_dropout=0.0)
+    inputs = ask([([], "Hello there, who are you?")], [([], "Why?")])
+    expected = logits_of(model, inputs)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    outputs = model(**inputs, labels=inputs["input_ids"])
+    assert outputs.image_hidden_states is None
+    assert torch.equal(outputs.logits, expected)
+    outputs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    unseen = ("vision_tower", "spatial_attention_pooling", "multi_modal_projector", "embedded_query")
+    assert all(not gradients[name].any() for name in gradients if any(part in name for part in unseen))
 
 
 # transformers 5.17 has the first name only; newer ones have both, and their Trainer calls the second.
