@@ -16,6 +16,15 @@ class FlashSlothTrainingMixin(PreTrainedModel):
     # Whole modules that are sharded or placed on a device as one, beside the layers of tower and decoder.
     _no_split_modules = ["SpatialAttentionPooling", "EmbeddedQuery"]
 
+    def post_init(self) -> None:
+        """Finish the constructor; see `PreTrainedModel.post_init`.
+
+        Tower and decoder name all classes of their families that must not be split; accelerate's FSDP refuses a name
+        that it does not find.
+        """
+        super().post_init()
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
