@@ -1,12 +1,16 @@
-"""What `generate` must know of FlashSloth: which pixels go with which call, and with which row."""
+"""What `generate` must know of FlashSloth: which pictures go with which call and row; and pictures encoded once."""
 
-from typing import Any
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 
-from .prompt_flashsloth import PromptSpans
+from .prompt_flashsloth import PromptSpans, instruction_starts
 
 
 class FlashSlothGenerationMixin(GenerationMixin):
@@ -20,9 +24,10 @@ class FlashSlothGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         pixel_values: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one step of `generate`: pixels go with every call that may hold image or query tokens."""
+        """Inputs of one step of `generate`: pictures go with every call that may hold image or query tokens."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -37,10 +42,11 @@ class FlashSlothGenerationMixin(GenerationMixin):
         if model_inputs.get("inputs_embeds") is not None:
             prompt, fed = self.model.find_special_ids(inputs_embeds), model_inputs["inputs_embeds"]
         cached = prompt[:, : prompt.shape[1] - fed.shape[1]]
-        model_inputs["pixel_values"] = pixel_values
+        model_inputs |= {"pixel_values": pixel_values, "patch_features": patch_features}
         if cached.shape[1]:
             num_cached_tokens = (cached == self.config.image_token_id).sum(dim=1)
             model_inputs["num_cached_tiles"] = num_cached_tokens // self.config.image_seq_length
+            model_inputs["begins_instruction"] = instruction_starts(cached, self.config)[:, -1]
         return model_inputs
 
     def _expand_inputs_for_generation(
@@ -50,19 +56,129 @@ class FlashSlothGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Repeat every row `expand_size` times, with its own tiles; rows may have different numbers of them."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
+        """Repeat every row `expand_size` times, with its own tiles, as many as it has, and what is cached of it."""
+        names = [name for name in ("pixel_values", "patch_features") if model_kwargs.get(name) is not None]
+        pictures = {name: model_kwargs.pop(name) for name in names}
+        if pictures and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             prompt = input_ids if embeds is None else self.model.find_special_ids(embeds)
-            spans = PromptSpans.find(prompt, self.config, None)
-            spans.check(self.config, len(pixel_values))
-            tiles_of_row = pixel_values.split((spans.num_image_tokens // self.config.image_seq_length).tolist())
-            pixel_values = torch.cat([tiles.repeat(expand_size, 1, 1, 1) for tiles in tiles_of_row])
+            spans = PromptSpans.find(prompt, self.config)
+            num_tiles = (spans.num_image_tokens // self.config.image_seq_length).tolist()
+            for name, tiles in pictures.items():
+                spans.check(self.config, len(tiles))
+                pictures[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, DynamicCache) and expand_size > 1 and cache.get_seq_length():
+            rows = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
+            if len(rows) == next(len(layer.keys) for layer in cache.layers if hasattr(layer, "keys")):
+                cache.batch_repeat_interleave(expand_size)
         # By name: a static method in transformers 5.17, an ordinary one since.
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, model_kwargs | pictures
+
+    def picture_cache(self, max_bytes: int = 2**30) -> "PictureCache":
+        """A cache with which questions about known pictures skip the pictures; see `PictureCache`."""
+        return PictureCache(self, max_bytes=max_bytes)
+
+
+class KnownPictures(NamedTuple):
+    """What a `PictureCache` keeps of a prompt up to its first question.
+
+    Attributes:
+        patch_features: Patches of all its tiles, `(num_tiles, num_patches, vision_hidden_size)`.
+        key_values: Keys and values of the prompt up to the first question, in every layer of the decoder.
+    """
+
+    patch_features: torch.Tensor
+    key_values: Cache
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        tensors = [part for layer in self.key_values.layers for part in vars(layer).values() if torch.is_tensor(part)]
+        return sum(tensor.nbytes for tensor in [self.patch_features, *tensors])
+
+
+class PictureCache:
+    """Encodes pictures once, for any number of questions: their patches, and the prompt in which they stand.
+
+    A prompt is known by its tiles and by its ids up to the first question; then only what follows is computed. When
+    `max_bytes` are full, what was asked for longest ago goes.
+
+    Args:
+        model: A FlashSloth that can generate.
+        max_bytes: Most memory to use, on the model's device. A prompt that takes more is not kept.
+
+    Example:
+    ```python
+    >>> cache = model.picture_cache()
+    >>> output = model.generate(**cache(inputs), max_new_tokens=50)
+    ```
+    """
+
+    def __init__(self, model: FlashSlothGenerationMixin, *, max_bytes: int = 2**30) -> None:
+        self.model = model
+        self.max_bytes = max_bytes
+        self.known: OrderedDict[bytes, KnownPictures] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace the pictures of a prompt by what is known of them, after encoding them if they are new.
+
+        Args:
+            inputs: What the processor gave for one conversation. They may lie on another device than the model.
+
+        Returns:
+            Arguments for `generate`: `input_ids`, `attention_mask`, and, if there is a picture before the first
+            question, `patch_features` and a copy of the cache, `past_key_values`, instead of `pixel_values`.
+
+        Raises:
+            ValueError: If there are several rows, or padding.
+        """
+        input_ids, pixel_values = inputs["input_ids"], inputs.get("pixel_values")
+        mask = inputs.get("attention_mask")
+        if len(input_ids) != 1 or (mask is not None and not mask.all()):
+            raise ValueError(
+                f"A PictureCache takes one conversation without padding, but found {len(input_ids)} rows"
+                f"{'' if mask is None or mask.all() else ' with padding'}; call it for each of them."
+            )
+        prefix = self._prefix(input_ids)
+        rest = {name: part.to(self.model.device) for name, part in inputs.items() if name != "pixel_values"}
+        if pixel_values is None or prefix is None:
+            return rest | ({} if pixel_values is None else {"pixel_values": pixel_values.to(self.model.device)})
+        key = hashlib.sha256(prefix.cpu().numpy().tobytes())
+        key.update(pixel_values.float().cpu().numpy().tobytes())
+        known = self._lookup(key.digest(), prefix, pixel_values)
+        return rest | {
+            "patch_features": known.patch_features,
+            "past_key_values": copy.deepcopy(known.key_values),  # generate writes on into it
+        }
+
+    def _prefix(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
+        """The ids up to the first question; None if no picture stands before it."""
+        config = self.model.config
+        queries = (input_ids[0] == config.query_token_id).nonzero()
+        end = int(queries[0]) if len(queries) else input_ids.shape[1]
+        starts = instruction_starts(input_ids[:, :end], config)[0].nonzero()
+        prefix = input_ids[:, : int(starts[-1]) + 1] if len(starts) else input_ids[:, :0]
+        return prefix if (prefix == config.image_token_id).any() else None
+
+    def _lookup(self, key: bytes, prefix: torch.LongTensor, pixel_values: torch.Tensor) -> KnownPictures:
+        if key not in self.known:
+            known = self._encode(prefix.to(self.model.device), pixel_values.to(self.model.device))
+            if known.num_bytes > self.max_bytes:
+                return known
+            self.known[key] = known
+            while sum(entry.num_bytes for entry in self.known.values()) > self.max_bytes:
+                self.known.popitem(last=False)
+        self.known.move_to_end(key)
+        return self.known[key]
+
+    def _encode(self, prefix: torch.LongTensor, pixel_values: torch.Tensor) -> KnownPictures:
+        patches = self.model.get_image_features(pixel_values).last_hidden_state
+        num_tiles = int((prefix == self.model.config.image_token_id).sum()) // self.model.config.image_seq_length
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        self.model.model(prefix, patch_features=patches[:num_tiles], past_key_values=cache, use_cache=True)
+        return KnownPictures(patches, cache)

@@ -326,6 +326,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         Raises:
             ValueError: If the pictures are not of the size that the tower takes.
         """
+        patches = self._encode(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=self._pool(patches))
+
+    def _encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         grid, size = self.config.patch_grid_size, self.config.vision_config.image_size
         size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         if pixel_values.ndim != 4 or pixel_values.shape[-2:] != size:
@@ -335,9 +339,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 "must be the vision tower's."
             )
         patches = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs).last_hidden_state
-        patches = patches[:, -(grid**2) :]  # without class and register tokens, which stand in front
-        image_tokens = self.multi_modal_projector(self.spatial_attention_pooling(patches))
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=image_tokens)
+        return patches[:, -(grid**2) :]  # without class and register tokens, which stand in front
+
+    def _pool(self, patch_features: torch.Tensor) -> torch.Tensor:
+        return self.multi_modal_projector(self.spatial_attention_pooling(patch_features))
 
     def find_special_ids(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
         """Recover the ids that matter to FlashSloth from token embeddings.
@@ -367,6 +372,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_cached_tiles: torch.LongTensor | None = None,
+        begins_instruction: torch.BoolTensor | None = None,
+        patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> FlashSlothModelOutputWithPast:
         """Run the model.
@@ -384,6 +391,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 recognised by their embeddings.
             num_cached_tiles: Number of tiles of every row whose image tokens are in the cache, `(batch,)`; their
                 pixels come first in the row's part of `pixel_values`. `generate` sets it.
+            begins_instruction: Whether a question starts with a row's first token, as the cache tells, `(batch,)`.
+                `generate` sets it.
+            patch_features: Instead of `pixel_values`, what the vision tower made of them: `last_hidden_state` of
+                `get_image_features`, `(num_tiles, num_patches, vision_hidden_size)`.
             **kwargs: Passed on to the decoder.
 
         Returns:
@@ -402,8 +413,9 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             input_ids = self.find_special_ids(inputs_embeds)
         image_tokens = context = None
         if is_prompt:  # a single token is a step of `generate`, and holds neither picture nor question
-            spans = PromptSpans.find(input_ids, self.config, num_cached_tiles)
-            inputs_embeds, image_tokens, context = self._embed_prompt(inputs_embeds, pixel_values, spans)
+            spans = PromptSpans.find(input_ids, self.config, num_cached_tiles, begins_instruction)
+            pictures = (pixel_values, patch_features)
+            inputs_embeds, image_tokens, context = self._embed_prompt(inputs_embeds, *pictures, spans)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -421,10 +433,15 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         )
 
     def _embed_prompt(
-        self, inputs_embeds: torch.Tensor, pixel_values: torch.Tensor | None, spans: PromptSpans
+        self,
+        inputs_embeds: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        patch_features: torch.Tensor | None,
+        spans: PromptSpans,
     ) -> tuple[torch.Tensor, torch.Tensor | None, QueryContext | None]:
         """Put query and image tokens in their places, and gather what the Embedded Query module needs."""
-        num_tiles = 0 if pixel_values is None else pixel_values.shape[0]
+        pictures = pixel_values if patch_features is None else patch_features
+        num_tiles = 0 if pictures is None else pictures.shape[0]
         if torch.compiler.is_compiling():  # the ids cannot be read: all tiles, or as many as a row has room for
             tiles_per_row = min(num_tiles, spans.max_tiles_per_row(self.config))
         else:
@@ -436,10 +453,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 return inputs_embeds, None, None
             # A picture that no token stands for and no query reads: all its gradients are zero.
             pixel_values, tiles_per_row = self._blank_tile(inputs_embeds), 1
-        features = self.get_image_features(pixel_values)
-        image_tokens = features.pooler_output.to(inputs_embeds)
+        if patch_features is None or is_blank:
+            patch_features = self._encode(pixel_values)
+        image_tokens = self._pool(patch_features).to(inputs_embeds)
         inputs_embeds = self._insert_image_tokens(inputs_embeds, image_tokens, spans)
-        context = self._query_context(features.last_hidden_state, spans, tiles_per_row)
+        context = self._query_context(patch_features, spans, tiles_per_row)
         return inputs_embeds, None if is_blank else image_tokens, context
 
     def _blank_tile(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -509,7 +527,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        num_cached_tiles: torch.LongTensor | None = None,
+        patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> FlashSlothCausalLMOutputWithPast:
         """Run the model and its head; see `FlashSlothModel.forward` for what both take.
@@ -521,7 +539,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
             position_ids: `(batch, seq_length)`.
             past_key_values: Cache of what came before.
             inputs_embeds: `(batch, seq_length, hidden_size)`, instead of `input_ids`.
-            num_cached_tiles: `(batch,)`.
+            patch_features: `(num_tiles, num_patches, vision_hidden_size)`, instead of `pixel_values`.
             labels: Ids to predict, `(batch, seq_length)`, -100 where nothing is to be learned; not shifted.
             logits_to_keep: Number of last positions whose logits are wanted, or their indices; 0: all.
             **kwargs: Passed on to the decoder and to the loss, such as `num_items_in_batch`.
@@ -536,7 +554,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            num_cached_tiles=num_cached_tiles,
+            patch_features=patch_features,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

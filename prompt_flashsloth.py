@@ -44,7 +44,11 @@ class PromptSpans(NamedTuple):
 
     @classmethod
     def find(
-        cls, input_ids: torch.LongTensor, config: FlashSlothConfig, num_cached_tiles: torch.LongTensor | None
+        cls,
+        input_ids: torch.LongTensor,
+        config: FlashSlothConfig,
+        num_cached_tiles: torch.LongTensor | None = None,
+        begins_instruction: torch.BoolTensor | None = None,
     ) -> "PromptSpans":
         """Derive the spans from the ids, without reading a value of them on the host.
 
@@ -52,14 +56,17 @@ class PromptSpans(NamedTuple):
             input_ids: `(batch, seq_length)`.
             config: Ids, id patterns and counts.
             num_cached_tiles: Tiles of every row that are in the cache, `(batch,)`; `None`: none.
+            begins_instruction: Whether an instruction starts with a row's first token, for what is in the cache ends
+                like one of `instruction_start_ids`, `(batch,)`; `None`: no.
         """
         image_mask = input_ids == config.image_token_id
         query_mask = input_ids == config.query_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         query_rank = (query_mask.cumsum(dim=1) - 1) % config.num_query_tokens
-        starts = torch.full_like(input_ids, -1)
-        for pattern in config.instruction_start_ids:
-            starts = torch.where(_ends_of(pattern, input_ids), positions + 1, starts)
+        starts = torch.where(instruction_starts(input_ids, config), positions + 1, -1)
+        if begins_instruction is not None:
+            first = torch.where(starts[:, 0] < 0, begins_instruction.long() - 1, starts[:, 0])
+            starts = torch.cat([first.unsqueeze(1), starts[:, 1:]], dim=1)
         num_image_tokens = image_mask.sum(dim=1)
         is_complete = num_cached_tiles is None
         if is_complete:
@@ -142,6 +149,14 @@ def _check_tile_count(rows: list[list[int]], config: FlashSlothConfig, num_tiles
         "`FlashSlothProcessor`, pass the pixels of all pictures again when you continue on a cache, and leave "
         "`prefill_chunk_size` out."
     )
+
+
+def instruction_starts(input_ids: torch.LongTensor, config: FlashSlothConfig) -> torch.BoolTensor:
+    """True at tokens behind which an instruction starts, `(batch, seq_length)`."""
+    ends = torch.zeros_like(input_ids, dtype=torch.bool)
+    for pattern in config.instruction_start_ids:
+        ends = ends | _ends_of(pattern, input_ids)
+    return ends
 
 
 def _ends_of(pattern: list[int], input_ids: torch.LongTensor) -> torch.Tensor:

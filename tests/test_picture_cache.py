@@ -1,0 +1,113 @@
+"""Questions about a known picture get the answers of a fresh prompt, without the picture being encoded again."""
+
+import copy
+
+import pytest
+import torch
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+
+
+def scores_of(model, inputs):
+    output = model.generate(**inputs, **GREEDY, output_scores=True, return_dict_in_generate=True)
+    return torch.stack(output.scores)
+
+
+@pytest.fixture
+def encodings(any_model):
+    """How many tiles the vision tower has encoded, call by call."""
+    calls = []
+    hook = any_model.model.vision_tower.register_forward_hook(lambda _, __, output: calls.append(len(output[0])))
+    yield calls
+    hook.remove()
+
+
+def conversations_about(pictures):
+    yield [(pictures[:1], "What is it?")]
+    yield [(pictures[:1], "\nIs it so? Or is it otherwise?")]
+    yield [(pictures[:1], "")]
+    yield [(pictures[:1], "What is it?", "A dog."), ([], "And what does it do?")]
+    yield [(pictures[1:3], "Which?")]
+    yield [(pictures[1:3], "Which one of them?")]
+
+
+def test_answers_are_those_of_a_fresh_prompt(any_model, ask, pictures, encodings):
+    cache = any_model.picture_cache()
+    for conversation in conversations_about(pictures):
+        inputs = ask(conversation)
+        fresh = scores_of(any_model, inputs)
+        encodings.clear()
+        torch.testing.assert_close(scores_of(any_model, cache(inputs)), fresh, atol=1e-4, rtol=0)
+        num_encoded = sum(encodings)
+        torch.testing.assert_close(scores_of(any_model, cache(inputs)), fresh, atol=1e-4, rtol=0)
+        assert sum(encodings) == num_encoded <= 2
+    assert len(cache.known) == 2  # one picture, and two
+
+
+def test_a_picture_of_a_later_turn_is_seen(any_model, ask, pictures):
+    cache = any_model.picture_cache()
+    answered = (pictures[:1], "First?", "Yes.")
+    for second in pictures[1:3]:
+        inputs = ask([answered, ([second], "And this one?")])
+        torch.testing.assert_close(scores_of(any_model, cache(inputs)), scores_of(any_model, inputs), atol=1e-4, rtol=0)
+
+
+def test_five_tiles_are_kept_as_well(model, ask, pictures):
+    cache = model.picture_cache()
+    for question in ("What is it?", "Why?"):
+        inputs = ask([(pictures[:1], question)], do_image_splitting=True)
+        torch.testing.assert_close(scores_of(model, cache(inputs)), scores_of(model, inputs), atol=1e-4, rtol=0)
+    assert len(cache.known) == 1
+
+
+def test_beams_and_several_answers_work(model, ask, pictures):
+    cache, inputs = model.picture_cache(), ask([(pictures[:1], "What is it?")])
+    beams = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    assert torch.equal(model.generate(**cache(inputs), **beams), model.generate(**inputs, **beams))
+
+
+def test_text_alone_passes_through(model, ask):
+    cache, inputs = model.picture_cache(), ask([([], "Hello there, who are you?")])
+    assert torch.equal(scores_of(model, cache(inputs)), scores_of(model, inputs))
+    assert not cache.known
+
+
+def test_memory_is_bounded_and_the_oldest_go_first(model, ask, pictures):
+    cache = model.picture_cache()
+    inputs = [ask([([picture], "What is it?")]) for picture in pictures]
+    cache(inputs[0])
+    (size,) = (known.num_bytes for known in cache.known.values())
+    keys_and_values = model.config.text_config.num_hidden_layers * 2 * model.config.text_config.hidden_size
+    assert size >= 4 * keys_and_values * model.config.image_seq_length
+    cache.max_bytes = 2 * size
+    for position in (1, 0, 2):
+        cache(inputs[position])
+    kept = list(cache.known)
+    cache(inputs[0])
+    assert set(cache.known) == set(kept)  # the second one went
+    tiny = model.picture_cache(max_bytes=size - 1)
+    assert torch.equal(scores_of(model, tiny(inputs[3])), scores_of(model, cache(inputs[3])))
+    assert not tiny.known
+
+
+def test_what_is_kept_does_not_change_by_generating(model, ask, pictures):
+    cache, inputs = model.picture_cache(), ask([(pictures[:1], "What is it?")])
+    cache(inputs)
+    (known,) = cache.known.values()
+    before = copy.deepcopy(known)
+    scores_of(model, cache(inputs))
+    assert known.key_values.get_seq_length() == before.key_values.get_seq_length()
+    assert torch.equal(known.key_values.layers[0].keys, before.key_values.layers[0].keys)
+
+
+def test_a_batch_is_refused(model, ask, pictures):
+    with pytest.raises(ValueError, match="one conversation without padding, but found 2 rows"):
+        model.picture_cache()(ask([(pictures[:1], "What?")], [(pictures[:1], "Why?")]))
+
+
+def test_patch_features_replace_pixels(any_model, ask, conversations):
+    inputs = dict(ask(*conversations))
+    expected = scores_of(any_model, inputs)
+    with torch.no_grad():
+        features = any_model.get_image_features(inputs.pop("pixel_values")).last_hidden_state
+    torch.testing.assert_close(scores_of(any_model, {**inputs, "patch_features": features}), expected)
