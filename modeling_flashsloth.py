@@ -584,7 +584,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
 
 def _without_unused_parts(tower: PreTrainedModel) -> PreTrainedModel:
     """Take a vision tower's final norm, pooler and head away: FlashSloth reads its last layer's output as it is."""
-    for name in ("post_layernorm", "layernorm", "norm"):
+    for name in ("post_layernorm", "layernorm", "norm", "rms_norm"):
         if isinstance(getattr(tower, name, None), nn.Module):
             setattr(tower, name, nn.Identity())
     for name in ("pooler", "head"):

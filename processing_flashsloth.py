@@ -9,7 +9,7 @@ The original prompt format, with the placeholders that the processor expands:
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import normalizers
 from transformers import AutoTokenizer
@@ -29,11 +29,102 @@ GUARD = "\ufdd0"
 as a token; the tokenizer's normaliser, which runs after that matching, takes it out again."""
 
 
+class ChatFormat(NamedTuple):
+    """The literal pieces of a chat format; the defaults are the original's.
+
+    Attributes:
+        start: What every conversation begins with.
+        lead: What stands before the first turn of a conversation without system message.
+        system_prefix: What stands before the text of a system message; `None`: the format has no system messages.
+        system_suffix: What stands behind it.
+        is_system_in_turn: Whether `system_prefix` has already begun the first user's turn.
+        user_prefix: What stands before a user's pictures and text.
+        user_suffix: What stands behind the query tokens.
+        generation_prompt: What stands before an answer and is not the model's to write.
+        answer_prefix: What the model writes before the text of an answer, such as a blank.
+        answer_end: What the model writes behind it; `None`: the tokenizer's `eos_token`.
+        answer_suffix: What stands behind that.
+        joint: What stands between that and another turn.
+        closing: What ends a conversation that is not to be answered.
+        trimmed_roles: Roles whose text loses surrounding white space.
+    """
+
+    start: str = ""
+    lead: str = DEFAULT_SYSTEM_PROMPT + " "
+    system_prefix: str | None = ""
+    system_suffix: str = " "
+    is_system_in_turn: bool = False
+    user_prefix: str = "USER: "
+    user_suffix: str = ""
+    generation_prompt: str = " ASSISTANT:"
+    answer_prefix: str = " "
+    answer_end: str | None = None
+    answer_suffix: str = ""
+    joint: str = ""
+    closing: str = ""
+    trimmed_roles: frozenset[str] = frozenset()
+
+    def build_template(self) -> str:
+        """Chat template of this format.
+
+        Pictures of a message stand before its text, whatever their place in the message, for a question reads the
+        pictures that stand before it. Answers, with their end token, are inside `{% generation %}`.
+
+        Returns:
+            A Jinja template that writes the placeholders `<image>` and `<learnable>`.
+        """
+        pieces = {name: repr(value) for name, value in self._asdict().items()}
+        if self.answer_end is None:
+            pieces["answer_end"] = "eos_token"
+        pieces["first_prefix"] = repr("") if self.is_system_in_turn else pieces["user_prefix"]
+        pieces["has_system"] = "false" if self.system_prefix is None else "messages[0]['role'] == 'system'"
+        pieces["system_prefix"] = repr(self.system_prefix or "")
+        pieces |= {f"{role}_text": "text_of(message)" for role in ("system", "user", "assistant")}
+        pieces |= {f"{role}_text": "text_of(message) | trim" for role in self.trimmed_roles}
+        return re.sub(r"@(\w+)@", lambda match: pieces[match[1]], TEMPLATE)
+
+
+TEMPLATE = r"""
+{%- macro text_of(message) -%}
+    {%- if message['content'] is string -%}{{ message['content'] }}
+    {%- else -%}
+        {%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{{- @start@ -}}
+{%- set has_system = @has_system@ -%}
+{%- if has_system -%}
+    {%- set message = messages[0] -%}
+    {%- set system = @system_text@ -%}
+    {{- @system_prefix@ ~ system ~ @system_suffix@ if system else '' -}}
+{%- else -%}
+    {{- @lead@ -}}
+{%- endif -%}
+{%- for message in (messages[1:] if has_system else messages) -%}
+    {%- if message['role'] == 'user' -%}
+        {{- @first_prefix@ if system and loop.first else @user_prefix@ -}}
+        {%- if message['content'] is not string -%}
+            {%- for part in message['content'] if part['type'] in ['image', 'image_url'] -%}
+                {{- '<image>\n' -}}
+            {%- endfor -%}
+        {%- endif -%}
+        {{- @user_text@ ~ '<learnable>' ~ @user_suffix@ -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- @generation_prompt@ -}}
+        {%- generation -%}{{- @answer_prefix@ ~ @assistant_text@ ~ @answer_end@ -}}{%- endgeneration -%}
+        {{- @answer_suffix@ ~ ('' if loop.last else @joint@) -}}
+    {%- else -%}
+        {{- raise_exception('FlashSloth knows the roles user and assistant, and system for the first message if the '
+            'chat format has one, but found ' ~ message['role'] ~ '.') -}}
+    {%- endif -%}
+{%- endfor -%}
+{{- @generation_prompt@ if add_generation_prompt else @closing@ -}}
+""".strip()
+"""A chat template with `@piece@` where a piece of the format goes, as Jinja literal or expression."""
+
+
 def build_chat_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
     """Chat template of the original prompt format.
-
-    Pictures of a message stand before its text, whatever their place in the message, for a question reads the
-    pictures that stand before it. Answers, with their end token, are inside `{% generation %}`.
 
     Args:
         system_prompt: What stands before the first turn if the conversation brings no system message; may be empty.
@@ -41,40 +132,7 @@ def build_chat_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
     Returns:
         A Jinja template that writes the placeholders `<image>` and `<learnable>`, and the tokenizer's `eos_token`.
     """
-    return r"""
-{%- macro text_of(content) -%}
-    {%- if content is string -%}{{ content }}
-    {%- else -%}
-        {%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- set system = text_of(messages[0]['content']) -%}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {%- set system = SYSTEM_PROMPT -%}
-    {%- set turns = messages -%}
-{%- endif -%}
-{{- system ~ ' ' if system else '' -}}
-{%- for message in turns -%}
-    {%- if message['role'] == 'user' -%}
-        {{- 'USER: ' -}}
-        {%- if message['content'] is not string -%}
-            {%- for part in message['content'] if part['type'] in ['image', 'image_url'] -%}
-                {{- '<image>\n' -}}
-            {%- endfor -%}
-        {%- endif -%}
-        {{- text_of(message['content']) ~ '<learnable>' -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- ' ASSISTANT:' -}}
-        {%- generation -%}{{- ' ' ~ text_of(message['content']) ~ eos_token -}}{%- endgeneration -%}
-    {%- else -%}
-        {{- raise_exception('FlashSloth knows the roles user and assistant, and system for the first message, but '
-            'found ' ~ message['role'] ~ '.') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
-""".strip().replace("SYSTEM_PROMPT", repr(system_prompt))
+    return ChatFormat(lead=system_prompt + " " if system_prompt else "").build_template()
 
 
 class FlashSlothProcessor(ProcessorMixin):
@@ -185,10 +243,14 @@ class FlashSlothProcessor(ProcessorMixin):
                 "`return_assistant_tokens_mask` needs transformers 5.18 or newer: older ones misplace the mask when "
                 "placeholders are expanded. Update transformers, or build labels from the ids."
             )
+        return super().apply_chat_template(self.guard_control_tokens(conversation), *args, **kwargs)
+
+    def guard_control_tokens(self, content: Any) -> Any:
+        """Copy text, messages or conversations, with the control tokens in their text kept apart with `GUARD`."""
         control_tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         control_tokens |= {self.image_token, self.query_token}
         pattern = re.compile("|".join(re.escape(token) for token in sorted(control_tokens, key=len, reverse=True)))
-        return super().apply_chat_template(_guarded(conversation, pattern), *args, **kwargs)
+        return _guarded_text(content, pattern)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Load the pictures, and make one flat list of them.

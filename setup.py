@@ -16,6 +16,16 @@ CHECKPOINT = [
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
+TRAINING = [
+    "accelerate",
+    "bitsandbytes",
+    "datasets>=4",
+    "matplotlib",
+    "peft",
+    "pyyaml",
+    "tensorboard",
+    "trl>=1.16",
+]
 
 
 class BuildModules(build_py):
@@ -36,6 +46,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "huggingface_hub",
+        "jinja2",
         "numpy",
         "pillow",
         "safetensors",
@@ -46,10 +57,10 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn"],
-        "test": ["accelerate", "matplotlib", "pytest", "ruff"],
-        "train": ["accelerate", "matplotlib"],
+        "test": [*TRAINING, "pytest", "ruff"],
+        "train": TRAINING,
     },
-    packages=["flashsloth", "flashsloth.cli"],
+    packages=["flashsloth", "flashsloth.cli", "flashsloth.training"],
     package_dir={"flashsloth": "."},
     package_data={"flashsloth": CHECKPOINT},
     cmdclass={"build_py": BuildModules},

@@ -2,6 +2,7 @@
 
 flashsloth ask IMAGE QUESTION      answer a question about a picture
 flashsloth convert SOURCE OUTPUT   make an original release a complete model repository
+flashsloth init OUTPUT             make a model to be trained from a vision tower and a decoder
 
 A command is a function that adds its parser and sets `run`, listed in `COMMANDS`. What it needs beyond arguments is
 imported when it runs.
@@ -107,7 +108,60 @@ def _add_convert(commands: Any) -> None:
     parser.set_defaults(run=_convert)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert)
+def _add_init(commands: Any) -> None:
+    parser = commands.add_parser(
+        "init",
+        help="make a model to be trained from a vision tower and a decoder",
+        description="Join a pretrained vision tower and a pretrained decoder by freshly initialised modules.",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--vision",
+        metavar="DIR_OR_ID",
+        required=True,
+        help="a vision tower with square patches: SigLIP, CLIP, DINOv2 …",
+    )
+    parser.add_argument(
+        "--language", metavar="DIR_OR_ID", required=True, help="a causal decoder: Phi, Llama, Qwen3, SmolLM3 …"
+    )
+    parser.add_argument(
+        "--vision-layer",
+        metavar="N",
+        type=int,
+        default=-2,
+        help="the hidden state of the tower that is read: -1 leaves its last layer, -2 enters it, and so on; layers "
+        "behind it are left out (default: %(default)s, as in the released models)",
+    )
+    for name, explanation in (
+        ("--image-size", "side of a tile in pixels (default: the tower's; else its positions are interpolated)"),
+        ("--pooling-window", "side of a pooling window in patches (default: the one that makes about 9x9 tokens)"),
+        ("--query-layer", "decoder layer whose input has its queries updated (default: 7 of 32, or as deep as that)"),
+    ):
+        parser.add_argument(name, metavar="N", type=_positive_int, help=explanation)
+    for name, default, explanation in (
+        ("--num-query-tokens", 9, "queries behind every question"),
+        ("--query-width", 576, "width of the Embedded Query module"),
+    ):
+        text = f"{explanation} (default: %(default)s)"
+        parser.add_argument(name, metavar="N", type=_positive_int, default=default, help=text)
+    parser.add_argument("--hd", action="store_true", help="read pictures as five tiles (FlashSloth-HD)")
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja template that writes <image> and <learnable> (default: the decoder's own chat format, or "
+        "USER: … ASSISTANT: if it has none)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the weights (default: the decoder's)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is not pretrained (default: %(default)s)")
+    parser.set_defaults(run=_init)
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert, _add_init)
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -136,6 +190,26 @@ def _convert(options: argparse.Namespace) -> None:
     sys.stdout.write(
         f"{done.output}: {done.num_parameters:,} parameters in {done.num_tensors} tensors, {done.dtype}, "
         f"{done.num_bytes / 1e6:,.1f} MB in {done.num_shards} shard{'s' * (done.num_shards > 1)}\n"
+    )
+
+
+def _init(options: argparse.Namespace) -> None:
+    from .init import init
+    from .repository import RepositoryError
+
+    _silence_transformers()
+    template = _read_bytes(options.chat_template).decode("utf-8") if options.chat_template else None
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "hd", "chat_template")}
+    try:
+        done = init(**settings, high_definition=options.hd, chat_template=template)
+    except (RepositoryError, OSError) as error:
+        raise CommandError(_first_line(error)) from error
+    config, decoder = done.config, done.config.text_config
+    sys.stdout.write(
+        f"{done.output}: {done.num_parameters:,} parameters, {done.num_new_parameters:,} of them new, {done.dtype}\n"
+        f"{config.num_patches} patches a tile, {config.image_seq_length} image tokens; queries updated at layer "
+        f"{config.query_layer_idx} of {decoder.num_hidden_layers}; answers end with {done.end_token}; "
+        f"{done.num_new_rows} rows added to the vocabulary of {decoder.vocab_size}\n"
     )
 
 

@@ -8,8 +8,6 @@ Only a few megabytes of a safetensors shard are in memory at a time, and at most
 
 import json
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -26,6 +24,8 @@ from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..original_flashsloth import ORIGINAL_KEY_MAPPING, original_generation_config, translate_original_config
 from ..processing_flashsloth import FlashSlothProcessor
 from . import model_card
+from .repository import RepositoryError as ConversionError
+from .repository import complete_or_absent, copy_code, unused_folder
 from .weight_files import (
     SAFETENSORS_DTYPES,
     TensorInfo,
@@ -46,10 +46,6 @@ DROPPED = (
     r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
 )
 """Tensors of a release, by their names here, that FlashSloth does not use or computes itself."""
-
-
-class ConversionError(ValueError):
-    """A release cannot be converted; nothing was written."""
 
 
 class Conversion(NamedTuple):
@@ -120,25 +116,12 @@ def convert(
     Raises:
         ConversionError: If the source is no original FlashSloth that is whole, or the output is in use.
     """
-    output = Path(output).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} exists already; choose a folder that does not exist or is empty.")
+    output = unused_folder(output)
     plan = _plan(source, None if vision_config is None else Path(vision_config))
     conversion = _summarise(output, plan.shards)
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(output.parent, conversion.num_bytes)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        partial = workplace / output.name  # `mkdtemp` is for its owner only; this one has the usual permissions
-        partial.mkdir()
+    with complete_or_absent(output, conversion.num_bytes) as partial:
         _write_weights(partial, plan.shards, conversion.num_bytes, progress)
         _write_rest(partial, plan, conversion)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
     return conversion
 
 
@@ -165,8 +148,7 @@ def _write_rest(folder: Path, plan: Plan, conversion: Conversion) -> None:
     """Write everything but the weights."""
     for part in (plan.config, plan.generation_config, plan.processor):
         part.save_pretrained(folder)
-    for module in sorted(Path(__file__).parents[1].glob("*_flashsloth.py")):
-        shutil.copyfile(module, folder / module.name)
+    copy_code(folder)
     card = model_card.build_model_card(
         plan.config,
         name=conversion.output.name,
@@ -354,12 +336,6 @@ def _summarise(output: Path, shards: list[Shard]) -> Conversion:
         num_shards=len(shards),
         dtype=str(_main_dtype(shards)).removeprefix("torch."),
     )
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise ConversionError(f"{folder} has {free / 1e9:.1f} GB free, but the weights need {num_bytes / 1e9:.1f} GB.")
 
 
 def _write_weights(folder: Path, shards: list[Shard], num_bytes: int, progress: bool) -> None:

@@ -7,6 +7,12 @@ from ..configuration_flashsloth import FlashSlothConfig
 PHI_2_ID = "microsoft/phi-2"
 SIGLIP_ID = "google/siglip-so400m-patch14-384"
 
+CONVERTED = "The weights are those of the original release, converted by `flashsloth convert`; no number was changed."
+
+INITIALISED = """Made by `flashsloth init` from the pretrained {tower} and {decoder}, whose weights are unchanged, but
+for {num_new_rows} rows that were added to the vocabulary. Pooling, projector, query tokens and Embedded Query module
+are freshly initialised: **train it before you use it.** The licences of both models apply."""
+
 CARD = """---
 {metadata}
 ---
@@ -24,7 +30,7 @@ as {num_image_tokens} tokens, and looks back at its {num_patches} patches when i
 | Tiles of a picture | {num_tiles}{high_definition} |
 | Type of the weights | {dtype} |
 
-The weights are those of the original release, converted by `flashsloth convert`; no number was changed.
+{origin}
 
 ## Use
 
@@ -58,9 +64,17 @@ flashsloth ask picture.jpg "What is in the picture?" --model {name}
 
 
 def build_model_card(
-    config: FlashSlothConfig, *, name: str, dtype: str, num_parameters: int, high_definition: bool
+    config: FlashSlothConfig,
+    *,
+    name: str,
+    dtype: str,
+    num_parameters: int,
+    high_definition: bool,
+    origin: str = CONVERTED,
+    base_models: list[str] | None = None,
+    license_id: str | None = "apache-2.0",
 ) -> ModelCard:
-    """Write the model card of a converted release.
+    """Write the model card of a checkpoint.
 
     Args:
         config: The checkpoint's config.
@@ -68,14 +82,17 @@ def build_model_card(
         dtype: Type of the weights, such as `float16`.
         num_parameters: Number of parameters.
         high_definition: Whether pictures are cut into five tiles.
+        origin: Where the weights come from, in a sentence.
+        base_models: Hub ids of the models that this one grew from. Default: as far as the sizes tell.
+        license_id: The weights' licence, by the name that the Hub has for it; `None`: not known.
     """
     text, vision = config.text_config, config.vision_config
     metadata = ModelCardData(
-        license="apache-2.0",
+        license=license_id,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["custom_code", "flashsloth"],
-        base_model=_base_models(config),
+        base_model=_base_models(config) if base_models is None else base_models or None,
     )
     num_tiles = 5 if high_definition else 1
     return ModelCard(
@@ -94,6 +111,7 @@ def build_model_card(
             num_tiles=num_tiles,
             high_definition=" (FlashSloth-HD)" if high_definition else "",
             dtype=dtype,
+            origin=origin,
         )
     )
 

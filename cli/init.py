@@ -1,0 +1,467 @@
+"""A FlashSloth of one's own: a pretrained vision tower and a pretrained decoder, and untrained modules between them.
+
+    configs, tokenizer, chat template ─ anything that cannot be right is refused before a weight is read
+      ├─ decoder: all weights; a longer vocabulary only if the added tokens have no rows to spare
+      ├─ vision tower: the layers that are read
+      └─ pooling, projector, query tokens, Embedded Query: initialised as the model does it, from a seed
+    ─ temporary folder beside the output: weights, config, processor, code, card ─ renamed to it
+
+The model takes the tensors over from its parts without a copy, so about one model is in memory.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.modeling_utils import PreTrainedModel
+
+from ..configuration_flashsloth import FlashSlothConfig
+from ..image_processing_flashsloth import FlashSlothImageProcessor
+from ..modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..processing_flashsloth import FlashSlothProcessor, build_chat_template
+from . import model_card
+from .chat_format import (
+    END_TOKEN,
+    IMAGE_TOKEN,
+    QUERY_TOKEN,
+    check_template,
+    derive_template,
+    find_end_token,
+    find_instruction_starts,
+)
+from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PAD_TOKEN, ANCHOR_TEXT, PROBE_TEXT = "<pad>", " .", "The picture shows a small house, and behind it"
+RELEASED_WINDOWS_PER_SIDE = 9
+MAX_WINDOWS_PER_SIDE = 2 * RELEASED_WINDOWS_PER_SIDE
+RELEASED_QUERY_DEPTH = 7 / 32  # the layer that reads updated queries, of all layers
+MAX_SHARD_SIZE = "5GB"
+PIXEL_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor", "do_rescale", "resample")
+BACKBONE_FIELDS = {"out_features", "out_indices", "stage_names", "_out_features", "_out_indices"}
+TOWER, DECODER = "model.vision_tower.", "model.language_model."
+TOLERANCE = 0.02  # relative to the largest logit; half precision may round in another order
+
+
+class Initialisation(NamedTuple):
+    """What `init` wrote.
+
+    Attributes:
+        output: The folder.
+        config: The model's config.
+        num_parameters: Number of parameters.
+        num_new_parameters: Number of those that are not pretrained.
+        num_new_rows: Number of rows that the vocabulary has got.
+        dtype: Type of the weights, such as `bfloat16`.
+        end_token: The token that ends an answer.
+    """
+
+    output: Path
+    config: FlashSlothConfig
+    num_parameters: int
+    num_new_parameters: int
+    num_new_rows: int
+    dtype: str
+    end_token: str
+
+
+class Tower(NamedTuple):
+    """The vision tower as FlashSloth runs it.
+
+    Attributes:
+        source: Folder or Hub id.
+        native_config: Config with the layers that are read, at the size in pixels that the tower was trained for.
+        config: The same at the size that is asked for.
+    """
+
+    source: str
+    native_config: PreTrainedConfig
+    config: PreTrainedConfig
+
+
+def init(
+    vision: str | Path,
+    language: str | Path,
+    output: str | Path,
+    *,
+    vision_layer: int = -2,
+    image_size: int | None = None,
+    pooling_window: int | None = None,
+    query_layer: int | None = None,
+    num_query_tokens: int = 9,
+    query_width: int = 576,
+    high_definition: bool = False,
+    chat_template: str | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> Initialisation:
+    """Build a FlashSloth that is to be trained from two pretrained models.
+
+    Args:
+        vision: Folder or Hub id of a vision tower, or of a model with a `vision_config`, such as CLIP.
+        language: Folder or Hub id of a causal decoder with `layers`.
+        output: Folder to write, which must not exist or be empty. It appears when it is complete.
+        vision_layer: Which of the tower's hidden states is read: -1 is what leaves the last layer, -2 what enters it.
+        image_size: Side of a tile in pixels, if not the tower's own; its position embeddings are interpolated.
+        pooling_window: Side of a pooling window in patches. Default: the one that makes about 9×9 windows.
+        query_layer: Decoder layer on whose input the queries are updated. Default: 7 of 32, or as deep as that.
+        num_query_tokens: Number of queries behind a question.
+        query_width: Width of the Embedded Query module.
+        high_definition: Whether a picture becomes five tiles.
+        chat_template: Jinja template with `<image>` and `<learnable>`. Default: the decoder's chat format, or the
+            original's if it has none.
+        dtype: Type of all weights; `auto`: the decoder's.
+        seed: Seed of what is not pretrained.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RepositoryError: If no FlashSloth can be built of the two, or the output is in use.
+    """
+    output = unused_folder(output)
+    with _refusal():
+        tower = _find_tower(str(vision), vision_layer, image_size)
+        window = pooling_window or default_pooling_window(FlashSlothConfig(vision_config=tower.config).patch_grid_size)
+        tokenizer = _load_tokenizer(str(language))
+        template, end_token = _adapt_tokenizer(tokenizer, chat_template)
+        starts = find_instruction_starts(tokenizer, template)
+        decoder = _load_decoder(str(language), dtype)
+        num_new_rows = _make_room(decoder, tokenizer)
+        config = _build_config(
+            decoder,
+            tower,
+            tokenizer,
+            pooling_window_size=window,
+            query_layer_idx=query_layer,
+            num_query_tokens=num_query_tokens,
+            query_hidden_size=query_width,
+            instruction_start_ids=starts,
+        )
+        model, num_new_parameters = _build_model(config, decoder, tower, tokenizer, seed)
+        processor = _build_processor(config, tokenizer, template, tower, high_definition)
+    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    result = Initialisation(
+        output=output,
+        config=config,
+        num_parameters=model.num_parameters(),
+        num_new_parameters=num_new_parameters,
+        num_new_rows=num_new_rows,
+        dtype=str(model.dtype).removeprefix("torch."),
+        end_token=end_token,
+    )
+    with complete_or_absent(output, num_bytes) as folder:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        processor.save_pretrained(folder)
+        copy_code(folder)
+        _build_card(result, vision, language, high_definition).save(folder / "README.md")
+    return result
+
+
+def default_pooling_window(grid: int) -> int:
+    """Side of the pooling window that makes about as many windows as the released models have.
+
+    Args:
+        grid: Side of the patch grid, in patches.
+
+    Raises:
+        RepositoryError: If none makes a sensible number of them.
+    """
+    windows = [window for window in range(1, max(grid, 2)) if grid % window == 0]
+    best = min(windows, key=lambda window: (abs(grid // window - RELEASED_WINDOWS_PER_SIDE), -window))
+    if grid // best > MAX_WINDOWS_PER_SIDE:
+        raise RepositoryError(
+            f"the tower cuts a picture into {grid}x{grid} patches, and no pooling window makes about 9x9 tokens of "
+            "them; give another size in pixels with --image-size (224, if the tower was trained at several), or a "
+            "divisor with --pooling-window."
+        )
+    return best
+
+
+@contextlib.contextmanager
+def _refusal() -> Iterator[None]:
+    """Turn what cannot be built into one clear line."""
+    try:
+        yield
+    except (ValueError, OSError, TypeError) as error:
+        raise RepositoryError(str(error).strip().partition("\n")[0]) from error
+
+
+def _load(load: Any, source: str, **kwargs: Any) -> Any:
+    """Load a part of a base model, and say which one if that fails."""
+    try:
+        return load(source, **kwargs)
+    except Exception as error:  # transformers, huggingface_hub, safetensors and tokenizers share no class
+        if not Path(source).is_dir():
+            kind = "a file" if Path(source).exists() else "neither a folder nor a Hub model that can be reached"
+            raise RepositoryError(f"{source} is {kind}.") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RepositoryError(f"{source} cannot be loaded: {reason}") from error
+
+
+def _find_tower(source: str, layer: int, image_size: int | None) -> Tower:
+    config = _load(AutoConfig.from_pretrained, source)
+    config = getattr(config, "vision_config", config)
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(num_layers, int):
+        raise RepositoryError(
+            f"{source} ({config.model_type}) is no vision tower with layers; choose another --vision."
+        )
+    kept = num_layers + 1 + layer if layer < 0 else layer
+    if not 0 < kept <= num_layers:
+        raise RepositoryError(
+            f"--vision-layer {layer} is not there: the vision tower has {num_layers} layers, so give 1 to {num_layers} "
+            f"or -{num_layers} to -1."
+        )
+    native = _changed(config, num_hidden_layers=kept)
+    return Tower(source, native, _changed(native, image_size=image_size) if image_size else native)
+
+
+def _changed(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
+    """A config with other fields, made anew because some fields follow from others."""
+    drop = {"_name_or_path", "architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
+    fields = {name: value for name, value in config.to_dict().items() if name not in drop | BACKBONE_FIELDS}
+    return AutoConfig.for_model(config.model_type, **{**fields, **changes})
+
+
+def _load_tokenizer(source: str) -> Any:
+    tokenizer = _load(AutoTokenizer.from_pretrained, source)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise RepositoryError(f"{source} has no fast tokenizer (tokenizer.json), but {type(tokenizer).__name__}.")
+    return tokenizer
+
+
+def _adapt_tokenizer(tokenizer: Any, template: str | None) -> tuple[str, str]:
+    """Give the tokenizer the tokens that FlashSloth needs.
+
+    Returns:
+        FlashSloth's chat template, and the token that ends an answer.
+    """
+    if template is None and tokenizer.chat_template:
+        template = derive_template(tokenizer)  # in terms of the special tokens that the decoder was trained with
+    added = [QUERY_TOKEN, END_TOKEN, IMAGE_TOKEN]  # this order gives Phi-2 the ids of the released models
+    if template is not None or tokenizer.eos_token not in (None, tokenizer.bos_token, tokenizer.pad_token):
+        added.remove(END_TOKEN)
+    unused_end = tokenizer.eos_token
+    _add_special_tokens(tokenizer, added)
+    if END_TOKEN in added:
+        tokenizer.eos_token = END_TOKEN
+    template = template or build_chat_template()
+    check_template(tokenizer, template)
+    end_token = tokenizer.eos_token = find_end_token(tokenizer, template)
+    if tokenizer.pad_token in (None, end_token):
+        if unused_end in (None, end_token):
+            _add_special_tokens(tokenizer, [PAD_TOKEN])
+            unused_end = PAD_TOKEN
+        tokenizer.pad_token = unused_end
+    tokenizer.chat_template = None  # the processor's is the one that knows pictures
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
+    return template, end_token
+
+
+def _add_special_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+
+
+def _load_decoder(source: str, dtype: str) -> PreTrainedModel:
+    model, report = _load(AutoModelForCausalLM.from_pretrained, source, dtype=dtype, output_loading_info=True)
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise RepositoryError(
+            f"{source} is a {type(model).__name__}, whose decoder has no list `layers`; choose another --language, "
+            "such as a Phi, Llama, Qwen3 or SmolLM3."
+        )
+    if model.get_output_embeddings() is None:
+        raise RepositoryError(f"{source} is a {type(model).__name__}, which has no output embedding.")
+    if missing := set(report["missing_keys"]):
+        raise RepositoryError(f"{source} is not complete: {len(missing)} tensors are missing, such as {min(missing)}.")
+    return model.eval()
+
+
+@torch.no_grad()
+def _make_room(decoder: PreTrainedModel, tokenizer: Any) -> int:
+    """Lengthen the vocabulary if the tokenizer has more tokens; the added rows are the mean of the others.
+
+    Returns:
+        The number of rows added.
+    """
+    num_rows = decoder.get_input_embeddings().weight.shape[0]
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if num_tokens <= num_rows:
+        return 0
+    decoder.resize_token_embeddings(num_tokens, mean_resizing=False)
+    for module in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
+        for parameter in module.parameters():
+            parameter[num_rows:] = parameter[:num_rows].float().mean(dim=0).to(parameter.dtype)
+    return num_tokens - num_rows
+
+
+def _build_config(
+    decoder: PreTrainedModel, tower: Tower, tokenizer: Any, *, query_layer_idx: int | None, **fields: Any
+) -> FlashSlothConfig:
+    text_config = _changed(
+        decoder.get_decoder().config,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if query_layer_idx is None:
+        query_layer_idx = max(1, round(text_config.num_hidden_layers * RELEASED_QUERY_DEPTH))
+    widths = math.gcd(fields["query_hidden_size"], tower.config.hidden_size)
+    heads = [count for count in range(1, text_config.num_attention_heads + 1) if widths % count == 0]
+    anchor = tokenizer.encode(ANCHOR_TEXT, add_special_tokens=False)
+    image_token_id, query_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, QUERY_TOKEN])
+    head = decoder.get_output_embeddings()
+    config = FlashSlothConfig(
+        text_config=text_config,
+        vision_config=tower.config,
+        image_token_id=image_token_id,
+        query_token_id=query_token_id,
+        query_layer_idx=query_layer_idx,
+        num_query_heads=heads[-1],
+        query_anchor_token_id=anchor[0] if len(anchor) == 1 else None,
+        lm_head_bias=head.bias is not None,
+        tie_word_embeddings=head.weight is decoder.get_input_embeddings().weight,
+        **fields,
+    )
+    config.check()
+    return config
+
+
+def _build_model(
+    config: FlashSlothConfig, decoder: PreTrainedModel, tower: Tower, tokenizer: Any, seed: int
+) -> tuple[FlashSlothForConditionalGeneration, int]:
+    """Join the pretrained parts and initialise what lies between.
+
+    Returns:
+        The model, and the number of parameters that are not pretrained.
+    """
+    probe = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = decoder(probe).logits.float()
+    state = {f"{DECODER}{name}": tensor for name, tensor in decoder.get_decoder().state_dict().items()}
+    state |= {f"lm_head.{name}": tensor for name, tensor in decoder.get_output_embeddings().state_dict().items()}
+    state |= _load_tower(tower, decoder.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = FlashSlothForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=state, dtype=decoder.dtype, output_loading_info=True
+        )
+    absent = [name for name in report["missing_keys"] if name.startswith((TOWER, DECODER, "lm_head."))]
+    wrong = absent + [str(mismatch[0]) for mismatch in report["mismatched_keys"]]
+    if wrong:
+        raise RepositoryError(
+            f"{len(wrong)} tensors of the base models are missing or have other shapes than their configs say, such as "
+            f"{min(wrong)}; are their weights complete?"
+        )
+    with torch.no_grad():
+        difference = (model(probe).logits.float() - expected).abs().max() / expected.abs().max()
+    if not difference < TOLERANCE:
+        raise RepositoryError(
+            f"as a part of FlashSloth the decoder ({config.text_config.model_type}) gives other logits than alone, by "
+            f"{difference:.1%}: its own head does something that FlashSloth does not know; choose another --language."
+        )
+    _check_tower(model)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[config.image_token_id, config.query_token_id],
+    )
+    parameters = dict(model.named_parameters())
+    return model, sum(parameters[name].numel() for name in report["missing_keys"] if name in parameters)
+
+
+@torch.no_grad()
+def _check_tower(model: FlashSlothForConditionalGeneration) -> None:
+    config = model.config
+    side = _side(config.vision_config.image_size)
+    try:
+        model.get_image_features(torch.zeros(1, 3, side, side))
+    except (RuntimeError, TypeError) as error:
+        raise RepositoryError(
+            f"the vision tower ({config.vision_config.model_type}) does not give one feature for each of its "
+            f"{config.num_patches} patches of a {side}x{side} picture; choose another --vision."
+        ) from error
+
+
+def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tower's tensors, by their names in FlashSloth, without those that the checkpoint does not have."""
+    model, report = _load(
+        AutoModel.from_pretrained, tower.source, config=tower.native_config, dtype=dtype, output_loading_info=True
+    )
+    tensors = {name: t for name, t in model.state_dict().items() if name not in report["missing_keys"]}
+    if tower.config is not tower.native_config:
+        tensors |= _resize_positions(model, tower.config.image_size)
+    return {f"{TOWER}{name}": tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _resize_positions(model: PreTrainedModel, image_size: int) -> dict[str, torch.Tensor]:
+    """Position embeddings for another size in pixels, as the tower itself interpolates them."""
+    embeddings = getattr(model, "embeddings", None)
+    tables = {
+        f"embeddings.{name}": parameter
+        for name, parameter in (embeddings.named_parameters() if embeddings is not None else ())
+        if "position_embedding" in name
+    }
+    resized = {}
+    for name, table in tables.items():  # (positions, width), or with a leading axis of 1
+        if not hasattr(embeddings, "interpolate_pos_encoding"):
+            raise RepositoryError("the vision tower cannot interpolate its positions; leave --image-size out.")
+        patch_size = _side(model.config.patch_size)
+        num_extra = table.shape[-2] - (_side(model.config.image_size) // patch_size) ** 2
+        num_positions = num_extra + (image_size // patch_size) ** 2
+        like = table.new_zeros(1, num_positions, table.shape[-1])
+        positions = embeddings.interpolate_pos_encoding(like, image_size, image_size)
+        resized[name] = positions.reshape(*table.shape[:-2], num_positions, table.shape[-1]).contiguous()
+    return resized
+
+
+def _side(size: int | list[int] | tuple[int, int]) -> int:
+    """Side of a square, which some configs give twice."""
+    return size if isinstance(size, int) else size[0]
+
+
+def _build_processor(
+    config: FlashSlothConfig, tokenizer: Any, template: str, tower: Tower, high_definition: bool
+) -> FlashSlothProcessor:
+    try:
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower.source)
+    except OSError:  # a tower without one is taken to see pixels in [-1, 1]
+        pixels = {}
+    side = _side(config.vision_config.image_size)
+    image_processor = FlashSlothImageProcessor(
+        size={"height": side, "width": side},
+        do_image_splitting=high_definition,
+        **{name: pixels[name] for name in PIXEL_FIELDS if pixels.get(name) is not None},
+    )
+    return FlashSlothProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=template,
+        image_seq_length=config.image_seq_length,
+        num_query_tokens=config.num_query_tokens,
+    )
+
+
+def _build_card(result: Initialisation, vision: Any, language: Any, high_definition: bool) -> ModelCard:
+    sources = {"decoder": str(language), "tower": str(vision)}
+    names = {part: Path(source).name if Path(source).is_dir() else source for part, source in sources.items()}
+    return model_card.build_model_card(
+        result.config,
+        name=result.output.name,
+        dtype=result.dtype,
+        num_parameters=result.num_parameters,
+        high_definition=high_definition,
+        origin=model_card.INITIALISED.format(**names, num_new_rows=result.num_new_rows),
+        base_models=[source for source in sources.values() if not Path(source).is_dir()],
+        license_id=None,
+    )

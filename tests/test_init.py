@@ -1,0 +1,645 @@
+"""`flashsloth init`: pretrained parts arrive unchanged, prompts are the decoder's own, and questions are found."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from base_models import TOKENIZERS, make_decoder, make_tokenizer, make_tower
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from flashsloth import (
+    FlashSlothConfig,
+    FlashSlothForConditionalGeneration,
+    FlashSlothImageProcessor,
+    FlashSlothProcessor,
+    cli,
+)
+from flashsloth.cli.chat_format import CONTENTS, ChatFormatError, derive_template, find_instruction_starts
+from flashsloth.cli.init import _adapt_tokenizer, default_pooling_window, init
+from flashsloth.cli.model_card import build_model_card
+from flashsloth.cli.repository import RepositoryError
+from flashsloth.prompt_flashsloth import PromptSpans
+
+WIDTH = 32  # of the Embedded Query module; 576 would dwarf the rest
+PAIRS = {  # decoder: (tower, decoder's spare rows, pooling window)
+    "phi": ("siglip_vision_model", 8, 2),
+    "qwen3": ("clip", 8, 4),
+    "llama": ("dinov2", 0, None),
+    "gemma3_text": ("siglip_vision_model", 1, 2),
+}
+SENTINEL = "\ue000"
+ASK = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "flashsloth":
+            raise ImportError("the package is not installed")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+torch.set_num_threads(1)
+messages = torch.load(sys.argv[1], weights_only=False)
+for folder in sys.argv[2:]:
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    torch.save(model.generate(**inputs, max_new_tokens=5), folder + ".pt")
+"""
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from flashsloth.cli.init import init
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+before = peak()
+done = init(*sys.argv[1:], query_width=32)
+print((peak() - before) / (4 * done.num_parameters))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _undo_what_the_command_line_sets():
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders and models of all towers and decoders."""
+    folder = tmp_path_factory.mktemp("bases")
+    models = {}
+    for decoder, (tower, spare_rows, _) in PAIRS.items():
+        models[decoder] = make_decoder(folder / decoder, decoder, spare_rows=spare_rows)
+        models[tower] = make_tower(folder / tower, tower)
+    return folder, models
+
+
+@pytest.fixture(scope="module")
+def built(bases, tmp_path_factory):
+    """What `init` made of all pairs, by decoder: result, model, processor."""
+    folder, _ = bases
+    output = tmp_path_factory.mktemp("built")
+    made = {}
+    for decoder, (tower, _, window) in PAIRS.items():
+        done = init(folder / tower, folder / decoder, output / decoder, pooling_window=window, query_width=WIDTH)
+        model, report = FlashSlothForConditionalGeneration.from_pretrained(done.output, output_loading_info=True)
+        assert not any(report.values())
+        made[decoder] = (done, model, FlashSlothProcessor.from_pretrained(done.output))
+    return made
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """For every family, the decoder's tokenizer, FlashSloth's, FlashSloth's chat template and instruction patterns."""
+    found = {}
+    for family in TOKENIZERS:
+        tokenizer = make_tokenizer(family)
+        template, _ = _adapt_tokenizer(tokenizer, None)
+        found[family] = (make_tokenizer(family), tokenizer, template, find_instruction_starts(tokenizer, template))
+    return found
+
+
+def question(*pictures, text="What is it?"):
+    parts = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": text}]
+    return {"role": "user", "content": parts}
+
+
+def answer(text="A red circle."):
+    return {"role": "assistant", "content": text}
+
+
+def system(text="Be brief."):
+    return {"role": "system", "content": text}
+
+
+def encode(processor, conversations, **kwargs):
+    return processor.apply_chat_template(
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
+    )
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_pretrained_weights_arrive_unchanged(bases, built, family):
+    _, models = bases
+    state = built[family][1].state_dict()
+    for name, tensor in models[family].get_decoder().state_dict().items():
+        kept = state[f"model.language_model.{name}"]
+        assert torch.equal(kept[: len(tensor)] if "embed_tokens" in name else kept, tensor), name
+    for name, tensor in models[family].get_output_embeddings().state_dict().items():
+        assert torch.equal(state[f"lm_head.{name}"][: len(tensor)], tensor), name
+    tower = models[PAIRS[family][0]]
+    tower = getattr(tower, "vision_model", tower).state_dict()
+    names = [name for name in state if name.startswith("model.vision_tower.")]
+    assert len(names) > 20
+    for name in names:
+        assert torch.equal(state[name], tower[name.removeprefix("model.vision_tower.")]), name
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_a_text_gets_the_logits_of_the_decoder(bases, built, family):
+    ids = torch.arange(20, 30).unsqueeze(0)
+    with torch.no_grad():
+        expected = bases[1][family](ids).logits
+        torch.testing.assert_close(built[family][1](ids).logits[..., : expected.shape[-1]], expected)
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_what_enters_the_towers_last_layer_is_read(bases, built, family):
+    tower = bases[1][PAIRS[family][0]]
+    tower = getattr(tower, "vision_model", tower)
+    config, model = built[family][0].config, built[family][1]
+    pixels = torch.randn(2, 3, config.vision_config.image_size, config.vision_config.image_size)
+    with torch.no_grad():
+        expected = tower(pixels, output_hidden_states=True).hidden_states[-2][:, -config.num_patches :]
+        found = model.get_image_features(pixels)
+    torch.testing.assert_close(found.last_hidden_state, expected)
+    assert found.pooler_output.shape == (2, config.image_seq_length, config.text_config.hidden_size)
+
+
+@pytest.mark.parametrize(("layer", "num_layers"), [(-1, 3), (-2, 2), (-3, 1), (1, 1)])
+def test_the_vision_layer_can_be_chosen(bases, tmp_path, layer, num_layers):
+    folder, models = bases
+    done = init(folder / "clip", folder / "phi", tmp_path / "out", vision_layer=layer, query_width=WIDTH)
+    model = FlashSlothForConditionalGeneration.from_pretrained(done.output)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        states = models["clip"].vision_model(pixels, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(model.get_image_features(pixels).last_hidden_state, states[num_layers][:, 1:])
+
+
+def test_the_vocabulary_grows_only_when_it_must(bases, built):
+    _, models = bases
+    for family, (_, spare_rows, _) in PAIRS.items():
+        done, model, processor = built[family]
+        old = models[family].get_input_embeddings().weight
+        new = model.get_input_embeddings().weight
+        needed = max(processor.tokenizer.get_vocab().values()) + 1
+        assert len(new) == max(len(old), needed) == done.config.text_config.vocab_size
+        assert done.num_new_rows == len(new) - len(old)
+        assert (done.num_new_rows == 0) == (spare_rows >= 3)
+        if done.num_new_rows:
+            for grown, first in ((new, old), (model.lm_head.weight, models[family].get_output_embeddings().weight)):
+                torch.testing.assert_close(grown[len(first) :], first.mean(0).expand(done.num_new_rows, -1))
+
+
+def test_what_is_new_depends_on_the_seed_only(bases, tmp_path):
+    folder, _ = bases
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(states))
+        init(folder / "dinov2", folder / "qwen3", tmp_path / name, query_width=WIDTH, seed=seed)
+        states.append(FlashSlothForConditionalGeneration.from_pretrained(tmp_path / name).state_dict())
+    first, same, other = states
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    changed = {name for name in first if not torch.equal(first[name], other[name])}
+    parts = {".".join(name.split(".")[:2]) for name in changed}
+    assert parts == {
+        f"model.{part}"
+        for part in ("spatial_attention_pooling", "multi_modal_projector", "query_tokens", "embedded_query")
+    }
+
+
+def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, pictures, tmp_path):
+    messages = [question(pictures[0]), answer(), question(pictures[1], text="And this?")]
+    torch.save(messages, tmp_path / "messages.pt")
+    script = tmp_path / "ask.py"
+    script.write_text(ASK)
+    folders = [str(done.output) for done, _, _ in built.values()]
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    arguments = [sys.executable, str(script), str(tmp_path / "messages.pt"), *folders]
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for folder, (_, model, processor) in zip(folders, built.values(), strict=True):
+        inputs = encode(processor, messages)
+        found = torch.load(f"{folder}.pt")
+        assert torch.equal(found, model.generate(**inputs, max_new_tokens=5))
+        assert found.shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_a_row_does_not_depend_on_its_batch(built, pictures, family):
+    _, model, processor = built[family]
+    conversations = [
+        [question(pictures[0])],
+        [question(text="No picture.")],
+        [question(pictures[1], pictures[2], text="Which?"), answer(), question(text="Sure?")],
+    ]
+    batch = encode(processor, conversations, processor_kwargs={"padding": True})
+    with torch.no_grad():
+        together = model(**batch, logits_to_keep=1).logits
+        alone = [model(**encode(processor, conversation), logits_to_keep=1).logits for conversation in conversations]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_answers_end_at_the_chats_own_token(built, family):
+    done, model, processor = built[family]
+    generation_config = GenerationConfig.from_pretrained(done.output)
+    assert processor.tokenizer.eos_token == done.end_token
+    assert generation_config.eos_token_id == processor.tokenizer.eos_token_id == model.config.text_config.eos_token_id
+    assert generation_config.pad_token_id != generation_config.eos_token_id
+    assert generation_config.suppress_tokens == [processor.image_token_id, processor.query_token_id]
+    assert model.config.image_token_id == processor.image_token_id
+    assert model.config.query_token_id == processor.query_token_id
+    expected = {"phi": "</s>", "qwen3": "<|im_end|>", "llama": "<|eot_id|>", "gemma3_text": "<end_of_turn>"}
+    assert done.end_token == expected[family]
+
+
+def test_the_query_anchor_is_the_id_of_a_full_stop_behind_a_blank(built):
+    for done, _, processor in built.values():
+        ids = processor.tokenizer.encode(" .", add_special_tokens=False)
+        assert done.config.query_anchor_token_id == (ids[0] if len(ids) == 1 else None)
+
+
+def test_pixels_are_prepared_as_the_tower_knows_them(built):
+    assert list(built["qwen3"][2].image_processor.image_mean) == [0.48, 0.46, 0.41]
+    assert list(built["qwen3"][2].image_processor.image_std) == [0.27, 0.26, 0.28]
+    assert list(built["llama"][2].image_processor.image_mean) == [0.485, 0.456, 0.406]
+    assert list(built["phi"][2].image_processor.image_mean) == [0.5, 0.5, 0.5]
+    assert built["phi"][2].image_processor.size == {"height": 64, "width": 64}
+
+
+def conversations_of(has_system):
+    turns = [question(text="One, two?\n\nThree."), answer("Yes:\n- a\n- b"), question(text="Why?"), answer("So.")]
+    flat = [
+        {"role": m["role"], "content": m["content"] if m["role"] == "assistant" else m["content"][0]["text"]}
+        for m in turns
+    ]
+    for length, opening in itertools.product(range(1, 5), ([], [system()]) if has_system else ([],)):
+        yield opening + flat[:length], length % 2 == 1
+
+
+def without_thoughts(text):
+    for thought in ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n"):
+        text = text.replace(thought, "")
+    return text
+
+
+@pytest.mark.parametrize("family", [family for family in TOKENIZERS if family != "phi"])
+def test_a_text_conversation_is_rendered_as_by_the_decoders_own_template(adapted, family):
+    original, tokenizer, template, _ = adapted[family]
+    has_system = family not in ("gemma", "mistral")
+    for messages, is_question in conversations_of(has_system):
+        expected = without_thoughts(
+            original.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_question)
+        )
+        found = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=is_question
+        )
+        assert found.count("<learnable>") == sum(message["role"] == "user" for message in messages)
+        if family == "smollm3":  # its system block has a date, which a checkpoint cannot have
+            expected = expected[expected.index("<|im_start|>user") :]
+            opening = "<|im_start|>system\nBe brief.<|im_end|>\n" if messages[0]["role"] == "system" else ""
+            assert found.startswith(opening)
+            found = found.removeprefix(opening)
+        assert found.replace("<learnable>", "") == expected
+
+
+@pytest.mark.parametrize("family", ["gemma", "mistral"])
+def test_a_system_message_is_refused_where_the_format_has_none(adapted, family):
+    _, tokenizer, template, _ = adapted[family]
+    with pytest.raises(Exception, match="found system"):
+        tokenizer.apply_chat_template([system(), question()], chat_template=template)
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_answers_with_their_end_are_what_is_learned(adapted, family):
+    _, tokenizer, template, _ = adapted[family]
+    messages = [question(), answer("First."), question(text="More?"), answer("Second.")]
+    texts, spans = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    learned = [texts[0][start:end] for start, end in spans[0]]
+    assert [text.removeprefix(" ") for text in learned] == [f"{t}{tokenizer.eos_token}" for t in ("First.", "Second.")]
+
+
+def tiny_processor(tokenizer, template, starts):
+    """A processor whose prompts have one image token and one query, and a config that finds them."""
+    image_token_id, query_token_id = tokenizer.convert_tokens_to_ids(["<image>", "<learnable>"])
+    config = FlashSlothConfig(
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer) + 1},
+        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, "hidden_size": 64},
+        pooling_window_size=2,
+        num_query_tokens=1,
+        query_anchor_token_id=None,
+        instruction_start_ids=starts,
+        image_token_id=image_token_id,
+        query_token_id=query_token_id,
+        num_query_heads=32,
+    )
+    processor = FlashSlothProcessor(
+        FlashSlothImageProcessor(), tokenizer, chat_template=template, image_seq_length=1, num_query_tokens=1
+    )
+    return processor, config
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_every_question_is_found_whatever_it_begins_with(adapted, family):
+    """Its first token is the first with a character of it, also where it merges with a line break before it."""
+    _, tokenizer, template, starts = adapted[family]
+    processor, config = tiny_processor(tokenizer, template, starts)
+    config.check()
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    contents = [*CONTENTS, "What is it?", "\n", "  ", "user", "\n\nuser\n", "名前", *special, f"{special[-3]}user\nHi"]
+    if family != "phi":  # whose format is plain text
+        contents += ["[INST] Hi", "USER: Hi"]
+    befores = [[], [question(text="First"), answer("Second")]]
+    if family != "mistral":  # where nothing but text is between two questions without an answer
+        befores += [[question(text="a"), answer("b"), question(text="c")]]
+    if family not in ("gemma", "mistral"):
+        befores += [[system()], [system("Speak 2 "), question(text="a"), answer("b")]]
+    for before, pictures, content in itertools.product(befores, (0, 1, 2), contents):
+        if family == "gemma3_text" and before[-1:] and before[-1]["role"] == "system" and not pictures:
+            continue  # where the system message is the first part of the first text
+        text, head = (
+            processor.apply_chat_template([*before, question(*[None] * pictures, text=text)])
+            for text in (content, SENTINEL)
+        )
+        head = head.partition(SENTINEL)[0]
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = PromptSpans.find(torch.tensor([encoded["input_ids"]]), config, None)
+        block = max(i for i, token in enumerate(encoded["input_ids"]) if token == config.query_token_id)
+        expected = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(head))
+        assert spans.instruction_start[0, block] == expected, (before, pictures, content)
+        assert spans.query_start[0, block] == block
+
+
+def test_the_original_format_gets_the_patterns_of_the_released_models(adapted):
+    """Not their ids, which are Phi-2's, but what they stand for."""
+    _, tokenizer, _, starts = adapted["phi"]
+    texts = {tokenizer.decode(pattern) for pattern in starts}
+    assert {"<image>\n", "USER:"} <= texts
+    assert {text.replace("<image>", "").strip() for text in texts} == {"", "USER:"}
+
+
+@pytest.mark.parametrize("family", [family for family in TOKENIZERS if family != "phi"])
+def test_only_special_tokens_start_an_instruction(adapted, family):
+    _, tokenizer, _, starts = adapted[family]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert all(special & set(pattern) for pattern in starts)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window"), [(27, 3), (24, 3), (14, 2), (16, 2), (32, 4), (7, 1), (18, 2), (64, 8), (1, 1)]
+)
+def test_the_pooling_window_makes_about_81_tokens(grid, window):
+    assert default_pooling_window(grid) == window
+
+
+def test_a_patch_grid_without_divisors_is_refused():
+    with pytest.raises(RepositoryError, match=r"37x37.*--image-size"):
+        default_pooling_window(37)
+
+
+@pytest.mark.parametrize("family", ["siglip_vision_model", "clip", "dinov2"])
+def test_a_tower_sees_another_size_with_interpolated_positions(bases, tmp_path, family):
+    folder, models = bases
+    done = init(folder / family, folder / "phi", tmp_path / "out", image_size=96, pooling_window=3, query_width=WIDTH)
+    model = FlashSlothForConditionalGeneration.from_pretrained(done.output)
+    processor = FlashSlothProcessor.from_pretrained(done.output)
+    assert done.config.num_patches == 144
+    assert processor.image_processor.size == {"height": 96, "width": 96}
+    pixels = torch.randn(1, 3, 96, 96)
+    tower = getattr(models[family], "vision_model", models[family])
+    kwargs = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = tower(pixels, output_hidden_states=True, **kwargs).hidden_states[-2][:, -144:]
+        torch.testing.assert_close(model.get_image_features(pixels).last_hidden_state, expected)
+
+
+def test_the_choices_reach_the_config(bases, tmp_path):
+    folder, _ = bases
+    done = init(
+        folder / "clip",
+        folder / "qwen3",
+        tmp_path / "out",
+        query_layer=3,
+        num_query_tokens=5,
+        query_width=16,
+        high_definition=True,
+        dtype="bfloat16",
+    )
+    model = FlashSlothForConditionalGeneration.from_pretrained(done.output, dtype="auto")
+    processor = FlashSlothProcessor.from_pretrained(done.output)
+    assert (model.config.query_layer_idx, model.config.num_query_tokens, model.config.query_hidden_size) == (3, 5, 16)
+    assert processor.num_query_tokens == 5
+    assert processor.image_processor.do_image_splitting
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert done.dtype == "bfloat16"
+
+
+def test_the_decoders_own_type_is_kept(tmp_path, bases):
+    folder, _ = bases
+    make_decoder(tmp_path / "half", "qwen3", spare_rows=8, dtype=torch.bfloat16)
+    assert init(folder / "clip", tmp_path / "half", tmp_path / "out", query_width=WIDTH).dtype == "bfloat16"
+
+
+def test_query_heads_divide_both_widths(tmp_path, bases):
+    folder, _ = bases
+    make_decoder(tmp_path / "odd", "qwen3", num_attention_heads=6, num_key_value_heads=3)
+    done = init(folder / "clip", tmp_path / "odd", tmp_path / "out", query_width=24)
+    assert done.config.num_query_heads == 4
+
+
+def test_the_card_says_what_is_pretrained_and_what_is_not(built):
+    card = ModelCard.load(built["qwen3"][0].output / "README.md")
+    assert "custom_code" in card.data.tags
+    assert card.data.base_model is None  # folders are no Hub ids
+    assert card.data.license is None
+    assert "clip" in card.text
+    assert "train it before you use it" in card.text
+    card = build_model_card(
+        built["phi"][0].config,
+        name="mine",
+        dtype="float16",
+        num_parameters=1,
+        high_definition=False,
+        base_models=["someone/decoder", "someone/tower"],
+    )
+    assert card.data.base_model == ["someone/decoder", "someone/tower"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_about_one_model_is_in_memory(bases, tmp_path):
+    folder, _ = bases
+    make_decoder(tmp_path / "large", "qwen3", hidden_size=1024, intermediate_size=8192, num_hidden_layers=2)
+    arguments = [sys.executable, "-c", MEMORY, folder / "clip", tmp_path / "large", tmp_path / "out"]
+    done = subprocess.run([*map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.5
+
+
+def test_a_tower_may_give_its_size_as_a_pair(bases, tmp_path):
+    folder, _ = bases
+    make_tower(tmp_path / "pairs", "dinov2", image_size=(40, 40), patch_size=(8, 8))
+    done = init(tmp_path / "pairs", folder / "phi", tmp_path / "out", query_width=WIDTH)
+    assert FlashSlothProcessor.from_pretrained(done.output).image_processor.size == {"height": 40, "width": 40}
+
+
+@pytest.fixture
+def run(capsys):
+    def run_main(*arguments):
+        capsys.readouterr()  # what a test's own models said
+        code = cli.main(["init", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run_main
+
+
+@pytest.fixture
+def refused(run, bases, tmp_path):
+    """`init` must fail with one line, exit code 2 and nothing written; gives the line."""
+
+    def run_refused(*options, vision=None, language=None):
+        folder, _ = bases
+        before = sorted(tmp_path.rglob("*"))
+        vision, language = vision or folder / "clip", language or folder / "qwen3"
+        code, output, errors = run(
+            tmp_path / "out", "--vision", vision, "--language", language, "--query-width", WIDTH, *options
+        )
+        assert (code, output, errors.count("\n")) == (2, "", 1), errors
+        assert errors.startswith("flashsloth: error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return errors
+
+    return run_refused
+
+
+def test_the_command_says_what_it_made(run, bases, tmp_path):
+    folder, _ = bases
+    code, output, errors = run(
+        tmp_path / "out", "--vision", folder / "clip", "--language", folder / "qwen3", "--query-width", WIDTH
+    )
+    assert (code, errors) == (0, "")
+    assert "64 patches a tile, 64 image tokens" in output
+    assert "<|im_end|>" in output
+    picture = tmp_path / "picture.png"
+    Image.radial_gradient("L").save(picture)
+    assert cli.main(["ask", str(picture), "Why?", "--model", str(tmp_path / "out"), "--max-new-tokens", "2"]) == 0
+
+
+def test_a_folder_that_is_not_empty_is_refused(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    assert "exists already" in refused()
+
+
+def test_missing_folders_are_refused(refused, tmp_path):
+    assert "nowhere is neither a folder nor a Hub model" in refused(vision=tmp_path / "nowhere")
+    assert "nowhere is neither a folder nor a Hub model" in refused(language=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty cannot be loaded" in refused(vision=tmp_path / "empty")
+
+
+def test_windows_layers_and_widths_that_do_not_fit_are_refused(refused):
+    assert "must divide the side of the patch grid, 8" in refused("--pooling-window", 3)
+    assert "has 3 layers" in refused("--vision-layer", -4)
+    assert "from 0 to 3" in refused("--query-layer", 4)
+
+
+def test_a_tower_without_a_square_grid_is_refused(refused, bases, tmp_path):
+    folder, _ = bases
+    make_tower(tmp_path / "wide", "dinov2", image_size=(32, 64))
+    assert "square pictures" in refused(vision=tmp_path / "wide")
+    assert "square pictures" in refused(vision=folder / "llama")
+
+
+def test_a_decoder_without_layers_is_refused(refused, bases, tmp_path):
+    folder, _ = bases
+    make_tokenizer("qwen3").save_pretrained(tmp_path / "gpt2")
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 400, "n_positions": 64}
+    from transformers import GPT2Config
+
+    AutoModelForCausalLM.from_config(GPT2Config(**gpt2)).save_pretrained(tmp_path / "gpt2")
+    assert "no list `layers`" in refused(language=tmp_path / "gpt2")
+    assert "clip cannot be loaded" in refused(language=folder / "clip")
+
+
+def test_a_decoder_whose_head_does_more_is_refused(refused, tmp_path):
+    make_tokenizer("qwen3").save_pretrained(tmp_path / "cohere")
+    from transformers import CohereConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CohereConfig(**sizes, vocab_size=400, logit_scale=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "cohere")
+    assert "gives other logits" in refused(language=tmp_path / "cohere")
+
+
+def test_incomplete_weights_are_refused(refused, bases, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_decoder(tmp_path / "phi", "phi")
+    file = tmp_path / "phi/model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if "layers.1" in name))
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "is not complete: 1 tensors are missing" in refused(language=tmp_path / "phi")
+
+
+MERGED = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+GIVEN = """{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{% if m['content'] is not string %}
+{%- for p in m['content'] if p['type'] == 'image' %}<image>{% endfor %}
+{%- for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{% else %}{{ m['content'] }}{% endif -%}
+<learnable>{% else %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}"""
+
+
+def test_a_format_that_cannot_be_adopted_has_a_way_out(refused, run, bases, tmp_path):
+    folder, _ = bases
+    make_decoder(tmp_path / "odd", "qwen3", spare_rows=8)
+    (tmp_path / "odd/chat_template.jinja").write_text(MERGED)
+    assert "--chat-template FILE" in refused(language=tmp_path / "odd")
+    template = tmp_path / "template.jinja"
+    template.write_text(GIVEN)
+    arguments = ("--vision", folder / "clip", "--language", tmp_path / "odd", "--chat-template", template)
+    code, _, errors = run(tmp_path / "made", *arguments, "--query-width", WIDTH)
+    assert (code, errors) == (0, "")
+    assert (tmp_path / "made/chat_template.jinja").read_text() == GIVEN
+    processor = FlashSlothProcessor.from_pretrained(tmp_path / "made")
+    starts = json.loads((tmp_path / "made/config.json").read_text())["instruction_start_ids"]
+    assert [processor.tokenizer.decode(start) for start in starts] == ["<|im_start|>", "<image>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}", "cannot be rendered"),
+        (GIVEN.replace("<learnable>", ""), "<learnable> right behind"),
+        (GIVEN.replace("<image>", ""), "picture as <image>"),
+        (GIVEN.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "generation"),
+        (GIVEN.replace("<|im_end|>", "!"), "no special token ends an answer"),
+    ],
+)
+def test_chat_templates_that_flashsloth_cannot_use_are_refused(refused, tmp_path, template, message):
+    (tmp_path / "template.jinja").write_text(template)
+    assert message in refused("--chat-template", tmp_path / "template.jinja")
+
+
+def test_a_template_that_adds_something_to_later_turns_is_refused():
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'\\n' + message", "(' ' if loop.index > 4 else '\\n') + message"
+    )
+    with pytest.raises(ChatFormatError, match="--chat-template FILE"):
+        derive_template(tokenizer)

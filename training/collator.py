@@ -1,0 +1,233 @@
+"""Batches with labels, made of the rows that `load_rows` gives."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import BatchFeature
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..processing_flashsloth import FlashSlothProcessor
+from .data import is_url, normalize_row
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""Label of what is not learned; PyTorch's cross-entropy leaves it out."""
+
+
+class BadRowError(ValueError):
+    """A row that cannot be trained on; the message has its index and the reason."""
+
+
+class Sample(NamedTuple):
+    """One row, ready to be padded.
+
+    Attributes:
+        input_ids: `(seq_length,)`.
+        labels: `(seq_length,)`, -100 everywhere but at answers and their end tokens.
+        pixel_values: `(num_tiles, 3, height, width)`; `None`: no picture.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: torch.Tensor | None
+
+
+class FlashSlothDataCollator:
+    """Makes batches, with labels for the answers: for every turn, the answer and its end token.
+
+    What an answer is, the chat template says by its `{% generation %}` blocks; a token that an answer shares with what
+    stands before it is learned. Control tokens in a row's text stay text, as everywhere in `FlashSlothProcessor`.
+
+    A row that is longer than `max_length` is cut behind the last answer that fits, its end token included, and the
+    turns behind that go with their pictures. If not even the first answer fits, that answer is cut and has no end
+    token. So image and query tokens are never cut, and no question stays without its answer. A row whose pictures and
+    first question leave no room for an answer is a bad row.
+
+    Args:
+        processor: Processor of the model.
+        max_length: Most tokens of a row, image and query tokens included. Default: no bound.
+        pad_to_multiple_of: Pad to a multiple of this many tokens.
+        on_bad_row: What to do about a row that cannot be used (no such file, a broken picture, no answer): `"raise"` a
+            `BadRowError`, or `"skip"` it with a warning. If nothing is left of a batch, it becomes the two end tokens
+            `</s></s>`, of which the second is learned: nothing that a prompt ever asks for, while a batch without any
+            label would give a loss of 0/0 and ruin the weights.
+
+    Raises:
+        ValueError: If the chat template does not mark answers, or an argument is out of range.
+
+    Example:
+    ```python
+    >>> rows = load_rows("conversations.json", image_folder="pictures")
+    >>> batch = FlashSlothDataCollator(processor, max_length=1024)([rows[0], rows[1]])
+    ```
+    """
+
+    def __init__(
+        self,
+        processor: FlashSlothProcessor,
+        *,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        on_bad_row: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if on_bad_row not in ("raise", "skip"):
+            raise ValueError(f'`on_bad_row` must be "raise" or "skip", but is {on_bad_row!r}.')
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1 token, but is {max_length}; leave it out for no bound.")
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", processor.chat_template or ""):
+            raise ValueError(
+                "The processor's chat template does not mark answers, so there is nothing to make labels of; put what "
+                "the assistant writes, with its end token, inside `{% generation %}` and `{% endgeneration %}`."
+            )
+        self.processor = processor
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.on_bad_row = on_bad_row
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:
+        """Make a batch.
+
+        Args:
+            rows: What `load_rows` gives, or any row that `normalize_row` takes.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, `(batch, seq_length)`, padded on the right; `pixel_values`,
+            `(num_tiles, 3, height, width)`, if there are pictures.
+
+        Raises:
+            BadRowError: If a row cannot be used, unless those are to be skipped.
+        """
+        samples = [sample for position, row in enumerate(rows) if (sample := self._try_to_prepare(row, position))]
+        if not samples:
+            end = self.processor.tokenizer.eos_token_id
+            samples = [Sample([end, end], [IGNORED, end], None)]
+        batch = self.processor.tokenizer.pad(
+            {"input_ids": [sample.input_ids for sample in samples]},
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_tensors="pt",
+        )
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        for row, sample in enumerate(samples):
+            labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
+        pixel_values = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+        data = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        return BatchFeature(data | ({"pixel_values": torch.cat(pixel_values)} if pixel_values else {}))
+
+    def prepare(self, row: dict[str, Any]) -> Sample:
+        """Tokenize a row, load its pictures and label its answers.
+
+        Raises:
+            Exception: Whatever is wrong with the row, its pictures or its text.
+        """
+        row = normalize_row(row)
+        text, answers = self._render_caption(row) if "caption" in row else self._render_messages(row["messages"])
+        tokenizer = self.processor.tokenizer
+        pictures = [_checked(picture) for picture in _pictures(row)]
+        encoded = self.processor(
+            text=text,
+            images=pictures or None,
+            add_special_tokens=not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        answers = _shift(answers, encoded["text_replacement_offsets"][0])
+        runs = _token_runs(answers, encoded["offset_mapping"][0])
+        if not runs:
+            raise ValueError("the chat template left out the answers; nothing of the row can be learned")
+        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"))
+
+    def _try_to_prepare(self, row: dict[str, Any], position: int) -> Sample | None:
+        try:
+            return self.prepare(row)
+        except Exception as error:
+            name = f"Row {row['index']}" if "index" in row else f"A row without an index ({position} in its batch)"
+            report = f"{name} cannot be used: {str(error).rstrip('.')}."
+            if self.on_bad_row == "raise":
+                raise BadRowError(f'{report} Mend or remove it, or pass on_bad_row="skip".') from error
+            logger.warning("%s It is skipped.", report)
+            return None
+
+    def _render_messages(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """Prompt with placeholders, and where in it answers with their end token stand (characters)."""
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError("the last message must be the assistant's answer, or there is nothing to learn from it")
+        for message in messages:
+            if message["role"] == "assistant" and not _text_of(message).strip():
+                raise ValueError("an answer is empty")
+        prompts, spans = render_jinja_template(
+            conversations=[self.processor.guard_control_tokens(messages)],
+            chat_template=self.processor.chat_template,
+            return_assistant_tokens_mask=True,
+            **self.processor.tokenizer.special_tokens_map,
+        )
+        return prompts[0], spans[0]
+
+    def _render_caption(self, row: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """The prompt of stage 1, pictures and caption and nothing else, and where the caption stands (characters)."""
+        prompt = self.processor.image_token * len(_pictures(row))
+        text = prompt + self.processor.guard_control_tokens(row["caption"]) + self.processor.tokenizer.eos_token
+        return text, [(len(prompt), len(text))]
+
+    def _make_sample(self, input_ids: list[int], runs: list[tuple[int, int]], pixel_values: Any) -> Sample:
+        length = self._kept_length(len(input_ids), runs)
+        input_ids = input_ids[:length]
+        labels = [IGNORED] * length
+        for start, end in runs:
+            labels[start:end] = input_ids[start:end]
+        num_tiles = input_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
+        pixel_values = None if num_tiles == 0 else torch.as_tensor(pixel_values)[:num_tiles]
+        return Sample(input_ids, labels, pixel_values)
+
+    def _kept_length(self, length: int, runs: list[tuple[int, int]]) -> int:
+        if self.max_length is None or length <= self.max_length:
+            return length
+        fitting = [end for _, end in runs if end <= self.max_length]
+        if fitting:
+            return fitting[-1]
+        if runs[0][0] < self.max_length:
+            return self.max_length
+        raise ValueError(
+            f"pictures and first question take {runs[0][0]} tokens, which leaves no room for an answer within "
+            f"`max_length`={self.max_length}; raise it"
+        )
+
+
+def _text_of(message: dict) -> str:
+    return "".join(part.get("text", "") for part in message["content"])
+
+
+def _pictures(row: dict[str, Any]) -> list:
+    if "caption" in row:
+        return row["image"]
+    return [part["image"] for message in row["messages"] for part in message["content"] if part["type"] == "image"]
+
+
+def _checked(picture: Any) -> Any:
+    if isinstance(picture, str) and not is_url(picture) and not Path(picture).is_file():
+        raise FileNotFoundError(f"there is no picture {picture}; set `image_folder` to where pictures lie")
+    return picture
+
+
+def _shift(spans: list[tuple[int, int]], replacements: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Move spans of a prompt to where they are when its placeholders are expanded; answers hold no placeholders."""
+    return [
+        (start + growth, end + growth)
+        for start, end in spans
+        for growth in [sum(len(r["replacement"]) - len(r["text"]) for r in replacements if r["span"][1] <= start)]
+    ]
+
+
+def _token_runs(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """From characters to tokens: from the first that overlaps a span to behind the last."""
+    runs = []
+    for span_start, span_end in spans:
+        inside = [i for i, (start, end) in enumerate(offsets) if start < span_end and end > span_start]
+        if inside and span_start < span_end:
+            runs.append((inside[0], inside[-1] + 1))
+    return runs

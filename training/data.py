@@ -1,0 +1,388 @@
+"""Data sets of pictures and text: LLaVA's JSON, `messages` of chat data sets, captions, in one form.
+
+What is wrong with a row shows when the row is used, and then as a row `{"index": …, "error": reason}`, so that a data
+loader does not die of it: `FlashSlothDataCollator` reports it, and stops or goes on as it was told.
+"""
+
+import io
+import json
+from array import array
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+PLACEHOLDER = "<image>"
+"""What stands for a picture in the text of LLaVA's data sets."""
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PICTURE_KEYS = ("image", "path", "url", "image_url")
+CHARACTERS_PER_TOKEN = 4  # of English text, roughly
+
+
+def load_rows(
+    source: str | Path,
+    *,
+    image_folder: str | Path | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    as_captions: bool = False,
+) -> Dataset | IterableDataset:
+    """Read a data set, as rows for `FlashSlothDataCollator`.
+
+    Args:
+        source: A `.json`, `.jsonl` or `.parquet` file, or a folder or Hub id for `datasets.load_dataset`.
+        image_folder: What relative picture paths are relative to. Default: the folder of `source`.
+        split: Which split of a folder or Hub id; slices such as `train[:100]` work there. A file has `train` only.
+        streaming: Whether to read rows as they are needed, in order, into a `datasets.IterableDataset`.
+        as_captions: Whether to take conversations as captions, the first answer being the caption: for stage 1 on
+            files such as LLaVA's `blip_laion_cc_sbu_558k.json`.
+
+    Returns:
+        Rows as `normalize_row` gives them, with their number in the source, from 0, as `index`. When several workers
+        read a stream, each counts its own rows.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If the package `datasets` is missing; JSON files that are not streamed do without it.
+        ValueError: If a JSON file holds no list, or another split of it is asked for.
+
+    Example:
+    ```python
+    >>> rows = load_rows("llava_v1_5_mix665k.json", image_folder="pictures")
+    >>> rows[0]["messages"][0]["content"][0]
+    {'type': 'image', 'image': 'pictures/coco/train2017/000000033471.jpg'}
+    ```
+    """
+    suffix = Path(source).suffix
+    is_file = suffix in (".json", ".jsonl", ".parquet")
+    if is_file and not Path(source).is_file():
+        raise FileNotFoundError(f"There is no file {source}.")
+    if image_folder is None and Path(source).exists():
+        image_folder = Path(source).parent if is_file else source
+    normalize = partial(_normalize_or_report, image_folder=image_folder, as_captions=as_captions)
+    if suffix not in (".json", ".jsonl"):
+        records = _load_dataset(source, is_file=is_file, split=split, streaming=streaming)
+    elif split != "train":
+        raise ValueError(f"{source} has the split `train` only, not `{split}`; part it with `torch.utils.data.Subset`.")
+    else:
+        records = JsonLines(source) if suffix == ".jsonl" else _read_json(source)
+        if streaming:
+            records = _import_datasets(source).IterableDataset.from_generator(_iterate, gen_kwargs={"rows": [records]})
+    if not streaming:
+        return Rows(records, normalize)
+    columns = records.column_names or list(next(iter(records), {}))
+    return records.map(normalize, with_indices=True, remove_columns=columns)
+
+
+class Rows(Dataset):
+    """Records of a data set, normalised when they are asked for.
+
+    Args:
+        records: What `len` and an index work on: a list, `JsonLines` or `datasets.Dataset`.
+        normalize: Turns a record and its index into a row.
+    """
+
+    def __init__(self, records: Any, normalize: Any) -> None:
+        self.normalize = normalize
+        # Arrow's own view leaves embedded pictures encoded, so that a broken one breaks only its own row.
+        self.is_arrow = hasattr(records, "with_format")
+        self.records = records.with_format("arrow") if self.is_arrow else records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        return self.normalize(self.record(index), index)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The row as the source has it."""
+        record = self.records[index]
+        return record.to_pylist()[0] if self.is_arrow else record
+
+
+class JsonLines:
+    """The lines of a file by number, of which only the places are kept in memory; blank lines do not count."""
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+        self.starts = array("q")
+        with self.file.open("rb") as lines:
+            start = 0
+            for line in lines:
+                if line.strip():
+                    self.starts.append(start)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with self.file.open("rb") as lines:
+            lines.seek(self.starts[index])
+            line = lines.readline()
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            return {"error": f"the line is not JSON: {error}"}
+
+
+def normalize_row(row: dict[str, Any], *, image_folder: str | Path | None = None, as_captions: bool = False) -> dict:
+    """Bring a row into the one form that the collator reads.
+
+    Taken are, by the columns that a row has:
+
+    - `conversations` with `from` and `value`, and `image`, a path or a list of them (LLaVA). There must be as many
+      `<image>` in what the human says as there are pictures; pictures go before the text of their message.
+    - `messages` with `role` and `content`. Parts `{"type": "image"}` without a picture take the next one of the column
+      `images` (or `image`). If there is only text, the pictures stand where `<image>` is written, or else before the
+      first question (TRL's convention).
+    - `caption` or `text`, with `image` or `images`.
+
+    Pictures may be paths, URLs, PIL pictures, arrays, or encoded: `bytes`, or a dict with `bytes` or `path`.
+
+    Args:
+        row: A row; what is normalised already stays as it is.
+        image_folder: What relative picture paths are relative to. Default: the working folder.
+        as_captions: Whether to take the first answer of a conversation as a caption of its pictures.
+
+    Returns:
+        `{"messages": [{"role", "content": [part, ...]}, ...]}` with parts `{"type": "image", "image": picture}` and
+        `{"type": "text", "text": str}`, as `processor.apply_chat_template` takes them, or
+        `{"image": [picture, ...], "caption": str}`; a picture is a PIL picture, an array, a path or a URL.
+
+    Raises:
+        ValueError: If the row has another form, or pictures and placeholders differ in number.
+        TypeError: If a text is no text, or a picture no picture.
+        OSError: If an encoded picture is broken.
+    """
+    _check_dict(row, "a row")
+    if row.get("error") is not None:
+        raise ValueError(row["error"])
+    pictures = [_picture(value, image_folder) for value in _picture_column(row)]
+    caption = row.get("caption", row.get("text"))
+    if row.get("messages") is not None:
+        messages = [_read_message(message, "role", "content", image_folder) for message in row["messages"]]
+        messages = _place(messages, pictures, is_marked=bool(pictures) and any(map(_count_marks, messages)))
+    elif row.get("conversations") is not None:
+        messages = [_read_message(message, "from", "value", image_folder) for message in row["conversations"]]
+        messages = _place(messages, pictures, is_marked=True)
+    elif caption is not None:
+        return _caption_row(pictures, caption)
+    else:
+        raise ValueError(
+            f"the row has the columns {sorted(row)}, but must have `messages`, `conversations`, or a `caption` (or "
+            "`text`) with an `image`; rename the columns"
+        )
+    return _as_caption_row(messages) if as_captions else {"messages": messages}
+
+
+def row_lengths(rows: Sequence[dict[str, Any]] | Dataset, *, tokens_per_image: int) -> tuple[list[int], list[bool]]:
+    """Estimate how long rows are, without opening a picture, for `ModalityLengthSampler`.
+
+    Args:
+        rows: What `load_rows` gave without `streaming`, or other rows of these forms.
+        tokens_per_image: Image tokens of one picture: `image_seq_length`, times 5 for high definition.
+
+    Returns:
+        Estimated number of tokens of every row, and whether it has pictures.
+    """
+    if isinstance(rows, Rows):
+        columns = _picture_counts(rows.records) if rows.is_arrow else {}
+        texts = rows.records.remove_columns(list(columns)) if rows.is_arrow else rows.records
+        counted = [sum(counts) for counts in zip(*columns.values(), strict=True)] if columns else [0] * len(rows)
+        rows = Rows(texts, normalize=None)
+        sizes = [_size(rows.record(index), num) for index, num in enumerate(counted)]
+    else:
+        sizes = [_size(rows[index]) for index in range(len(rows))]
+    lengths = [characters // CHARACTERS_PER_TOKEN + num * tokens_per_image for characters, num in sizes]
+    return lengths, [num > 0 for _, num in sizes]
+
+
+def is_url(picture: str) -> bool:
+    """Whether a picture's address is not a path."""
+    return picture.startswith(("http://", "https://", "data:"))
+
+
+def _import_datasets(source: str | Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {source} needs the package `datasets`; only `.json` and `.jsonl` files that are not streamed do "
+            'without it. Install it with `pip install "flashsloth[train]"`.'
+        ) from error
+    return datasets
+
+
+def _load_dataset(source: str | Path, *, is_file: bool, split: str, streaming: bool) -> Any:
+    datasets = _import_datasets(source)
+    where = {"path": "parquet", "data_files": {"train": str(source)}} if is_file else {"path": str(source)}
+    records = datasets.load_dataset(**where, split=split, streaming=streaming)
+    # A stream without known columns decodes nothing anyway.
+    return records.decode(False) if streaming and records.features else records
+
+
+def _read_json(file: str | Path) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}. If it has one row a line, name it `.jsonl`.") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{file} must hold a list of rows, but holds a {type(records).__name__}.")
+    return records
+
+
+def _iterate(rows: list[Any]) -> Any:
+    for records in rows:
+        yield from (records[index] for index in range(len(records)))
+
+
+def _normalize_or_report(record: dict, index: int, **options: Any) -> dict[str, Any]:
+    try:
+        return normalize_row(record, **options) | {"index": index}
+    except Exception as error:  # a row may be broken in any way
+        return {"error": str(error), "index": index}
+
+
+def _check_dict(value: Any, what: str) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{what} must be a dict, but is a {type(value).__name__}")
+
+
+def _picture_column(row: dict[str, Any]) -> list:
+    for name in ("images", "image"):
+        value = row.get(name)
+        if isinstance(value, (list, tuple)):
+            return list(value)
+        if value is not None and not (isinstance(value, str) and value == ""):
+            return [value]
+    return []
+
+
+def _picture(value: Any, image_folder: str | Path | None) -> Any:
+    if isinstance(value, dict):
+        if value.get("bytes") is None and value.get("path") is None:
+            raise TypeError(f"a picture must have `bytes` or `path`, but has {sorted(value)}")
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes):
+        return Image.open(io.BytesIO(value))
+    if isinstance(value, (str, Path)):
+        return value if is_url(str(value)) else str(Path(image_folder or "") / value)
+    if isinstance(value, Image.Image) or hasattr(value, "shape"):
+        return value
+    raise TypeError(f"a picture must be a path, a URL, a picture or its bytes, but is a {type(value).__name__}")
+
+
+def _read_message(message: dict, role_key: str, content_key: str, image_folder: str | Path | None) -> dict[str, Any]:
+    """A message with a known role, whose content is text or parts without empty fields, as Arrow makes them."""
+    _check_dict(message, "a message")
+    role = message.get(role_key, message.get("role"))
+    content = message.get(content_key, message.get("content"))
+    if role not in ROLES:
+        raise ValueError(f"a message is by {role!r}, but only {', '.join(ROLES)} are known")
+    if isinstance(content, (list, tuple)):
+        content = [_read_part(part, image_folder) for part in content]
+    elif not isinstance(content, str):
+        raise TypeError(f"a message of {role!r} must be text or parts, but is a {type(content).__name__}")
+    return {"role": ROLES[role], "content": content}
+
+
+def _read_part(part: dict, image_folder: str | Path | None) -> dict[str, Any]:
+    _check_dict(part, "a part of a message")
+    if part.get("type") == "text":
+        return _text_part(part.get("text"))
+    if part.get("type") not in ("image", "image_url"):
+        raise ValueError(f"a message has a part of type {part.get('type')!r}, but only text and image are known")
+    values = [part[key] for key in PICTURE_KEYS if part.get(key) is not None]
+    if not values:
+        return {"type": "image"}
+    value = values[0]["url"] if isinstance(values[0], dict) and "url" in values[0] else values[0]
+    return {"type": "image", "image": _picture(value, image_folder)}
+
+
+def _count_marks(message: dict) -> int:
+    is_asked = message["role"] == "user" and isinstance(message["content"], str)
+    return message["content"].count(PLACEHOLDER) if is_asked else 0
+
+
+def _place(messages: list[dict], pictures: list, *, is_marked: bool) -> list[dict]:
+    """Put pictures where empty parts or placeholders wait for them, else before the first question."""
+    waiting = [part for message in messages for part in _parts(message) if part == {"type": "image"}]
+    num_unmarked = 0 if is_marked or waiting else len(pictures)
+    placed = []
+    for message in messages:
+        parts = message["content"]
+        if isinstance(parts, str):
+            text, num_pictures = parts, _count_marks(message) if is_marked else 0
+            if num_pictures:
+                text = text.replace(PLACEHOLDER, "").strip()
+            elif message["role"] == "user":
+                num_pictures, num_unmarked = num_unmarked, 0
+            parts = [*({"type": "image"} for _ in range(num_pictures)), _text_part(text)]
+        placed.append({"role": message["role"], "content": parts})
+    waiting = [part for message in placed for part in message["content"] if part == {"type": "image"}]
+    if len(waiting) != len(pictures):
+        raise ValueError(
+            f"the row has {len(pictures)} pictures, but {len(waiting)} places for them (`{PLACEHOLDER}` in what the "
+            "user says, or parts of type image that hold none); give one for each picture"
+        )
+    for part, picture in zip(waiting, pictures, strict=True):
+        part["image"] = picture
+    return placed
+
+
+def _parts(message: dict) -> list[dict]:
+    return [] if isinstance(message["content"], str) else message["content"]
+
+
+def _text_part(text: Any) -> dict[str, str]:
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be a string, but is a {type(text).__name__}")
+    return {"type": "text", "text": text}
+
+
+def _as_caption_row(messages: list[dict]) -> dict[str, Any]:
+    parts = [part for message in messages for part in message["content"]]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("the conversation has no answer that could be the caption")
+    caption = "".join(part.get("text", "") for part in answers[0])
+    return _caption_row([part["image"] for part in parts if part["type"] == "image"], caption)
+
+
+def _caption_row(pictures: list, caption: Any) -> dict[str, Any]:
+    text = _text_part(caption)["text"].strip()
+    if not pictures or not text:
+        raise ValueError(f"a caption needs a picture and text, but has {len(pictures)} pictures and the text {text!r}")
+    return {"image": pictures, "caption": text}
+
+
+def _picture_counts(records: Any) -> dict[str, list[int]]:
+    """Number of pictures in every row of the columns of pictures, from Arrow's tables, without reading one."""
+    import pyarrow.compute
+
+    counts = {}
+    for name in {"image", "images"} & set(records.column_names):
+        column = records.data.column(name)
+        is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
+        lengths = pyarrow.compute.list_value_length(column) if is_list else pyarrow.compute.is_valid(column)
+        counts[name] = [int(length or 0) for length in lengths.to_pylist()]
+    return counts
+
+
+def _size(record: dict[str, Any], num_pictures: int = 0) -> tuple[int, int]:
+    """Characters and pictures of a row in any form; a bad row has none."""
+    try:
+        texts, num_parts = [record.get("caption") or record.get("text") or ""], 0
+        for message in record.get("messages") or record.get("conversations") or []:
+            content = message.get("content") or message.get("value") or ""
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            num_parts += sum(part["type"] in ("image", "image_url") for part in parts)
+            texts += [part.get("text") or "" for part in parts]
+        return sum(map(len, texts)), max(num_pictures, num_parts, len(_picture_column(record)))
+    except (AttributeError, KeyError, TypeError):
+        return 0, 0
