@@ -1,0 +1,99 @@
+"""Two processes train as one would, also when one of them has no picture; and what they save loads anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sharded_training import LEARNING_RATE, MOMENTUM, NUM_STEPS
+
+from flashsloth import FlashSlothForConditionalGeneration
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+def run_two_processes(script, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(script), *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, make_model, ask, pictures):
+    """A model, and for every step a batch for each process: with a picture for both, one of them, or none."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    make_model("llama", pooling_dropout=0.0).save_pretrained(folder / "model")
+    seeing = ask([(pictures[:1], "What is it?")], [(pictures[1:3], "Which?")])
+    reading = ask([([], "Hello there, who are you?")], [([], "Why?")])
+    for step, batches in enumerate([(seeing, reading), (reading, seeing), (reading, reading), (seeing, seeing)]):
+        for rank, batch in enumerate(batches):
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            torch.save({**batch, "labels": labels}, folder / f"batch_{step}_{rank}.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_alone(prepared):
+    """The same steps in one process, and the losses of the first one's batches."""
+    model = FlashSlothForConditionalGeneration.from_pretrained(prepared / "model").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    losses = []
+    for step in range(NUM_STEPS):
+        parts = [model(**torch.load(prepared / f"batch_{step}_{rank}.pt")).loss for rank in range(2)]
+        (sum(parts) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(parts[0].item())
+    return model, losses
+
+
+def test_sharded_training_equals_that_of_one_process(prepared, trained_alone):
+    model, losses = trained_alone
+    run_two_processes(TESTS / "sharded_training.py", prepared)
+    found = json.loads((prepared / "losses.json").read_text())
+    assert found["straight"] == pytest.approx(losses, abs=1e-5)
+    assert found["resumed"] == found["straight"][NUM_STEPS // 2 :]
+    sharded = FlashSlothForConditionalGeneration.from_pretrained(prepared / "trained")
+    for (name, expected), parameter in zip(model.named_parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_sharded_training_saves_loads_without_the_package(prepared, tmp_path):
+    """Its class is named, and its code brought along, though `fully_shard` gave the model another class."""
+    config = json.loads((prepared / "trained" / "config.json").read_text())
+    assert config["architectures"] == ["FlashSlothForConditionalGeneration"]
+    code, expected = ({path.name for path in (prepared / name).glob("*.py")} for name in ("trained", "model"))
+    assert code == expected
+    script = (
+        "import sys; sys.modules['flashsloth'] = None; from transformers import AutoModelForImageTextToText as Auto;"
+        "model, report = Auto.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True);"
+        "assert type(model).__name__ == 'FlashSlothForConditionalGeneration', type(model);"
+        "assert not report['missing_keys'] and not report['unexpected_keys'], report"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(prepared / "trained")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_data_parallel_training_equals_one_process_with_the_whole_batch(prepared, processor, tmp_path):
+    processor.save_pretrained(prepared / "model")
+    script = TESTS / "parallel_training.py"
+    run_two_processes(script, prepared / "model", tmp_path / "two")
+    subprocess.run([sys.executable, str(script), str(prepared / "model"), str(tmp_path / "one")], check=True)
+    one, two = (FlashSlothForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    before = FlashSlothForConditionalGeneration.from_pretrained(prepared / "model")
+    assert not torch.equal(one.model.query_tokens, before.model.query_tokens)
+    for (name, expected), parameter in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
