@@ -8,31 +8,37 @@ Both train on the same pictures and text, with what a stage of the recipe trains
 OUTPUT.json.
 
 - Speed: both models live in one process and their steps take turns; medians. Tokens are those in the decoder.
-- Memory a sample: every case is a process of its own, with a small and with a larger batch; the difference of the peaks
-  (of the process on a CPU, of the allocator on a GPU) divided by the difference of the batches is what a row costs.
+- Memory a row: the peak of forward and backward pass at two batches; the difference divided by the difference of the
+  batches. On a GPU the allocator says it. On a CPU it is counted: every tensor that the passes make at the released
+  size, as fake tensors, which have shapes but no data; what kernels need inside is not in it.
+- Memory in all: weights and AdamW's state in float32, and that peak at a batch of 8, of which gradients are a part.
 
-On a CPU a small model of the same proportions stands for the released one (`--size small`), in which picture and prompt
-have as many tokens as in the released one; on a GPU the default is the released size.
+On a CPU the speed is that of a small model in which picture and prompt have as many tokens as in the released one; on a
+GPU it is that of the released size.
 """
 
 import argparse
 import json
 import logging
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
+from transformers.initialization import no_init_weights
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
+from flashsloth.prompt_flashsloth import PromptSpans
 from flashsloth.training.trainer import freeze_for_stage
 
 logger = logging.getLogger(__name__)
@@ -40,7 +46,7 @@ logger = logging.getLogger(__name__)
 MODELS = ("FlashSloth", "all patches")
 STAGES = (1, 2)
 TEXT_TOKENS = {1: 40, 2: 256}  # a caption; a short conversation
-BATCHES = {"small": (1, 5), "3.2b": (1, 5)}
+BATCHES = (8, 16)  # at fewer rows the peak may be that of the gradients
 SMALL = {  # every width a tenth of the released one, or nearly
     "text_config": {
         "model_type": "phi",
@@ -132,40 +138,81 @@ class Training:
     def __init__(self, case: Case, size: str, batch_size: int, device: str) -> None:
         self.device = device
         self.model = build_model(case, size, device)
-        self.batch = {name: part.to(device) for name, part in build_batch(case, size, batch_size).items()}
+        batch = build_batch(case, size, batch_size)
+        self.batch = {name: torch.empty_like(part, device=device).copy_(part) for name, part in batch.items()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, fused=True)
 
     def step(self) -> None:
-        """One step of the optimiser, in bfloat16 but for the weights."""
-        with torch.autocast(self.device, torch.bfloat16):
-            loss = self.model(**self.batch).loss
-        loss.backward()
+        """One step of the optimiser."""
+        self.compute_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.device == "cuda":
             torch.cuda.synchronize()
 
+    def compute_gradients(self) -> None:
+        """Forward and backward pass, in bfloat16 but for the weights."""
+        with torch.autocast(self.device, torch.bfloat16):
+            loss = self.model(**self.batch).loss
+        loss.backward()
 
-def peak_memory(case: Case, size: str, batch_size: int, device: str) -> int:
-    """Bytes at the peak of three steps, in this process."""
-    training = Training(case, size, batch_size, device)
-    for _ in range(3):
-        training.step()
+    def state_bytes(self) -> int:
+        """Memory of weights, and of the two moments that AdamW keeps of what trains."""
+        parameters = list(self.model.parameters())
+        return sum(p.nbytes * (3 if p.requires_grad else 1) for p in parameters)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is active, and are alive at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.storages = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation, and count what it made."""
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.storages:
+            return
+        self.storages.add(storage)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.alive -= size
+
+
+def peak_memory(case: Case, size: str, batch_size: int, device: str) -> tuple[int, int]:
+    """Bytes of weights and optimiser, and those that forward and backward pass take beside them at their peak."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        training = Training(case, size, batch_size, device)
+        training.step()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        training.compute_gradients()
+        return training.state_bytes(), torch.cuda.max_memory_allocated() - before
+    # Fake tensors have no values to begin with or to check; a row of this benchmark has one tile.
+    with FakeTensorMode(), no_init_weights(), mock.patch.object(PromptSpans, "check", return_value=1):
+        training = Training(case, size, batch_size, device)
+        with PeakMemory() as memory:
+            training.compute_gradients()
+    return training.state_bytes(), memory.peak
 
 
-def memory_a_sample(case: Case, size: str, device: str) -> float:
-    """Bytes that one more row costs at the peak, from two processes."""
-    small, large = BATCHES[size]
-    peaks = []
-    for batch_size in (small, large):
-        arguments = ["--size", size, "--device", device, "--only-memory", json.dumps([case, batch_size])]
-        done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
-        peaks.append(int(done.stdout.splitlines()[-1]))
-    return (peaks[1] - peaks[0]) / (large - small)
+def memory(case: Case, device: str) -> dict[str, float]:
+    """What a row costs, and what training takes in all, in bytes at the released size."""
+    few, many = (peak_memory(case, "3.2b", batch_size, device) for batch_size in BATCHES)
+    return {"bytes_per_sample": (many[1] - few[1]) / (BATCHES[1] - BATCHES[0]), "bytes": sum(few)}
 
 
 def step_times(cases: list[Case], size: str, batch_size: int, device: str, num_steps: int) -> dict[Case, float]:
@@ -186,7 +233,7 @@ def measure(size: str, device: str, batch_size: int, num_steps: int) -> Iterator
 
     Yields:
         For each its `model`, `stage`, `checkpointing`, `decoder_tokens` a row, `tokens_per_second`,
-        `samples_per_second` and `bytes_per_sample`.
+        `samples_per_second`, `bytes_per_sample` and `bytes`.
     """
     for stage in STAGES:
         for checkpointing in (False, True):
@@ -194,18 +241,20 @@ def measure(size: str, device: str, batch_size: int, num_steps: int) -> Iterator
             times = step_times(cases, size, batch_size, device, num_steps)
             for case in cases:
                 num_tokens = build_batch(case, size, 1)["input_ids"].shape[1]
-                yield case._asdict() | {
+                speed = {
                     "decoder_tokens": num_tokens,
                     "samples_per_second": batch_size / times[case],
                     "tokens_per_second": batch_size * num_tokens / times[case],
-                    "bytes_per_sample": memory_a_sample(case, size, device),
                 }
+                yield case._asdict() | speed | memory(case, device)
 
 
 def as_table(rows: list[dict]) -> str:
     """Markdown; ratios are to FlashSloth in the same case."""
-    head = "| stage | checkpointing | model | tokens a row | tokens/s | rows/s | ratio | MB a row | ratio |"
-    lines = [head, "|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    head = (
+        "| stage | checkpointing | model | tokens a row | tokens/s | rows/s | ratio | MB a row | ratio | GB at 8 rows |"
+    )
+    lines = [head, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     own = {(row["stage"], row["checkpointing"]): row for row in rows if row["model"] == "FlashSloth"}
     for row in rows:
         reference = own[row["stage"], row["checkpointing"]]
@@ -214,7 +263,7 @@ def as_table(rows: list[dict]) -> str:
         lines.append(
             f"| {row['stage']} | {'on' if row['checkpointing'] else 'off'} | {row['model']} | {row['decoder_tokens']} "
             f"| {row['tokens_per_second']:.0f} | {row['samples_per_second']:.3g} | {speed:.2f} "
-            f"| {row['bytes_per_sample'] / 1e6:.0f} | {memory:.2f} |"
+            f"| {row['bytes_per_sample'] / 1e6:.0f} | {memory:.2f} | {row['bytes'] / 1e9:.1f} |"
         )
     return "\n".join(lines)
 
@@ -237,19 +286,18 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--output", type=Path, default=Path(f"training_{device}"), help="path without its ending")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--size", choices=tuple(BATCHES), default="3.2b" if device == "cuda" else "small")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--only-memory", help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, default=2, help="rows of a timed step")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps")
     args = parser.parse_args()
-    if args.only_memory:
-        case, batch_size = json.loads(args.only_memory)
-        sys.stdout.write(f"{peak_memory(Case(*case), args.size, batch_size, args.device)}\n")
-        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    measured = measure(args.size, args.device, args.batch_size, args.steps)
+    size = "3.2b" if args.device == "cuda" else "small"
+    measured = measure(size, args.device, args.batch_size, args.steps)
     rows = list(tqdm(measured, total=len(MODELS) * len(STAGES) * 2, unit="case"))
-    title = f"{machine(args.device)}; size {args.size}, batch {args.batch_size}, median of {args.steps} steps"
+    how = "measured" if args.device == "cuda" else "counted"
+    title = (
+        f"{machine(args.device)}. Speed: size {size}, batch {args.batch_size}, median of {args.steps} steps that take "
+        f"turns. Memory: size 3.2b, {how}. Ratios: to FlashSloth in the same case."
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps({"machine": title, "rows": rows}, indent=2) + "\n")
     args.output.with_suffix(".md").write_text(f"{title}\n\n{as_table(rows)}\n", encoding="utf-8")

@@ -69,8 +69,9 @@ def load_rows(
         raise ValueError(f"{source} has the split `train` only, not `{split}`; part it with `torch.utils.data.Subset`.")
     else:
         records = JsonLines(source) if suffix == ".jsonl" else _read_json(source)
-        if streaming:
-            records = _import_datasets(source).IterableDataset.from_generator(_iterate, gen_kwargs={"rows": [records]})
+        if streaming:  # rows whole, for not every record has the columns of the first
+            rows = Rows(records, normalize)
+            return _import_datasets(source).IterableDataset.from_generator(_iterate, gen_kwargs={"rows": [rows]})
     if not streaming:
         return Rows(records, normalize)
     columns = records.column_names or list(next(iter(records), {}))

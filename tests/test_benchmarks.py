@@ -1,0 +1,67 @@
+"""The benchmarks measure what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def training():
+    spec = importlib.util.spec_from_file_location("training_benchmark", BENCHMARKS / "training.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_models_have_the_same_size_and_other_lengths(training):
+    cases = [training.Case(model, 2, False) for model in training.MODELS]
+    sizes = [sum(p.numel() for p in training.build_model(case, "small", "meta").parameters()) for case in cases]
+    # All patches have no pooling, which is 2 % of so small a model.
+    assert 0.97 < sizes[1] / sizes[0] < 1
+    lengths = [training.build_batch(case, "small", 1)["input_ids"].shape[1] for case in cases]
+    assert lengths[1] - lengths[0] == 729 - 81 - 9
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_trains_what_the_stage_trains(training, stage):
+    for model in training.MODELS:
+        run = training.Training(training.Case(model, stage, checkpointing=True), "small", 1, "cpu")
+        weights = {"projector": run.model.model.multi_modal_projector.linear_1.weight, "head": run.model.lm_head.weight}
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        run.step()
+        changed = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+        assert changed == {"projector"} | ({"head"} if stage == 2 else set())
+
+
+def test_counted_memory_is_that_of_the_tensors_alive_at_once(training):
+    with training.PeakMemory() as memory:
+        a = torch.zeros(1000)
+        del a
+        b = torch.zeros(1000).view(10, 100)
+        c = b + 1
+    assert (memory.alive, memory.peak) == (8000, 8000)
+    assert c.shape == b.shape
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fake_tensors_take_as_much_as_real_ones(training, checkpointing):
+    case = training.Case("FlashSloth", 2, checkpointing)
+    _, counted = training.peak_memory(case, "small", 2, "cpu")
+    run = training.Training(case, "small", 2, "cpu")
+    with training.PeakMemory() as memory:
+        run.compute_gradients()
+    assert memory.peak == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_table_compares_all_cases(training):
+    rows = list(training.measure("small", "cpu", batch_size=1, num_steps=1))
+    assert len(rows) == len(training.MODELS) * len(training.STAGES) * 2
+    assert all(row["bytes"] > row["bytes_per_sample"] > 1e6 for row in rows)
+    lines = training.as_table(rows).splitlines()[2:]
+    ratios = [line.split("|")[7].strip() for line in lines if "| FlashSloth |" in line]
+    assert ratios == ["1.00"] * len(rows[::2])

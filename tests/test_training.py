@@ -1,0 +1,520 @@
+"""`examples/train.py` does what the paper did, and the usual tools train a FlashSloth."""
+
+import copy
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from datasets import Dataset
+from original_checkpoint import make_original
+from packaging.version import Version
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BitsAndBytesConfig, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.training import FlashSlothDataCollator, load_rows
+from flashsloth.training.collator import IGNORED
+from flashsloth.training.lora import LORA_TARGET_MODULES, PAPER_MODULES, UNQUANTIZED_MODULES
+from flashsloth.training.trainer import FlashSlothTrainer, freeze_for_stage
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "train.py"
+RECIPES = ROOT / "examples" / "recipes"
+NEW_PARTS = {f"model.{name}" for name in ("spatial_attention_pooling", "multi_modal_projector")}
+ALL_PARTS = NEW_PARTS | {
+    "model.vision_tower",
+    "model.language_model",
+    "model.embedded_query",
+    "model.query_tokens",
+    "lm_head",
+}
+SMALL = {
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_num_workers": 0,
+    "max_steps": 2,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 0.01,
+    "logging_steps": 1,
+}
+NEEDED = ["--model_name_or_path", "model", "--train_data", "rows.json", "--use_cpu"]
+LOADS_ALONE = """
+import sys
+
+sys.modules["flashsloth"] = None
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+content = [{"type": "image", "path": sys.argv[2]}, {"type": "text", "text": "What?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+assert getattr(model.config, "use_cache", True) and model.config.text_config.use_cache
+assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The script, as a module."""
+    spec = importlib.util.spec_from_file_location("flashsloth_recipe", SCRIPT)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def base(make_model, processor, tmp_path_factory):
+    """Folder of an untrained model."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model("phi").save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(pictures, tmp_path_factory):
+    """Folder with `captions.jsonl` and `conversations.jsonl`: two turns, one turn, text only, in turn."""
+    folder = tmp_path_factory.mktemp("data")
+    captions, conversations = [], []
+    for i in range(12):
+        picture = f"{i}.png"
+        pictures[i % 4].rotate(90 * (i // 4)).save(folder / picture)
+        captions.append({"image": picture, "caption": "thing " * (1 + i % 3) + str(i)})
+        turns = [("<image>\nWhat?" if i % 3 else "Hello", f"a {i}"), ("And now?", "more " * (i % 4) + "x")]
+        row = {"conversations": []} | ({"image": picture} if i % 3 else {})
+        for question, answer in turns[: 1 + i % 2]:
+            row["conversations"] += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        conversations.append(row)
+    for name, rows in (("captions", captions), ("conversations", conversations)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(base, data):
+    """Command line of a small run."""
+
+    def build(name, output, *more_recipes, **changes):
+        rows = "captions" if "stage1" in name else "conversations"
+        options = {"model_name_or_path": base, "train_data": data / f"{rows}.jsonl", "output_dir": output}
+        recipes = [str(RECIPES / f"{file}.yaml") for file in (name, *more_recipes)]
+        return recipes + [
+            text for key, value in (options | SMALL | changes).items() for text in (f"--{key}", str(value))
+        ]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def stage2(recipe, arguments, data, tmp_path_factory):
+    """A finished run of stage 2, with evaluation."""
+    folder = tmp_path_factory.mktemp("stage2")
+    evaluation = {"eval_data": data / "conversations.jsonl", "eval_steps": 1, "num_eval_answers": 4}
+    recipe.main(arguments("stage2", folder, **evaluation))
+    return folder
+
+
+def history(folder):
+    """Logged values, step by step, without what measures time."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    last = max(states, key=lambda state: int(state.parent.name.partition("-")[2]))
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(("runtime", "per_second"))}
+        for entry in json.loads(last.read_text())["log_history"]
+    ]
+
+
+def changed_parts(before, after):
+    weights = [FlashSlothForConditionalGeneration.from_pretrained(folder).state_dict() for folder in (before, after)]
+    names = [name for name in weights[0] if not weights[0][name].equal(weights[1][name])]
+    return {part for part in ALL_PARTS if any(name.startswith(part) for name in names)}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "high_definition", "learning_rate", "batch_size"),
+    [
+        ("stage1", 1, False, 1e-3, 256),
+        ("stage1_hd", 1, True, 1e-3, 256),
+        ("stage2", 2, False, 2e-5, 128),
+        ("stage2_hd", 2, True, 2e-5, 128),
+    ],
+)
+def test_the_recipes_are_the_papers(recipe, name, stage, high_definition, learning_rate, batch_size):
+    model_args, _, args = recipe.parse([str(RECIPES / f"{name}.yaml"), *NEEDED])
+    assert (model_args.stage, model_args.high_definition) == (stage, high_definition)
+    assert args.learning_rate == learning_rate
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == batch_size
+    assert (args.num_train_epochs, args.lr_scheduler_type, args.warmup_steps) == (1, "cosine", 0.03)
+    assert args.bf16
+    assert args.gradient_checkpointing
+    assert args.train_sampling_strategy == ("random" if stage == 1 else "group_by_length")
+    assert args.report_to == ["tensorboard"]
+
+
+def test_the_command_line_overrides_a_recipe(recipe, arguments, tmp_path):
+    _, _, args = recipe.parse(arguments("stage2", tmp_path, learning_rate=1e-5))
+    assert args.learning_rate == 1e-5
+
+
+def test_a_later_recipe_changes_an_earlier_one(recipe):
+    recipes = [str(RECIPES / f"{name}.yaml") for name in ("stage2", "lora")]
+    model_args, _, args = recipe.parse([*recipes, *NEEDED])
+    assert (model_args.lora_modules_to_save, args.learning_rate) == (list(PAPER_MODULES), 2e-4)
+
+
+def test_a_global_batch_that_cannot_be_reached_is_refused(recipe, arguments, tmp_path):
+    with pytest.raises(ValueError, match="global_batch_size=5 must be a multiple"):
+        recipe.parse(arguments("stage2", tmp_path, global_batch_size=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [({"load_in_8bit": True}, "trains by adapters only"), ({"stage": 1, "lora_rank": 4}, "leaves the language model")],
+)
+def test_arguments_that_contradict_each_other_are_refused(recipe, arguments, tmp_path, changes, error):
+    with pytest.raises(ValueError, match=error):
+        recipe.parse(arguments("stage2", tmp_path, **changes))
+
+
+def test_the_model_cannot_be_overwritten_by_its_own_training(recipe, arguments, base):
+    with pytest.raises(ValueError, match="choose another --output_dir"):
+        recipe.main(arguments("stage2", base))
+
+
+def test_a_stage_that_the_paper_does_not_have_is_refused(model):
+    with pytest.raises(ValueError, match="but is 3"):
+        freeze_for_stage(model, 3)
+
+
+def test_stage_1_trains_pooling_and_projector(recipe, arguments, base, tmp_path):
+    recipe.main(arguments("stage1", tmp_path))
+    assert changed_parts(base, tmp_path) == NEW_PARTS
+
+
+def test_stage_2_trains_all_but_the_tower(base, stage2):
+    assert changed_parts(base, stage2) == ALL_PARTS - {"model.vision_tower"}
+
+
+def test_stage_2_in_high_definition_trains_all(recipe, arguments, base, tmp_path):
+    recipe.main(arguments("stage2_hd", tmp_path))
+    assert changed_parts(base, tmp_path) == ALL_PARTS
+    assert FlashSlothProcessor.from_pretrained(tmp_path).image_processor.do_image_splitting
+
+
+def test_an_original_release_trains_as_it_is(recipe, arguments, tmp_path):
+    make_original(tmp_path / "original")
+    changes = {"model_name_or_path": tmp_path / "original", "report_to": "none"}
+    recipe.main(arguments("stage2", tmp_path / "trained", **changes))
+    trained = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "trained")
+    original = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "original")
+    queries = [model.model.query_tokens for model in (original, trained)]
+    assert 0 < (queries[1] - queries[0]).abs().max() < 0.1
+
+
+def test_a_finished_folder_loads_without_the_package(stage2, data, tmp_path):
+    script = [sys.executable, "-c", LOADS_ALONE, str(stage2), str(data / "0.png")]
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    card = (stage2 / "README.md").read_text()
+    assert "stage 2" in card
+    assert "pipeline_tag: image-text-to-text" in card
+
+
+def test_training_is_evaluated_and_logged(stage2):
+    evaluated = [entry for entry in history(stage2) if "eval_loss" in entry]
+    answered = [entry["eval_exact_match"] for entry in history(stage2) if "eval_exact_match" in entry]
+    assert [entry["step"] for entry in evaluated] == [1, 2]
+    assert len(answered) == 2
+    assert list(stage2.glob("runs/*/events.out.tfevents.*"))
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, arguments, tmp_path):
+    """Losses, gradients and weights are the same to the last bit; it is killed in its second epoch or later."""
+    many = {"max_steps": 16, "save_steps": 4, "eval_strategy": "no", "report_to": "none"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    script = [sys.executable, str(SCRIPT), *arguments("stage2", killed, **many)]
+    running = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (killed / "checkpoint-4" / "trainer_state.json").exists():
+        time.sleep(0.005)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    assert not (killed / "model.safetensors").exists()
+
+    recipe.main(arguments("stage2", killed, **many))
+    recipe.main(arguments("stage2", whole, **many))
+    assert [entry["step"] for entry in history(whole)] == [*range(1, 17)]
+    assert history(killed) == history(whole)
+    weights = [load_file(folder / "model.safetensors") for folder in (killed, whole)]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_a_stream_goes_on_as_if_nothing_had_happened(recipe, arguments, tmp_path):
+    """In its second pass over the rows, which are three steps."""
+    command = arguments("stage2", tmp_path, streaming=True, max_steps=6, save_steps=4, report_to="none")
+    recipe.main(command)
+    found = history(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    recipe.main(command)
+    assert [entry["step"] for entry in found] == [*range(1, 7)]
+    assert history(tmp_path) == found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="5.17 cannot resume it on CPUs")
+def test_two_processes_go_on_as_if_nothing_had_happened(arguments, tmp_path):
+    """In the second epoch, whose order of rows is another than that of the first."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command = [*launch, *arguments("stage2", tmp_path, max_steps=6, save_steps=4, report_to="none")]
+    found = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found.append(history(tmp_path))
+        shutil.rmtree(tmp_path / "checkpoint-6")
+    assert [entry["step"] for entry in found[0]] == [*range(1, 7)]
+    assert found[0] == found[1]
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(recipe, tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_st'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert recipe.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert recipe.last_checkpoint(tmp_path / "checkpoint-2") is None
+
+
+def train(model, processor, rows, folder, **changes):
+    """Train by `FlashSlothTrainer`, plainly."""
+    arguments = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1}
+    fixed = {"use_cpu": True, "remove_unused_columns": False, "report_to": [], "save_strategy": "no"}
+    args = TrainingArguments(str(folder), **fixed, disable_tqdm=True, **(arguments | changes))
+    collator = FlashSlothDataCollator(processor)
+    trainer = FlashSlothTrainer(model, args, train_dataset=rows, data_collator=collator, processing_class=processor)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def rows(data):
+    return load_rows(data / "conversations.jsonl")
+
+
+def test_accumulated_batches_equal_one_big_batch(make_model, processor, rows, tmp_path):
+    """Answers differ in length, so a mean of means would be another loss."""
+    trained = []
+    for size in (1, 4):
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "optim": "sgd"}
+        trained.append(train(make_model(pooling_dropout=0.0), processor, rows, tmp_path, **changes, learning_rate=0.1))
+    assert losses(trained[0]) == pytest.approx(losses(trained[1]), abs=1e-5)
+    weights = [trainer.model.state_dict() for trainer in trained]
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+    untrained = make_model(pooling_dropout=0.0).state_dict()
+    assert any((weights[0][name] - untrained[name]).abs().max() > 1e-3 for name in untrained)
+
+
+def test_checkpointing_and_half_precision_train_alike(make_model, processor, rows, tmp_path):
+    plain = losses(train(make_model(), processor, rows, tmp_path))
+    checkpointed = losses(train(make_model(), processor, rows, tmp_path, gradient_checkpointing=True))
+    assert checkpointed == pytest.approx(plain, abs=1e-6)
+    half = train(make_model(), processor, rows, tmp_path, bf16=True)
+    assert losses(half) == pytest.approx(plain, rel=0.02)
+    assert losses(half) != plain
+    assert half.model.dtype == torch.float32
+
+
+def test_reentrant_checkpointing_is_refused_by_the_recipe(recipe, arguments, tmp_path):
+    reentrant = {"gradient_checkpointing_kwargs": json.dumps({"use_reentrant": True})}
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        recipe.main(arguments("stage2", tmp_path, **reentrant))
+
+
+def test_batches_are_of_one_kind(make_model, processor, rows, tmp_path):
+    sizes = {"per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length"}
+    trainer = train(make_model(), processor, rows, tmp_path, max_steps=1, **sizes)
+    kinds = [
+        {any(part["type"] == "image" for part in rows[index]["messages"][0]["content"]) for index in batch}
+        for batch in torch.tensor(list(trainer._get_train_sampler())).view(-1, 2).tolist()
+    ]
+    assert sorted(map(str, kinds)) == ["{False}"] * 2 + ["{True}"] * 4
+
+
+def test_exact_answers_are_counted(make_model, processor, rows, data, tmp_path):
+    asked = [rows[index] for index in (0, 1, 2)]
+    trainer = train(make_model(), processor, asked, tmp_path, max_steps=40, per_device_train_batch_size=3)
+    trainer.num_eval_answers = 3
+    other = copy.deepcopy(asked)
+    other[2]["messages"][-1]["content"] = [{"type": "text", "text": "something else"}]
+    assert trainer.evaluate(asked)["eval_exact_match"] == 1
+    assert trainer.evaluate(other)["eval_exact_match"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="rows that end in an answer"):
+        trainer.evaluate(load_rows(data / "captions.jsonl"))
+
+
+def test_the_target_pattern_names_the_decoders_linear_layers_only(any_model):
+    linear = {name for name, module in any_model.named_modules() if isinstance(module, nn.Linear)}
+    matched = {name for name, _ in any_model.named_modules() if re.fullmatch(LORA_TARGET_MODULES, name)}
+    assert matched == {name for name in linear if name.startswith("model.language_model.layers.")}
+    assert any(name.endswith("q_proj") for name in linear - matched)
+
+
+def lora_config(**changes):
+    return LoraConfig(r=4, target_modules=LORA_TARGET_MODULES, modules_to_save=list(PAPER_MODULES), **changes)
+
+
+def logits(model, ask, conversations):
+    with torch.no_grad():
+        return model.eval()(**ask(*conversations)).logits
+
+
+def test_adapters_are_trained_saved_reloaded_and_merged(any_model, processor, rows, ask, conversations, tmp_path):
+    before = logits(any_model, ask, conversations)
+    adapted = get_peft_model(copy.deepcopy(any_model), lora_config())
+    train(adapted, processor, rows, tmp_path)
+    after = logits(adapted, ask, conversations)
+    assert (after - before).abs().max() > 0.1
+    adapted.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(any_model), tmp_path)
+    torch.testing.assert_close(logits(reloaded, ask, conversations), after, atol=0, rtol=0)
+    torch.testing.assert_close(logits(reloaded.merge_and_unload(), ask, conversations), after, atol=1e-4, rtol=0)
+
+
+def test_the_recipe_for_adapters_saves_them_and_the_merged_model(recipe, arguments, base, ask, conversations, tmp_path):
+    recipe.main(arguments("stage2", tmp_path, "lora"))
+    merged = FlashSlothForConditionalGeneration.from_pretrained(tmp_path)
+    original = FlashSlothForConditionalGeneration.from_pretrained(base)
+    adapted = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "adapter")
+    found = logits(merged, ask, conversations)
+    torch.testing.assert_close(found, logits(adapted, ask, conversations), atol=1e-4, rtol=0)
+    assert (found - logits(original, ask, conversations)).abs().max() > 0.1
+
+
+def load_in_8bit(folder):
+    quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED_MODULES))
+    return FlashSlothForConditionalGeneration.from_pretrained(folder, quantization_config=quantization)
+
+
+@pytest.fixture
+def bitsandbytes():
+    return pytest.importorskip("bitsandbytes")
+
+
+def test_the_language_model_is_quantised_and_nothing_else(base, bitsandbytes):
+    model = load_in_8bit(base)
+    quantised = {name for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear8bitLt)}
+    assert quantised == {name for name, _ in model.named_modules() if re.fullmatch(LORA_TARGET_MODULES, name)}
+
+
+def test_adapters_train_on_a_language_model_in_8_bits(
+    recipe, arguments, base, ask, conversations, tmp_path, bitsandbytes
+):
+    recipe.main(arguments("stage2", tmp_path, "lora", load_in_8bit=True, max_steps=4))
+    assert not (tmp_path / "model.safetensors").exists()
+    quantised = load_in_8bit(base)
+    before = logits(quantised, ask, conversations)
+    reloaded = logits(PeftModel.from_pretrained(quantised, tmp_path / "adapter"), ask, conversations)
+    assert (reloaded - before).abs().max() > 0.1
+    found = [entry["loss"] for entry in history(tmp_path) if "loss" in entry]
+    assert found[-1] < found[0]
+
+
+def chat_rows(data, *, as_prompts):
+    """What TRL reads: every picture in a column of its own."""
+    found = []
+    for row in load_rows(data / "conversations.jsonl"):
+        pictures = [part["image"] for m in row["messages"] for part in m["content"] if part["type"] == "image"]
+        messages = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in row["messages"]]
+        split = {"prompt": messages[:-1], "completion": messages[-1:]} if as_prompts else {"messages": messages}
+        found.append(split | {"images": [Image.open(picture) for picture in pictures]})
+    return Dataset.from_list(found)
+
+
+def sft_trainer(model, processor, dataset, folder, **changes):
+    fixed = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    small = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.01, "logging_steps": 1}
+    collator = changes.pop("data_collator", None)
+    args = SFTConfig(str(folder), max_length=None, **fixed, **small, **changes)
+    return SFTTrainer(model, args, train_dataset=dataset, processing_class=processor, data_collator=collator)
+
+
+def answers_learned(batch, tokenizer):
+    return [tokenizer.decode(labels[labels != IGNORED]) for labels in batch["labels"]]
+
+
+def check_training(trainer):
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="TRL wants transformers 5.18 for it")
+def test_trl_learns_the_answers_of_every_turn(make_model, processor, rows, data, tmp_path):
+    dataset = chat_rows(data, as_prompts=False)
+    trainer = sft_trainer(make_model(), processor, dataset, tmp_path, assistant_only_loss=True)
+    ours = FlashSlothDataCollator(processor)([rows[i] for i in range(len(rows))])
+    theirs = trainer.data_collator([dataset[i] for i in range(len(rows))])
+    assert answers_learned(theirs, processor.tokenizer) == answers_learned(ours, processor.tokenizer)
+    assert theirs["pixel_values"].equal(ours["pixel_values"])
+    check_training(trainer)
+
+
+def test_trl_learns_completions(make_model, processor, data, tmp_path):
+    dataset = chat_rows(data, as_prompts=True)
+    trainer = sft_trainer(make_model(), processor, dataset, tmp_path)
+    learned = answers_learned(trainer.data_collator([dataset[i] for i in range(4)]), processor.tokenizer)
+    assert learned == [f" {row['completion'][0]['content']}</s>" for row in dataset.select(range(4))]
+    check_training(trainer)
+
+
+def test_trl_takes_our_collator(make_model, processor, data, tmp_path):
+    """With it, answers of every turn are learned on transformers 5.17, too."""
+    options = {"data_collator": FlashSlothDataCollator(processor), "dataset_kwargs": {"skip_prepare_dataset": True}}
+    dataset = chat_rows(data, as_prompts=False)
+    check_training(sft_trainer(make_model(), processor, dataset, tmp_path, remove_unused_columns=False, **options))
+
+
+def test_the_zero_3_file_leaves_sizes_to_the_recipe(model):
+    config = HfDeepSpeedConfig(RECIPES / "zero3.json")
+    assert config.is_zero3()
+    assert not config.is_offload()
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16.enabled"):
+        assert config.get_value(name) == "auto"
+
+
+def test_the_fsdp_2_file_divides_what_the_model_names(any_model):
+    launched = load_config_from_file(str(RECIPES / "fsdp2.yaml"))
+    assert (launched.distributed_type, launched.mixed_precision) == ("FSDP", "bf16")
+    options = {name.removeprefix("fsdp_"): value for name, value in launched.fsdp_config.items()}
+    options["fsdp_version"] = options.pop("version")
+    options["cpu_offload"] = options.pop("offload_params")
+    plugin = FullyShardedDataParallelPlugin(**options)
+    plugin.set_auto_wrap_policy(any_model)
+    assert plugin.fsdp_version == 2
+    divided = {name for name, module in any_model.named_modules() if plugin.auto_wrap_policy(module, False, 0)}
+    assert divided >= {"model.spatial_attention_pooling", "model.embedded_query"}
+    assert divided >= {f"model.language_model.layers.{i}" for i in range(4)}
+    assert divided >= {f"model.vision_tower.encoder.layers.{i}" for i in range(2)}
