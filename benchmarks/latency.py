@@ -1,0 +1,640 @@
+"""Speed of FlashSloth beside what its users would pick instead.
+
+    python benchmarks/latency.py --counts-only --output benchmarks/results/counts
+    python benchmarks/latency.py --output benchmarks/results/latency_cpu
+
+All models of `peers.py` are built from config, with random weights in bfloat16. Each answers a question of 40 tokens
+about a picture with a fixed number of tokens, by `generate` as its users call it: greedy, with the default cache, on
+one device. It writes OUTPUT.md, OUTPUT.json and OUTPUT.png, and every finished case to a file in the folder OUTPUT: a
+run that was stopped goes on where it was, and a case with the same settings, hardware and versions is not measured
+again; remove the folder after a change of the models.
+
+- Counts need no running. FLOPs are those of the matrix products, attention and convolutions that a prompt passes
+  through, by `torch.utils.flop_counter`; attention counts as if it were not causal. Vision is all outside the decoder;
+  prefill is the decoder and the head; a token is one step after the prompt. KV is what the cache holds for all of the
+  prompt but the question: picture, marks around it, queries.
+- Times are medians of rounds in which the peer and FlashSloth-3.2B take turns in one process; ratios are to that
+  FlashSloth. Time to first token starts with the inputs on the device, so preprocessing is not in it.
+- Peak memory is that of `generate` above what was there before, and the weights. On a CPU it is resident memory, which
+  Linux reports; what an earlier run gave back to the allocator but not to the system is missing.
+- The roofline is, for each of vision, prefill and a token, the longer of FLOPs at the measured rate of a large matrix
+  product and bytes of weights (and, for a token, of cache) at the measured bandwidth of a copy.
+
+The row that goes into the head is made contiguous for all models: on a CPU, torch copies the whole matrix otherwise.
+"""
+
+import argparse
+import gc
+import inspect
+import itertools
+import json
+import logging
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from peers import PEERS, QUESTION_TOKENS, Peer
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.initialization import no_init_weights
+
+logger = logging.getLogger(__name__)
+
+PICTURES = (1344, 336)
+BATCH_SIZES = (1, 8, 32)
+NEW_TOKENS = 64
+ROUNDS = 5
+BLOCK_SIZE = 2**24 + 1  # random numbers that fill the weights; 34 MB, more than a cache holds
+MARGIN_BYTES = 2 * 10**9  # activations and code, beside weights and cache
+CEILING_SIZES = {"cpu": (2048, 2**28), "cuda": (8192, 2**30)}  # side of a matrix; bytes of a copy
+META = torch.device("meta")
+
+
+class Settings(NamedTuple):
+    """What a measured case depends on, beside model, picture and batch."""
+
+    device: str
+    new_tokens: int
+    rounds: int
+    hardware: str
+
+
+class RealIntegers(TorchDispatchMode):
+    """Runs a model whose floating-point tensors have shapes but no data, while whole numbers have values.
+
+    Models read whole numbers on the way: sizes of pictures, where image tokens stand. So those stay on the CPU,
+    whatever device is asked for; what is computed from a tensor on the meta device is on the meta device. Numbers
+    without data are taken to be random: they equal nothing.
+    """
+
+    COMPARISONS = {torch.ops.aten.eq: torch.zeros, torch.ops.aten.ne: torch.ones}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation where its data are."""
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.is_meta for tensor in tensors):
+            return self._without_data(func, args, kwargs)
+        if kwargs.get("device") is None or torch.device(kwargs["device"]) != META:
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs | {"device": "cpu"})
+        return made.to(META) if made.is_floating_point() else made
+
+    def _without_data(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        packet = func.overloadpacket
+        if packet in self.COMPARISONS:
+            shapes = [leaf.shape for leaf in args if isinstance(leaf, torch.Tensor)]
+            return self.COMPARISONS[packet](torch.broadcast_shapes(*shapes), dtype=torch.bool)
+        if packet is torch.ops.aten.index:
+            args = (args[0], _as_positions(args[1]))
+        if "device" in kwargs:
+            kwargs["device"] = META
+        args, kwargs = tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _as_positions(indices: list) -> list:
+    """Indices whose masks are lists of positions, so that the size of what they select is known."""
+    positions = []
+    for index in indices:
+        is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
+        positions += index.nonzero(as_tuple=True) if is_mask else [index]
+    return positions
+
+
+def count(peer: Peer, side: int) -> dict[str, Any]:
+    """Everything about a model and a picture that needs no running; for one row.
+
+    Args:
+        peer: The model.
+        side: Side of the square picture, in pixels.
+
+    Returns:
+        `visual_tokens`, `prompt_tokens`, `parameters`; `vision_flops`, `prefill_flops`, `token_flops`;
+        `vision_bytes` and `decoder_bytes` of the weights that vision and a step of the decoder read; `kv_token_bytes`
+        and `kv_picture_bytes` of the cache.
+    """
+    with META:
+        model = peer.build_model()
+    inputs = {
+        name: part.to(META, model.dtype) if part.is_floating_point() else part
+        for name, part in peer.build_inputs(model.config, side, batch_size=1).items()
+    }
+    decoder, total, cache = _count_flops(model, **inputs)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    kv_token_bytes = _cache_bytes(cache, prompt_tokens) / prompt_tokens
+    token, _, _ = _count_flops(model, input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+    return {
+        "visual_tokens": peer.layout(model.config, side).num_image_tokens,
+        "prompt_tokens": prompt_tokens,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "vision_flops": total - decoder,
+        "prefill_flops": decoder,
+        "token_flops": token,
+        **_weight_bytes(model),
+        "kv_token_bytes": kv_token_bytes,
+        "kv_picture_bytes": kv_token_bytes * (prompt_tokens - QUESTION_TOKENS),
+    }
+
+
+def weight_bytes(peer: Peer) -> int:
+    """Bytes of all weights."""
+    with META:
+        return sum(weight.nbytes for weight in peer.build_model().parameters())
+
+
+def _count_flops(model: PreTrainedModel, **inputs: Any) -> tuple[int, int, Any]:
+    """FLOPs of decoder and head, FLOPs of all, and the cache."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    with torch.no_grad(), RealIntegers(), FlopCounterMode(display=False) as counter:
+        outputs = model(**inputs, use_cache=True)
+    flops = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    names = [f"{type(model).__name__}.{name}" for name, module in model.named_modules() if module in parts]
+    return sum(flops.get(name, 0) for name in names), flops["Global"], outputs.past_key_values
+
+
+def _cache_bytes(cache: Any, length: int) -> int:
+    """Bytes of keys and values; a state that does not grow with the prompt is not one of them."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(part.nbytes for part in tensors if isinstance(part, torch.Tensor) and part.shape[-2] == length)
+
+
+def _weight_bytes(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes that vision and a step of the decoder read; of an input table that is not the head, a step reads a row."""
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    decoder = {id(weight): weight for part in parts for weight in part.parameters()}
+    vision = sum(weight.nbytes for weight in model.parameters() if id(weight) not in decoder)
+    unread = 0 if table is head else table.nbytes
+    return {"vision_bytes": vision, "decoder_bytes": sum(w.nbytes for w in decoder.values()) - unread}
+
+
+def build_filled(peer: Peer, device: str) -> PreTrainedModel:
+    """A model with random weights, no two of which share memory, ready for `generate` to run to its last token."""
+    with torch.device(device), no_init_weights():
+        model = peer.build_model()
+    block = (torch.randn(BLOCK_SIZE, device=device) * 0.02).to(model.dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim < 2:
+                weight.fill_(float(name.endswith("weight")))  # norms, and biases
+                continue
+            for part in weight.view(-1).split(len(block)):
+                part.copy_(block[: len(part)])
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
+    return model
+
+
+def _make_contiguous(_head: torch.nn.Module, args: tuple) -> tuple:
+    return tuple(states.clone(memory_format=torch.contiguous_format) for states in args)
+
+
+class TokenClock(BaseStreamer):
+    """Notes when `generate` hands over the prompt, and then each token of all rows, on the CPU."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+class PeakMemory:
+    """Most bytes that were in use while it was active, above those in use before; `above` is `None` if unknown."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.above: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif (reset := Path("/proc/self/clear_refs")).exists():
+            reset.write_text("5")  # the peak becomes what is in use now
+            self.before = _kernel_bytes("/proc/self/status", "VmRSS")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.device == "cuda":
+            self.above = torch.cuda.max_memory_allocated() - self.before
+        elif (peak := _kernel_bytes("/proc/self/status", "VmHWM")) is not None:
+            self.above = peak - self.before
+
+
+def _kernel_bytes(file: str, field: str) -> int | None:
+    """A field of a file in which Linux reports memory, in bytes."""
+    if not Path(file).exists():
+        return None
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path(file).read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float | None]:
+    """Let a model answer once.
+
+    Returns:
+        `first_token_s`; `token_s`, the median time between two tokens, `None` if there is one only; `tokens_per_s` of
+        all rows, from the beginning; `peak_bytes`.
+    """
+    clock, device = TokenClock(), model.device.type
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with PeakMemory(device) as memory:
+        start = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock)
+    tokens = clock.times[1:]  # behind the prompt
+    if len(tokens) != new_tokens:
+        raise RuntimeError(f"{new_tokens} tokens were expected, but `generate` made {len(tokens)}; was there an end?")
+    steps = [after - before for before, after in itertools.pairwise(tokens)]
+    weights = sum(weight.nbytes for weight in model.parameters())
+    return {
+        "first_token_s": tokens[0] - start,
+        "token_s": statistics.median(steps) if steps else None,
+        "tokens_per_s": new_tokens * len(inputs["input_ids"]) / (tokens[-1] - start),
+        "peak_bytes": None if memory.above is None else memory.above + weights,
+    }
+
+
+class Candidate(NamedTuple):
+    """A model that is loaded."""
+
+    peer: Peer
+    model: PreTrainedModel
+
+    def inputs(self, side: int, batch_size: int) -> dict[str, torch.Tensor]:
+        """Inputs on the model's device; numbers in its precision."""
+        parts = self.peer.build_inputs(self.model.config, side, batch_size)
+        precision = {name: self.model.dtype for name, part in parts.items() if part.is_floating_point()}
+        return {name: part.to(self.model.device, precision.get(name)) for name, part in parts.items()}
+
+
+def measure_in_turns(
+    candidates: list[Candidate], side: int, batch_size: int, settings: Settings
+) -> list[dict[str, float | None]]:
+    """Let candidates answer in turns; of each the medians of what `answer` says, after a round that is not counted."""
+    inputs = [candidate.inputs(side, batch_size) for candidate in candidates]
+    runs: list[list[dict]] = [[] for _ in candidates]
+    for turn in range(settings.rounds + 1):
+        for candidate, own, done in zip(candidates, inputs, runs, strict=True):
+            run = answer(candidate.model, own, settings.new_tokens if turn else min(2, settings.new_tokens))
+            if turn:
+                done.append(run)
+    return [{name: _median(run[name] for run in done) for name in done[0]} for done in runs]
+
+
+def preprocessing_in_turns(candidates: list[Peer], side: int, rounds: int) -> list[float | None]:
+    """Median seconds that each one's image processor takes for a picture; `None` if there is none here."""
+    generator = torch.Generator().manual_seed(0)
+    picture = Image.fromarray(torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8).numpy())
+    processors = [peer.build_image_processor() for peer in candidates]
+    times: list[list[float | None]] = [[] for _ in candidates]
+    for turn in range(rounds + 1):
+        for processor, done in zip(processors, times, strict=True):
+            start = time.perf_counter()
+            if processor is not None:
+                processor(picture, return_tensors="pt")
+            if turn:
+                done.append(None if processor is None else time.perf_counter() - start)
+    return [_median(done) for done in times]
+
+
+def _median(values: Any) -> float | None:
+    values = list(values)
+    return None if None in values else statistics.median(values)
+
+
+def measure_ceilings(device: str) -> dict[str, float]:
+    """What the device reaches: `flops_per_s` of a bfloat16 matrix product, `bytes_per_s` read and written by a copy."""
+    side, size = CEILING_SIZES[device]
+    matrix = torch.randn(side, side, device=device).bfloat16()
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return {
+        "flops_per_s": 2 * side**3 / _shortest(lambda: matrix @ matrix, device),
+        "bytes_per_s": 2 * size / _shortest(lambda: target.copy_(source), device),
+    }
+
+
+def _shortest(work: Callable, device: str, repeats: int = 10) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def roofline(counts: dict, batch_size: int, new_tokens: int, ceilings: dict[str, float]) -> dict[str, float]:
+    """Least seconds to the first token, and of a token, at the ceilings; the cache is as long as half-way."""
+
+    def least(flops: float, num_bytes: float) -> float:
+        return max(flops / ceilings["flops_per_s"], num_bytes / ceilings["bytes_per_s"])
+
+    vision = least(counts["vision_flops"] * batch_size, counts["vision_bytes"])
+    prefill = least(counts["prefill_flops"] * batch_size, counts["decoder_bytes"])
+    cache = counts["kv_token_bytes"] * (counts["prompt_tokens"] + new_tokens / 2) * batch_size
+    return {
+        "first_token_s": vision + prefill,
+        "token_s": least(counts["token_flops"] * batch_size, counts["decoder_bytes"] + cache),
+    }
+
+
+class Benchmark:
+    """Counts and measures what is not yet in its folder.
+
+    Args:
+        folder: Where finished cases are.
+        peers: Models, the first of which stands beside all others.
+        settings: What measuring depends on; `None`: nothing is measured.
+    """
+
+    def __init__(self, folder: Path, peers: tuple[Peer, ...], settings: Settings | None) -> None:
+        self.folder = folder
+        self.peers = peers
+        self.settings = settings
+        self.ceilings = measure_ceilings(settings.device) if settings else {}
+        self.loaded: dict[str, Candidate] = {}
+
+    def run(self, chosen: list[Peer], pictures: list[int], batch_sizes: list[int]) -> Iterator[dict]:
+        """Count and measure.
+
+        Yields:
+            One case for each model, picture and batch: `model`, `side`, `batch_size`, `counts`, and if measured
+            `settings`, `ceilings`, `measured` and, of the first model beside it, `reference`; or `skipped`, the reason.
+        """
+        for peer in chosen:
+            for side in pictures:
+                for batch_size in batch_sizes:
+                    yield self.case(peer, side, batch_size)
+            if peer is not self.peers[0] and self.loaded.pop(peer.name, None):
+                gc.collect()  # modules refer to each other
+                torch.cuda.empty_cache()
+
+    def case(self, peer: Peer, side: int, batch_size: int) -> dict:
+        """One case, from its file if it is finished."""
+        file = self.folder / f"{_slug(peer.name)}_{side}_{batch_size}.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        wanted = self.settings._asdict() if self.settings else known.get("settings")
+        if known and "skipped" not in known and known.get("settings") == wanted:
+            return known
+        case = {"model": peer.name, "side": side, "batch_size": batch_size}
+        try:
+            case["counts"] = self._counts(peer, side)
+            if self.settings:
+                case |= self._measure(peer, side, batch_size, case["counts"])
+        except (ImportError, MemoryError, torch.OutOfMemoryError) as error:
+            case["skipped"] = " ".join(str(error).split())
+            logger.warning("%s, %d px, batch %d: skipped: %s", peer.name, side, batch_size, case["skipped"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(case, indent=2) + "\n")
+        return case
+
+    def _counts(self, peer: Peer, side: int) -> dict:
+        for file in self.folder.glob(f"{_slug(peer.name)}_{side}_*.json"):
+            if "counts" in (known := json.loads(file.read_text())):
+                return known["counts"]
+        return count(peer, side)
+
+    def _measure(self, peer: Peer, side: int, batch_size: int, counts: dict) -> dict:
+        self._check_memory(peer, batch_size, counts)
+        reference = self._load(self.peers[0])
+        candidates = [reference] if peer is self.peers[0] else [reference, self._load(peer)]
+        measured = measure_in_turns(candidates, side, batch_size, self.settings)
+        times = preprocessing_in_turns([candidate.peer for candidate in candidates], side, self.settings.rounds)
+        measured = [run | {"preprocessing_s": seconds} for run, seconds in zip(measured, times, strict=True)]
+        return {
+            "settings": self.settings._asdict(),
+            "ceilings": self.ceilings,
+            "roofline": roofline(counts, batch_size, self.settings.new_tokens, self.ceilings),
+            "reference": measured[0],
+            "measured": measured[-1],
+        }
+
+    def _load(self, peer: Peer) -> Candidate:
+        if peer.name not in self.loaded:
+            self.loaded[peer.name] = Candidate(peer, build_filled(peer, self.settings.device))
+        return self.loaded[peer.name]
+
+    def _check_memory(self, peer: Peer, batch_size: int, counts: dict) -> None:
+        length = counts["prompt_tokens"] + self.settings.new_tokens
+        needed = MARGIN_BYTES + batch_size * length * counts["kv_token_bytes"]
+        missing = {other.name: other for other in (self.peers[0], peer) if other.name not in self.loaded}
+        needed += sum(weight_bytes(other) for other in missing.values())
+        free = _free_bytes(self.settings.device)
+        if free is not None and free < needed:
+            raise MemoryError(f"needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
+
+
+def _free_bytes(device: str) -> int | None:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else _kernel_bytes("/proc/meminfo", "MemAvailable")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
+
+
+def as_markdown(cases: list[dict], peers: tuple[Peer, ...] = PEERS) -> str:
+    """Tables of models, counts, and of what was measured for every picture and batch."""
+    parts = [_models_table(cases, peers), _counts_table(cases, peers)]
+    measured = [case for case in cases if "measured" in case]
+    for side, batch_size in dict.fromkeys((case["side"], case["batch_size"]) for case in measured):
+        rows = [case for case in measured if (case["side"], case["batch_size"]) == (side, batch_size)]
+        parts.append(f"### {side}×{side}, batch {batch_size}\n\n{_measured_table(rows)}")
+    skipped = [
+        f"- {c['model']}, {c['side']} px, batch {c['batch_size']}: {c['skipped']}" for c in cases if "skipped" in c
+    ]
+    if skipped:
+        parts.append("### Skipped\n\n" + "\n".join(skipped))
+    return "\n\n".join(parts)
+
+
+def _models_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
+    parameters = {case["model"]: case["counts"]["parameters"] for case in cases if "counts" in case}
+    rows = [(peer.name, f"{parameters[peer.name] / 1e9:.2f}", peer.source) for peer in peers if peer.name in parameters]
+    return "### Models\n\n" + _table(("model", "parameters, billions", "dimensions from"), rows, num_left=1)
+
+
+def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
+    counted = {(case["model"], case["side"]): case["counts"] for case in cases if "counts" in case}
+    head = (
+        "model",
+        "picture, px",
+        "visual tokens",
+        "prompt",
+        "TFLOPs: vision",
+        "prefill",
+        "to first token",
+        "ratio",
+        "GFLOPs a token",
+        "KV MB a picture",
+    )
+    rows = []
+    for (name, side), counts in counted.items():
+        total = counts["vision_flops"] + counts["prefill_flops"]
+        own = counted.get((peers[0].name, side))
+        rows.append(
+            (
+                name,
+                str(side),
+                str(counts["visual_tokens"]),
+                str(counts["prompt_tokens"]),
+                f"{counts['vision_flops'] / 1e12:.2f}",
+                f"{counts['prefill_flops'] / 1e12:.2f}",
+                f"{total / 1e12:.2f}",
+                f"{total / (own['vision_flops'] + own['prefill_flops']):.2f}" if own else "–",
+                f"{counts['token_flops'] / 1e9:.2f}",
+                f"{counts['kv_picture_bytes'] / 1e6:.1f}",
+            )
+        )
+    return "### Counts, for one row\n\n" + _table(head, rows)
+
+
+def _measured_table(cases: list[dict]) -> str:
+    columns = (  # name, unit, factor
+        ("preprocessing_s", "preprocessing, ms", 1e3),
+        ("first_token_s", "first token, ms", 1e3),
+        ("token_s", "ms a token", 1e3),
+        ("tokens_per_s", "tokens/s", 1),
+        ("peak_bytes", "peak, GB", 1e-9),
+    )
+    head = ["model"] + [title for _, name, _ in columns for title in (name, "ratio")]
+    head += ["first token: times the roofline", "token: times the roofline"]
+    rows = []
+    for case in cases:
+        row = [case["model"]]
+        for name, _, factor in columns:
+            value, own = case["measured"][name], case["reference"][name]
+            row += [_figure(value, factor), _figure(value, 1 / own) if own else "–"]
+        is_own = case["model"].startswith("FlashSloth")
+        for name in ("first_token_s", "token_s"):
+            row.append(_figure(case["measured"][name], 1 / case["roofline"][name]) if is_own else "–")
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _figure(value: float | None, factor: float) -> str:
+    return "n/a" if value is None else f"{value * factor:.3g}"
+
+
+def _table(head: Any, rows: Any, num_left: int = 0) -> str:
+    """Markdown; the first column, and the last `num_left`, are text."""
+    alignment = ["---"] + ["---:"] * (len(head) - 1 - num_left) + ["---"] * num_left
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, alignment, *rows))
+
+
+def plot(cases: list[dict], file: Path) -> None:
+    """Draw time to first token against visual tokens, at the smallest batch; FLOPs if nothing was measured."""
+    from matplotlib.figure import Figure
+
+    measured = [case for case in cases if "measured" in case]
+    shown = measured or [case for case in cases if "counts" in case]
+    if not shown:
+        return
+    smallest = min(case["batch_size"] for case in shown)
+    sides, names = (list(dict.fromkeys(case[key] for case in shown)) for key in ("side", "model"))
+    figure = Figure(figsize=(4.5 * len(sides) + 2.5, 4.5), layout="constrained")
+    panels = figure.subplots(ncols=len(sides), sharex=True, sharey=True, squeeze=False)[0]
+    for side, axes in zip(sides, panels, strict=True):
+        axes.set(title=f"{side}×{side} px, batch {smallest}", xscale="log", yscale="log", xlabel="visual tokens")
+        for case in (case for case in shown if (case["side"], case["batch_size"]) == (side, smallest)):
+            name = case["model"]
+            marker = "*" if name.startswith("FlashSloth") else "osD"[names.index(name) // 10]
+            style = {"color": f"C{names.index(name) % 10}", "marker": marker, "s": 70, "label": name}
+            axes.scatter(case["counts"]["visual_tokens"], _height(case), **style)
+    what = "time to first token, FlashSloth-3.2B = 1" if measured else "FLOPs to first token, TFLOPs"
+    panels[0].set_ylabel(what)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
+def _height(case: dict) -> float:
+    if "measured" in case:
+        return case["measured"]["first_token_s"] / case["reference"]["first_token_s"]
+    return (case["counts"]["vision_flops"] + case["counts"]["prefill_flops"]) * case["batch_size"] / 1e12
+
+
+def describe(settings: Settings | None, ceilings: dict[str, float]) -> str:
+    """Hardware, versions and settings, for the head of the tables."""
+    if settings is None:
+        return f"Counted on the meta device; {versions()}."
+    return (
+        f"{settings.hardware}; {settings.new_tokens} tokens, medians of {settings.rounds} rounds. Measured ceilings: "
+        f"{ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s, {ceilings['bytes_per_s'] / 1e9:.3g} GB/s. "
+        "Ratios: to FlashSloth-3.2B, measured again beside each."
+    )
+
+
+def versions() -> str:
+    """Versions of what computes."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}; bfloat16"
+
+
+def hardware(device: str) -> str:
+    """What the benchmark runs on."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}; {versions()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = found[1] if found else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads; {versions()}"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [peer.name for peer in PEERS]
+    parser.add_argument("--output", type=Path, default=Path(f"latency_{device}"), help="path without its ending")
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--pictures", nargs="+", type=int, choices=PICTURES, default=PICTURES, help="sides, in pixels")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--counts-only", action="store_true", help="only what needs no running")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) -> None:
+    """Count and measure, and write tables and plot."""
+    args = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = None if args.counts_only else Settings(args.device, args.new_tokens, args.rounds, hardware(args.device))
+    batch_sizes = [1] if args.counts_only else args.batch_sizes
+    chosen = [peer for peer in peers if peer.name in args.models]
+    benchmark = Benchmark(args.output, peers, settings)
+    total = len(chosen) * len(args.pictures) * len(batch_sizes)
+    with logging_redirect_tqdm():
+        cases = list(tqdm(benchmark.run(chosen, args.pictures, batch_sizes), total=total, unit="case"))
+    title = describe(settings, benchmark.ceilings)
+    text = f"{title}\n\n{as_markdown(cases, peers)}"
+    args.output.with_suffix(".json").write_text(json.dumps({"machine": title, "cases": cases}, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    plot(cases, args.output.with_suffix(".png"))
+    logger.info("%s", text)
+
+
+if __name__ == "__main__":
+    main()

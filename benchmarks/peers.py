@@ -1,0 +1,499 @@
+"""The models that `latency.py` measures: their dimensions, and what they make of a square picture.
+
+All are built from config, with random weights. No hub is asked: dimensions are class defaults of transformers where
+`Peer.source` says so, and otherwise those of the named release's `config.json`, from memory; `latency.py` prints the
+number of parameters that follows, to be held against that of the release.
+
+Inputs are built without tokenizers and processors. A row is: marks, picture, marks, 40 tokens of question, and for
+FlashSloth its 9 queries. Marks are what a model's own processor puts around pictures and tiles, one token each. System
+prompts and role names are left out for all models.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+import flashsloth
+
+QUESTION_TOKENS = 40
+QUESTION_IDS = (1000, 9000)  # in every vocabulary ordinary text
+
+PHI_2 = {
+    "model_type": "phi",
+    "vocab_size": 51200,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "partial_rotary_factor": 0.4,
+}
+QWEN3_1_7B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+QWEN3_0_6B = QWEN3_1_7B | {"hidden_size": 1024, "intermediate_size": 3072}
+QWEN2_1_5B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
+SIGLIP_SO400M = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+
+class Layout(NamedTuple):
+    """What a model makes of one picture.
+
+    Attributes:
+        num_image_tokens: Tokens of the picture in the prompt.
+        num_marks: Other tokens that the model's processor puts around them.
+        pictures: Model inputs of one row: the shape of one with floating-point numbers, or a list of whole numbers.
+        joined_last: Names of the inputs whose rows are joined along the last axis, not the first.
+    """
+
+    num_image_tokens: int
+    num_marks: int
+    pictures: dict[str, tuple[int, ...] | list]
+    joined_last: tuple[str, ...] = ()
+
+
+class Peer(NamedTuple):
+    """A model to measure.
+
+    Attributes:
+        name: What tables call it.
+        architecture: Class in transformers; FlashSloth's own otherwise.
+        config: Fields of its config.
+        layout: What it makes of a square picture, from config and side in pixels.
+        source: Where the dimensions come from.
+        image_processor: Class in transformers, and arguments that differ from its defaults.
+    """
+
+    name: str
+    architecture: str
+    config: dict[str, Any]
+    layout: Callable[[PreTrainedConfig, int], Layout]
+    source: str
+    image_processor: tuple[str, dict[str, Any]]
+
+    @property
+    def is_flashsloth(self) -> bool:
+        """Whether it is a FlashSloth, of whatever decoder."""
+        return self.architecture.startswith("FlashSloth")
+
+    def build_config(self) -> PreTrainedConfig:
+        """Its config."""
+        if self.is_flashsloth:
+            return flashsloth.FlashSlothConfig(**self.config)
+        fields = dict(self.config)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+    def build_model(self, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+        """The model, on the default device; its weights are as `torch.nn` initialises them."""
+        return self._find(self.architecture)._from_config(self.build_config(), dtype=dtype).eval()
+
+    def build_image_processor(self) -> Callable | None:
+        """The model's own image processor; `None` if it needs torchvision, and that is not installed."""
+        name, arguments = self.image_processor
+        try:
+            return self._find(name)(**arguments)
+        except ImportError:
+            return None
+
+    def _find(self, name: str) -> Any:
+        return getattr(flashsloth if self.is_flashsloth else transformers, name)
+
+    def build_inputs(self, config: PreTrainedConfig, side: int, batch_size: int) -> dict[str, torch.Tensor]:
+        """Model inputs for `batch_size` rows of one square picture and a question, on the CPU.
+
+        Args:
+            config: The model's config.
+            side: Side of the picture, in pixels.
+            batch_size: Rows; they hold the same.
+        """
+        layout = self.layout(config, side)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.tensor(_prompt_ids(self, config, layout, generator)).repeat(batch_size, 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for name, content in layout.pictures.items():
+            is_shape = isinstance(content, tuple)
+            row = torch.randn(content, generator=generator) if is_shape else torch.tensor(content)
+            inputs[name] = torch.cat([row] * batch_size, dim=-1 if name in layout.joined_last else 0)
+        if config.model_type in ("qwen2_vl", "qwen3_vl"):
+            inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+        if config.model_type == "paligemma":
+            inputs["token_type_ids"] = torch.zeros_like(ids)  # all of it is prefix
+        return inputs
+
+
+def _prompt_ids(peer: Peer, config: PreTrainedConfig, layout: Layout, generator: torch.Generator) -> list[int]:
+    question = torch.randint(*QUESTION_IDS, (QUESTION_TOKENS,), generator=generator).tolist()
+    image = [config.image_token_id] * layout.num_image_tokens
+    if peer.is_flashsloth:
+        newline = config.instruction_start_ids[0][1:]
+        return image + newline + question + [config.query_token_id] * config.num_query_tokens
+    marks = [QUESTION_IDS[0]] * layout.num_marks
+    if (start := getattr(config, "vision_start_token_id", None)) is not None:
+        marks = [start, config.vision_end_token_id]
+    return marks[:-1] + image + marks[-1:] + question
+
+
+def _flashsloth(num_tiles: int) -> Callable[[PreTrainedConfig, int], Layout]:
+    def layout(config: PreTrainedConfig, side: int) -> Layout:
+        tile = config.vision_config.image_size
+        newline = len(config.instruction_start_ids[0]) - 1
+        return Layout(num_tiles * config.image_seq_length, newline, {"pixel_values": (num_tiles, 3, tile, tile)})
+
+    return layout
+
+
+def _one_tile(num_tokens: int, tile: int, num_marks: int = 0) -> Callable[[PreTrainedConfig, int], Layout]:
+    """Every picture is resized to one tile."""
+
+    def layout(config: PreTrainedConfig, side: int) -> Layout:
+        return Layout(num_tokens, num_marks, {"pixel_values": (1, 3, tile, tile)})
+
+    return layout
+
+
+def _qwen_vl(config: PreTrainedConfig, side: int) -> Layout:
+    """The picture in its own size, rounded to whole tokens; both pictures are inside the smallest and largest size."""
+    vision = config.vision_config
+    tokens = round(side / (vision.patch_size * vision.spatial_merge_size))
+    patches = tokens * vision.spatial_merge_size
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pictures = {"pixel_values": (patches**2, width), "image_grid_thw": [[1, patches, patches]]}
+    return Layout(tokens**2, 2, pictures)
+
+
+def _internvl(config: PreTrainedConfig, side: int) -> Layout:
+    """At most 12 tiles of 448 px, and a thumbnail if there is more than one."""
+    tile = config.vision_config.image_size[0]
+    tiles = min(max(1, round(side / tile)), 3) ** 2
+    tiles += tiles > 1
+    return Layout(tiles * config.image_seq_length, 2, {"pixel_values": (tiles, 3, tile, tile)})
+
+
+def _smolvlm(config: PreTrainedConfig, side: int) -> Layout:
+    """The longer side becomes 1536 px, whatever it was: 16 tiles and a global one, two marks each, and 5 newlines."""
+    vision = config.vision_config
+    grid = 4
+    tiles = grid**2 + 1
+    tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+    size = (1, tiles, 3, vision.image_size, vision.image_size)
+    return Layout(tiles * tokens, 2 * tiles + 1 + grid + 1, {"pixel_values": size})
+
+
+def _lfm2_vl(config: PreTrainedConfig, side: int) -> Layout:
+    """Up to 256 tokens as it is, rounded to whole tokens; above twice that, at most 10 tiles and a thumbnail."""
+    vision, tile_tokens = config.vision_config, 16
+    token_size = vision.patch_size * config.downsample_factor
+    tokens = round(side / token_size)
+    grid = 1 if tokens <= tile_tokens else min(round(side / (tile_tokens * token_size)), 3)
+    tiles = 1 if grid == 1 else grid**2 + 1
+    tokens = min(tokens, tile_tokens)
+    patches, most = tokens * config.downsample_factor, (tile_tokens * config.downsample_factor) ** 2
+    pictures = {
+        "pixel_values": (tiles, most, 3 * vision.patch_size**2),
+        "spatial_shapes": [[patches, patches]] * tiles,
+        "pixel_attention_mask": [[1] * patches**2 + [0] * (most - patches**2)] * tiles,
+    }
+    return Layout(tiles * tokens**2, 2 + (tiles if tiles > 1 else 0), pictures)
+
+
+def _minicpm(config: PreTrainedConfig, side: int) -> Layout:
+    """An overview of 448 px and, above that size, at most 9 slices; patches of all of them stand side by side."""
+    patch, scale = config.vision_config.patch_size, 448
+    grid = 0 if side <= scale else min(round(side / scale), 3)
+    slices = grid**2
+    patches = scale // patch
+    tokens = (patches // 4) ** 2
+    pictures = {
+        "pixel_values": (1, 3, patch, (slices + 1) * patches**2 * patch),
+        "target_sizes": [[patches, patches]] * (slices + 1),
+    }
+    # <image_id>0</image_id>, a pair around the overview and each slice, newlines between rows of slices
+    num_marks = 3 + 2 * (slices + 1) + max(0, grid - 1)
+    return Layout((slices + 1) * tokens, num_marks, pictures, joined_last=("pixel_values",))
+
+
+def _flashsloth_with(decoder: dict[str, Any]) -> dict[str, Any]:
+    """As `flashsloth init` builds it; the ids of special tokens stand for any others of the vocabulary."""
+    return {"text_config": decoder, "query_layer_idx": round(decoder["num_hidden_layers"] * 7 / 32)}
+
+
+FLASHSLOTH_PROCESSOR = ("FlashSlothImageProcessor", {})
+PEERS = (
+    Peer(
+        "FlashSloth-3.2B",
+        "FlashSlothForConditionalGeneration",
+        {},
+        _flashsloth(1),
+        "FlashSlothConfig's defaults (arXiv 2412.04317)",
+        FLASHSLOTH_PROCESSOR,
+    ),
+    Peer(
+        "FlashSloth-HD-3.2B",
+        "FlashSlothForConditionalGeneration",
+        {},
+        _flashsloth(5),
+        "FlashSlothConfig's defaults; five tiles",
+        ("FlashSlothImageProcessor", {"do_image_splitting": True}),
+    ),
+    Peer(
+        "FlashSloth + Qwen3-1.7B",
+        "FlashSlothForConditionalGeneration",
+        _flashsloth_with(QWEN3_1_7B),
+        _flashsloth(1),
+        "what `flashsloth init` builds; decoder: config of Qwen/Qwen3-1.7B",
+        FLASHSLOTH_PROCESSOR,
+    ),
+    Peer(
+        "FlashSloth + Qwen3-0.6B",
+        "FlashSlothForConditionalGeneration",
+        _flashsloth_with(QWEN3_0_6B),
+        _flashsloth(1),
+        "what `flashsloth init` builds; decoder: config of Qwen/Qwen3-0.6B",
+        FLASHSLOTH_PROCESSOR,
+    ),
+    Peer(
+        "all 729 tokens",
+        "LlavaForConditionalGeneration",
+        {
+            "model_type": "llava",
+            "text_config": PHI_2,
+            "vision_config": SIGLIP_SO400M | {"num_hidden_layers": 26},
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "image_seq_length": 729,
+            "image_token_index": 50297,
+        },
+        _one_tile(729, 384),
+        "FlashSloth's tower, projector and decoder in transformers' LLaVA, which pools nothing",
+        ("SiglipImageProcessorPil", {"size": {"height": 384, "width": 384}}),
+    ),
+    Peer(
+        "Qwen2-VL-2B",
+        "Qwen2VLForConditionalGeneration",
+        {
+            "model_type": "qwen2_vl",
+            "text_config": QWEN2_1_5B
+            | {
+                "model_type": "qwen2_vl_text",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            },
+            "vision_config": {"hidden_size": 1536},
+            "tie_word_embeddings": True,
+        },
+        _qwen_vl,
+        "vision tower: class defaults; decoder: config of Qwen/Qwen2-VL-2B-Instruct",
+        ("Qwen2VLImageProcessorPil", {"min_pixels": 56**2, "max_pixels": 28**2 * 16384}),
+    ),
+    Peer(
+        "Qwen3-VL-2B",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "model_type": "qwen3_vl",
+            "text_config": QWEN3_1_7B
+            | {
+                "model_type": "qwen3_vl_text",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+            },
+            "vision_config": {
+                "depth": 24,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "out_hidden_size": 2048,
+                "deepstack_visual_indexes": [5, 11, 17],
+            },
+            "tie_word_embeddings": True,
+        },
+        _qwen_vl,
+        "config of Qwen/Qwen3-VL-2B-Instruct; the rest: class defaults",
+        (
+            "Qwen2VLImageProcessorPil",
+            {
+                "patch_size": 16,
+                "min_pixels": 256**2,
+                "max_pixels": 4096**2,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+            },
+        ),
+    ),
+    Peer(
+        "InternVL3-2B",
+        "InternVLForConditionalGeneration",
+        {
+            "model_type": "internvl",
+            "text_config": QWEN2_1_5B | {"vocab_size": 151674},
+            "tie_word_embeddings": False,
+        },
+        _internvl,
+        "vision tower: class defaults; decoder: config of OpenGVLab/InternVL3-2B-hf",
+        (
+            "GotOcr2ImageProcessorPil",
+            {"crop_to_patches": True, "max_patches": 12, "size": {"height": 448, "width": 448}},
+        ),
+    ),
+    Peer(
+        "SmolVLM2-2.2B",
+        "SmolVLMForConditionalGeneration",
+        {
+            "model_type": "smolvlm",
+            "text_config": {
+                "model_type": "llama",
+                "vocab_size": 49280,
+                "hidden_size": 2048,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+                "pad_token_id": 2,
+            },
+            "vision_config": {
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "image_size": 384,
+                "patch_size": 14,
+            },
+            "scale_factor": 3,
+            "image_token_id": 49190,
+            "tie_word_embeddings": False,
+        },
+        _smolvlm,
+        "config of HuggingFaceTB/SmolVLM2-2.2B-Instruct; the rest: class defaults",
+        ("SmolVLMImageProcessorPil", {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}}),
+    ),
+    Peer(
+        "FastVLM-1.5B",
+        "FastVlmForConditionalGeneration",
+        {
+            "model_type": "fast_vlm",
+            "text_config": QWEN2_1_5B | {"tie_word_embeddings": True},
+            "image_seq_length": 256,
+        },
+        _one_tile(256, 1024),
+        "vision tower: class defaults; decoder: config of Qwen/Qwen2-1.5B (github.com/ai-bot-pro/achatbot/pull/148)",
+        (
+            "LlavaImageProcessorPil",
+            {
+                "size": {"shortest_edge": 1024},
+                "crop_size": {"height": 1024, "width": 1024},
+                "do_pad": True,
+                "image_mean": [0.0] * 3,
+                "image_std": [1.0] * 3,
+            },
+        ),
+    ),
+    Peer(
+        "LFM2-VL-1.6B",
+        "Lfm2VlForConditionalGeneration",
+        {
+            "model_type": "lfm2_vl",
+            "text_config": {
+                "model_type": "lfm2",
+                "hidden_size": 2048,
+                "num_hidden_layers": 16,
+                "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+            },
+            "vision_config": {
+                "model_type": "siglip2_vision_model",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 16,
+                "num_patches": 256,
+                "vision_use_head": False,
+            },
+        },
+        _lfm2_vl,
+        "config of LiquidAI/LFM2-VL-1.6B; the rest: class defaults",
+        ("Lfm2VlImageProcessor", {}),
+    ),
+    Peer(
+        "MiniCPM-V-4.6",
+        "MiniCPMV4_6ForConditionalGeneration",
+        {
+            "model_type": "minicpmv4_6",
+            "text_config": {
+                "model_type": "qwen3_5_text",
+                "hidden_size": 1024,
+                "intermediate_size": 3584,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 2,
+                "linear_num_value_heads": 16,
+                "tie_word_embeddings": True,
+            },
+            "vision_config": {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 980,
+                "patch_size": 14,
+            },
+            "image_token_id": 248056,
+            "tie_word_embeddings": True,
+        },
+        _minicpm,
+        "config of openbmb/MiniCPM-V-4.6; linear attention: config of Qwen/Qwen3.5-0.8B; the rest: class defaults",
+        ("MiniCPMV4_6ImageProcessorPil", {}),
+    ),
+    Peer(
+        "PaliGemma-3B-224",
+        "PaliGemmaForConditionalGeneration",
+        {
+            "model_type": "paligemma",
+            "text_config": {
+                "model_type": "gemma",
+                "vocab_size": 257216,
+                "hidden_size": 2048,
+                "intermediate_size": 16384,
+                "num_hidden_layers": 18,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+                "head_dim": 256,
+            },
+            "vision_config": SIGLIP_SO400M | {"image_size": 224},
+            "image_token_index": 257152,
+        },
+        _one_tile(256, 224, num_marks=2),  # <bos> and a newline
+        "config of google/paligemma-3b-pt-224",
+        ("SiglipImageProcessorPil", {"size": {"height": 224, "width": 224}}),
+    ),
+    Peer(
+        "LLaVA-1.5-7B",
+        "LlavaForConditionalGeneration",
+        {
+            "model_type": "llava",
+            "text_config": {"model_type": "llama", "vocab_size": 32064, "num_key_value_heads": 32},
+        },
+        _one_tile(576, 336),
+        "vision tower and decoder: class defaults; vocabulary: config of llava-hf/llava-1.5-7b-hf",
+        ("CLIPImageProcessorPil", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}),
+    ),
+)

@@ -1,0 +1,246 @@
+"""The latency benchmark counts and measures what it says, on tiny versions of all its models."""
+
+import copy
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+sys.path.insert(0, BENCHMARKS)
+latency = importlib.import_module("latency")
+PEERS = latency.PEERS
+sys.path.remove(BENCHMARKS)
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+FLASHSLOTH = {"query_layer_idx": 1, "query_hidden_size": 32, "num_query_heads": 4}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+SMALLER = {  # what differs, or is needed beside the widths above
+    "lfm2_vl": {"text_config": {"full_attn_idxs": [1]}, "projector_hidden_size": 48},
+    "minicpmv4_6": {
+        "text_config": {**LINEAR, "layer_types": ["linear_attention", "full_attention"]},
+        "insert_layer_id": 0,
+    },
+    "paligemma": {"projection_dim": 64, "hidden_size": 64},
+    "qwen2_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        "vision_config": {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+    },
+    "qwen3_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+        "vision_config": {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    },
+    "flashsloth": FLASHSLOTH,
+}
+DEFAULTS = {
+    "flashsloth": {
+        "text_config": {"model_type": "phi", "vocab_size": 51200},
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14},
+    },
+    "llava": {"vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}},
+}
+
+
+def shrink(peer):
+    """The same model, with the same tokens, patches and tiles, but narrow and shallow."""
+    config = copy.deepcopy(peer.config)
+    family = config.get("model_type", "flashsloth")
+    if family == "fast_vlm":
+        pytest.importorskip("timm")
+    changes = SMALLER.get(family, {})
+    released = DEFAULTS.get(family, {"vision_config": {}})
+    text, vision = (config.get(name, released.get(name)) for name in ("text_config", "vision_config"))
+    config["text_config"] = text | TEXT | changes.get("text_config", {})
+    if family != "fast_vlm":
+        config["vision_config"] = vision | (VISION if family != "qwen2_vl" else {}) | changes.get("vision_config", {})
+    config |= {name: value for name, value in changes.items() if not name.endswith("_config")}
+    return peer._replace(config=config)
+
+
+def named(name):
+    return next(peer for peer in PEERS if peer.name == name)
+
+
+any_peer = pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setitem(latency.CEILING_SIZES, "cpu", (64, 2**16))
+
+
+def slow_if_many_windows(peer, side):
+    is_slow = (peer.name, side) == ("MiniCPM-V-4.6", 1344)  # thousands of windows, which transformers cuts one by one
+    return pytest.param(peer, side, marks=[pytest.mark.slow] * is_slow, id=f"{peer.name}-{side}")
+
+
+@pytest.mark.parametrize(
+    ("peer", "side"), [slow_if_many_windows(peer, side) for peer in PEERS for side in latency.PICTURES]
+)
+def test_a_prompt_has_as_many_image_tokens_as_the_model_makes_features(peer, side):
+    peer = shrink(peer)
+    counts = latency.count(peer, side)
+    marks_and_queries = counts["prompt_tokens"] - counts["visual_tokens"] - latency.QUESTION_TOKENS
+    assert 0 <= marks_and_queries <= 40
+    assert counts["vision_flops"] > 0 and counts["prefill_flops"] > counts["token_flops"] > 0
+
+
+@any_peer
+def test_a_model_refuses_one_image_token_less(peer):
+    peer = shrink(peer)
+
+    def one_less(config, side):
+        layout = peer.layout(config, side)
+        return layout._replace(num_image_tokens=layout.num_image_tokens - 1)
+
+    with pytest.raises((ValueError, RuntimeError), match=r"features|image tokens|not divisible"):
+        latency.count(peer._replace(layout=one_less), 336)
+
+
+@any_peer
+@pytest.mark.parametrize("side", latency.PICTURES)
+def test_pictures_are_laid_out_as_the_image_processor_does_it(peer, side):
+    processor = peer.build_image_processor()
+    if processor is None:
+        pytest.skip("its image processor needs torchvision")
+    picture = latency.Image.new("RGB", (side, side))
+    made = processor(picture, return_tensors="pt")
+    for name, content in peer.layout(peer.build_config(), side).pictures.items():
+        found = tuple(made[name].shape) if isinstance(content, tuple) else made[name].tolist()
+        assert found == content, name
+
+
+@any_peer
+def test_every_model_answers(peer):
+    torch.manual_seed(0)
+    peer = shrink(peer)
+    candidate = latency.Candidate(peer, latency.build_filled(peer, "cpu"))
+    run = latency.answer(candidate.model, candidate.inputs(336, batch_size=2), new_tokens=3)
+    assert run["first_token_s"] > 0 and run["token_s"] > 0
+    assert 0 < run["tokens_per_s"] < 6 / run["first_token_s"]
+
+
+def test_counts_equal_hand_arithmetic():
+    counts = latency.count(shrink(named("all 729 tokens")), 336)
+    patches, width, mlp, layers = 729, 32, 40, 2
+    tower_layer = 8 * patches * width**2 + 4 * patches**2 * width + 4 * patches * width * mlp
+    hidden, key_value, vocab = 64, 2 * 16, 51200
+    projector = 2 * patches * (width * hidden + hidden**2)
+    assert counts["vision_flops"] == 2 * patches * 3 * 14**2 * width + layers * tower_layer + projector
+
+    def decoder(length, context):
+        attention = 2 * length * (2 * hidden**2 + 2 * hidden * key_value) + 4 * length * context * hidden
+        return layers * (attention + 4 * length * hidden * 48) + 2 * hidden * vocab
+
+    prompt = patches + latency.QUESTION_TOKENS
+    assert counts["prompt_tokens"] == prompt
+    # Some versions of transformers make rotary angles by a matrix product.
+    assert counts["prefill_flops"] == pytest.approx(decoder(prompt, prompt), rel=1e-4)
+    assert counts["token_flops"] == pytest.approx(decoder(1, prompt + 1), rel=1e-4)
+    assert counts["kv_token_bytes"] == 2 * layers * key_value * 2
+    assert counts["kv_picture_bytes"] == patches * counts["kv_token_bytes"]
+
+
+def test_a_step_reads_all_of_the_decoder_but_a_separate_input_table():
+    tied, separate = (latency.count(shrink(named(name)), 336) for name in ("Qwen2-VL-2B", "FlashSloth-3.2B"))
+    for counts in (tied, separate):
+        unread = 0 if counts is tied else 51200 * 64
+        assert counts["vision_bytes"] + counts["decoder_bytes"] == 2 * (counts["parameters"] - unread)
+
+
+def test_a_released_model_is_counted_at_its_size():
+    counts = latency.count(PEERS[0], 1344)
+    assert (counts["visual_tokens"], counts["prompt_tokens"]) == (81, 81 + 1 + 40 + 9)
+    assert counts["kv_token_bytes"] == 2 * 32 * 2560 * 2
+    assert (counts["vision_flops"] + counts["prefill_flops"]) / 1e12 == pytest.approx(1.31, abs=0.02)
+
+
+def test_whole_numbers_are_real_and_others_have_no_data():
+    with latency.RealIntegers():
+        places = torch.arange(5, device="meta")
+        states = torch.ones(5, 3, device="meta")
+        chosen = states[places > 2]
+    assert places.tolist() == [0, 1, 2, 3, 4]
+    assert chosen.is_meta and chosen.shape == (2, 3)
+    with latency.RealIntegers():
+        assert not (states == 0).any() and (states != 0).all()
+
+
+def test_weights_fill_memory_of_their_own():
+    model = latency.build_filled(shrink(PEERS[0]), "cpu")
+    storages = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    assert len(storages) == len(list(model.parameters()))
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_the_roofline_is_the_longer_of_arithmetic_and_memory():
+    counts = {
+        "vision_flops": 100,
+        "vision_bytes": 10,
+        "prefill_flops": 10,
+        "decoder_bytes": 300,
+        "token_flops": 1,
+        "kv_token_bytes": 2,
+        "prompt_tokens": 46,
+    }
+    ceilings = {"flops_per_s": 10, "bytes_per_s": 10}
+    assert latency.roofline(counts, 1, 8, ceilings) == {"first_token_s": 10 + 30, "token_s": 40}
+    assert latency.roofline(counts, 100, 8, ceilings)["first_token_s"] == 1000 + 100
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux")
+def test_peak_memory_sees_what_is_gone_again():
+    with latency.PeakMemory("cpu") as memory:
+        torch.zeros(2**24).add_(1)
+    assert memory.above == pytest.approx(2**26, rel=0.1)
+
+
+def test_measuring_is_resumed_and_told_as_ratios(tmp_path):
+    peers = tuple(shrink(named(name)) for name in ("FlashSloth-3.2B", "PaliGemma-3B-224"))
+    names = [peer.name for peer in peers]
+    options = ["--device", "cpu", "--pictures", "336", "--batch-sizes", "1", "2", "--rounds", "1"]
+    output = tmp_path / "run"
+
+    def run(*more):
+        latency.main(["--output", str(output), "--models", *names, *options, *more], peers)
+        return json.loads(output.with_suffix(".json").read_text())["cases"]
+
+    cases = run("--new-tokens", "2")
+    assert [(case["model"], case["batch_size"]) for case in cases] == [(n, b) for n in names for b in (1, 2)]
+    own, other = cases[0], cases[2]
+    assert own["measured"] == own["reference"] != other["reference"]
+    text = output.with_suffix(".md").read_text()
+    assert text.count("| FlashSloth-3.2B |") == 4 and "### 336×336, batch 2" in text
+    assert output.with_suffix(".png").stat().st_size > 1000
+
+    assert run("--new-tokens", "2") == cases
+    (output / "paligemma-3b-224_336_2.json").unlink()
+    again = run("--new-tokens", "2")
+    assert again[:3] == cases[:3] and again[3]["measured"] != cases[3]["measured"]
+    assert run("--counts-only", "--models", names[1])[0] == cases[2]
+    assert run("--new-tokens", "3", "--models", names[1], "--batch-sizes", "1")[0]["settings"]["new_tokens"] == 3
+
+
+def test_a_model_that_does_not_fit_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "MARGIN_BYTES", 10**15)
+    options = ["--device", "cpu", "--models", PEERS[0].name, "--pictures", "336", "--batch-sizes", "1"]
+    latency.main(["--output", str(tmp_path / "run"), *options], (shrink(PEERS[0]),))
+    text = (tmp_path / "run.md").read_text()
+    assert "### Skipped\n\n- FlashSloth-3.2B, 336 px, batch 1: needs 1000000" in text
+    assert "### Counts" in text
