@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversations import END, IGNORED, ConversationCollator, conversation
-from scenes import HELD_OUT_PAIRS, draw, scene_at
+from conversations import BALANCED, BROAD, END, FINAL, RELATIONS, conversation
+from evaluate import evaluation_set
+from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, draw, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.training import FlashSlothDataCollator
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,19 +30,46 @@ def test_training_never_sees_the_held_out_pairs():
     assert pairs("evaluation") >= HELD_OUT_PAIRS
 
 
-def test_answers_and_their_end_are_the_only_labels():
+@pytest.mark.parametrize("mix", [BROAD, RELATIONS, BALANCED, FINAL])
+def test_answers_and_their_end_are_the_only_labels(mix):
     processor = FlashSlothProcessor.from_pretrained(ROOT)
-    batch = ConversationCollator(processor)([conversation(3, 96), conversation(4, 96)])
-    for row, labels in enumerate(batch["labels"]):
-        answers = [m["content"][0]["text"] for m in conversation(3 + row, 96) if m["role"] == "assistant"]
-        learned = processor.tokenizer.decode(labels[labels != IGNORED])
+    rows = [conversation(index, 96, mix) for index in (3, 4)]
+    batch = FlashSlothDataCollator(processor)([{"messages": row} for row in rows])
+    for row, labels in zip(rows, batch["labels"], strict=True):
+        answers = [message["content"][0]["text"] for message in row if message["role"] == "assistant"]
+        learned = processor.tokenizer.decode(labels[labels >= 0])
         assert learned == "".join(f" {answer}{END}" for answer in answers)
+
+
+def test_the_mix_of_relations_asks_where_things_stand():
+    asked = [m["content"][-1]["text"] for i in range(50) for m in conversation(i, 96, RELATIONS) if m["role"] == "user"]
+    assert any(question.startswith("Where is the") for question in asked)
+
+
+def test_every_question_has_another_one_before_it_as_a_second_turn():
+    questions = list(evaluation_set(50))
+    assert {question.kind for question in questions} == set(QUESTION_KINDS)
+    for question in questions:
+        assert question.before[0] != question.text
+        others = [other for other in questions if other.picture is question.picture and other.kind != "describe"]
+        assert question.before in [(other.text, other.answer) for other in others]
 
 
 @pytest.mark.slow
 def test_the_script_trains_a_checkpoint_that_loads(tmp_path):
-    steps = ["--tower-steps", "2", "--steps", "2", "--joint-steps", "2", "--evaluation-pictures", "2"]
-    script = [sys.executable, str(ROOT / "examples" / "tiny" / "train.py"), "--output", str(tmp_path / "tiny"), *steps]
+    counts = (
+        "--tower-steps",
+        "--steps",
+        "--joint-steps",
+        "--relation-steps",
+        "--balanced-steps",
+        "--number-steps",
+        "--last-steps",
+        "--curve-pictures",
+        "--evaluation-pictures",
+    )
+    arguments = [argument for count in counts for argument in (count, "2")]
+    script = [sys.executable, ROOT / "examples" / "tiny" / "train.py", "--output", tmp_path / "tiny", *arguments]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     model = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "tiny")
@@ -49,3 +78,5 @@ def test_the_script_trains_a_checkpoint_that_loads(tmp_path):
     trained = json.loads((tmp_path / "tiny" / "config.json").read_text())
     assert trained["text_config"]["hidden_size"] == shipped["text_config"]["hidden_size"]
     assert json.loads((tmp_path / "tiny" / "evaluation.json").read_text())["all"]["asked"] > 0
+    curve = (tmp_path / "tiny-work" / "last" / "learning_curve.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in curve] == [2]

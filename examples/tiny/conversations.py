@@ -1,13 +1,13 @@
 """What the tiny checkpoint reads: its tokenizer, its processor, and conversations about drawn pictures."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-import torch
-from scenes import draw, questions, scene_at
+from scenes import Scene, draw, names_of, questions, scene_at
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
-from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from flashsloth import FlashSlothConfig, FlashSlothImageProcessor, FlashSlothProcessor
 from flashsloth.processing_flashsloth import build_chat_template
@@ -15,11 +15,86 @@ from flashsloth.processing_flashsloth import build_chat_template
 PAD, END, IMAGE, QUERY, USER, ASSISTANT = "<|endoftext|>", "</s>", "<image>", "<learnable>", "USER:", "ASSISTANT:"
 VOCABULARY_SIZE = 512
 NUM_TOKENIZER_SCENES = 2000
-NUM_QUESTIONS = 5
-SHARE_DESCRIBED_FIRST = 0.15
-SHARE_DESCRIBED_LAST = 0.35
-KIND_WEIGHTS = {"count": 2.0, "left of": 2.0, "above": 2.0}  # the slowest to be learned; 1 for every other kind
-IGNORED = -100
+WHERE = "Where is the {0}?"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which questions a training conversation holds.
+
+    A description comes last, if at all, more often than first, so that most questions have to be answered from the
+    picture and not from what was said.
+
+    Attributes:
+        num_questions: How many are drawn; the same one is asked once.
+        weights: How often a kind of question is drawn; 1 if it is not named. If they are named, questions of a kind
+            with the answers yes and no are a kind of their own, and so is "where", which only training asks.
+        described_first: Share of the conversations that begin with a description.
+        described_last: Share of the conversations that end with one.
+        num_wordings: How many wordings there are to choose from.
+        num_scenes: Of so many scenes, the first with two things side by side is taken.
+    """
+
+    num_questions: int
+    weights: Mapping[str, float]
+    described_first: float
+    described_last: float
+    num_wordings: int = 1
+    num_scenes: int = 1
+
+
+BROAD = Mix(5, {"count": 2.0, "left of": 2.0, "above": 2.0}, 0.15, 0.35)  # twice what is the slowest to be learned
+RELATIONS = Mix(
+    8,
+    {
+        "left of": 3.0,
+        "left of, yes or no": 4.0,
+        "above": 2.0,
+        "above, yes or no": 2.0,
+        "where": 2.0,
+        "read number": 2.0,
+        "colour": 0.5,
+    },
+    0.05,
+    0.25,
+    num_wordings=3,
+    num_scenes=3,
+)
+BALANCED = Mix(
+    10,
+    {
+        "count": 4.0,
+        "shape": 3.0,
+        "left of": 2.0,
+        "left of, yes or no": 2.5,
+        "above": 2.0,
+        "above, yes or no": 1.5,
+        "where": 1.5,
+        "read number": 2.0,
+        "read word": 0.5,
+        "colour": 0.5,
+    },
+    0.05,
+    0.25,
+    num_wordings=3,
+    num_scenes=2,
+)
+FINAL = Mix(
+    10,
+    {
+        "count": 3.0,
+        "left of": 3.5,
+        "left of, yes or no": 3.0,
+        "above": 3.5,
+        "above, yes or no": 2.5,
+        "read word": 0.5,
+        "colour": 0.5,
+    },
+    0.05,
+    0.2,
+    num_wordings=3,
+    num_scenes=2,
+)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -71,35 +146,33 @@ def build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerFast
     )
 
 
-def conversation(index: int, size: int) -> list[dict]:
-    """A training conversation: a picture, up to `NUM_QUESTIONS` questions about it with their answers.
-
-    A description comes last, if at all, more often than first, so that most questions have to be answered from the
-    picture and not from what was said.
+def conversation(index: int, size: int, mix: Mix = BROAD) -> list[dict]:
+    """A training conversation: a picture, questions about it and their answers.
 
     Args:
-        index: Which scene of the split "train".
+        index: Which scene of the split "train", or which `mix.num_scenes` of them.
         size: Side of the picture in pixels.
+        mix: Which questions.
 
     Returns:
         Messages for `apply_chat_template`.
     """
     rng = random.Random(f"conversation:{index}")
-    scene = scene_at("train", index)
+    scene = _choose_scene(index, mix.num_scenes)
     (_, describe, description), *others = questions(scene, rng)
-    by_kind: dict[str, list[tuple[str, str]]] = {}
-    for kind, question, answer in others:
-        by_kind.setdefault(kind, []).append((question, answer))
+    for _ in range(mix.num_wordings - 1):
+        others += questions(scene, rng)[1:]
+    by_kind = _by_kind(others, scene, mix)
     kinds = list(by_kind)
     turns = []
-    for kind in rng.choices(kinds, [KIND_WEIGHTS.get(kind, 1.0) for kind in kinds], k=NUM_QUESTIONS):
+    for kind in rng.choices(kinds, [mix.weights.get(kind, 1.0) for kind in kinds], k=mix.num_questions):
         turn = rng.choice(by_kind[kind])
         if turn not in turns:
             turns.append(turn)
     described = rng.random()
-    if described < SHARE_DESCRIBED_FIRST:
+    if described < mix.described_first:
         turns.insert(0, (describe, description))
-    elif described < SHARE_DESCRIBED_FIRST + SHARE_DESCRIBED_LAST:
+    elif described < mix.described_first + mix.described_last:
         turns.append((describe, description))
 
     messages = []
@@ -112,38 +185,37 @@ def conversation(index: int, size: int) -> list[dict]:
     return messages
 
 
-class ConversationDataset(Dataset):
-    """Training conversations from number `start` on, drawn when asked for."""
+def _choose_scene(index: int, num_scenes: int) -> Scene:
+    for number in range(index * num_scenes, (index + 1) * num_scenes):
+        scene = scene_at("train", number)
+        cells = [(thing.row, thing.column) for thing in scene.things]
+        if any((row, 0) in cells and (row, 1) in cells for row in (0, 1)):
+            break
+    return scene
 
-    def __init__(self, start: int, length: int, size: int) -> None:
-        self.start, self.length, self.size = start, length, size
+
+def _by_kind(asked: list[tuple[str, str, str]], scene: Scene, mix: Mix) -> dict[str, list[tuple[str, str]]]:
+    """Questions and answers of every kind that a mix tells apart."""
+    by_kind: dict[str, list[tuple[str, str]]] = {}
+    for kind, question, answer in asked:
+        confirmed = f"{kind}, yes or no"
+        is_apart = answer in ("yes", "no") and confirmed in mix.weights
+        by_kind.setdefault(confirmed if is_apart else kind, []).append((question, answer))
+    if "where" in mix.weights:
+        found = [(WHERE.format(name), thing.place) for thing in scene.things for name in names_of(thing, scene)]
+        if found:
+            by_kind["where"] = found
+    return by_kind
+
+
+class ConversationDataset(Dataset):
+    """Training conversations from number `start` on, drawn when asked for, as rows for `FlashSlothDataCollator`."""
+
+    def __init__(self, start: int, length: int, size: int, mix: Mix) -> None:
+        self.start, self.length, self.size, self.mix = start, length, size, mix
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> list[dict]:
-        return conversation(self.start + index, self.size)
-
-
-class ConversationCollator:
-    """Makes batches of conversations; answers and their end token are the only labels."""
-
-    def __init__(self, processor: FlashSlothProcessor) -> None:
-        self.processor = processor
-        self.answer_id, self.end_id = processor.tokenizer.convert_tokens_to_ids([ASSISTANT, END])
-
-    def __call__(self, conversations: list[list[dict]]) -> BatchFeature:
-        """Render, tokenize and label conversations."""
-        batch = self.processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
-        )
-        batch["labels"] = self.label(batch["input_ids"])
-        return batch
-
-    def label(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Ids from behind every `ASSISTANT:` up to its end token; `IGNORED` elsewhere."""
-        begun = (input_ids == self.answer_id).cumsum(dim=1)
-        is_end = input_ids == self.end_id
-        ended_before = is_end.cumsum(dim=1) - is_end.long()
-        in_answer = (begun > ended_before) & (input_ids != self.answer_id)
-        return input_ids.masked_fill(~in_answer, IGNORED)
+    def __getitem__(self, index: int) -> dict[str, list[dict]]:
+        return {"messages": conversation(self.start + index, self.size, self.mix)}

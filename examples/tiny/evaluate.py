@@ -2,8 +2,9 @@
 
     python examples/tiny/evaluate.py . --output evaluation.json
 
-Every question is asked alone, with its picture, through `generate`. Some of the pictures hold a pair of colour and
-shape that no training picture holds; the last column counts only the questions on those.
+Every question is asked alone, with its picture, through `generate`; and once more as the second question of a
+conversation, behind another question about the same picture and that one's right answer. Some of the pictures hold a
+pair of colour and shape that no training picture holds; the last column counts only the first questions on those.
 """
 
 import argparse
@@ -28,42 +29,65 @@ MAX_ANSWER_TOKENS = 64
 
 
 class Question(NamedTuple):
-    """A question of the evaluation set."""
+    """A question of the evaluation set.
+
+    Attributes:
+        kind: One of `QUESTION_KINDS`.
+        picture: The picture that it is about.
+        text: The question.
+        answer: The one right answer.
+        is_held_out: Whether the picture holds one of `HELD_OUT_PAIRS`.
+        before: A question of another kind about the same picture, no description, and its right answer.
+    """
 
     kind: str
     picture: Image.Image
     text: str
     answer: str
     is_held_out: bool
+    before: tuple[str, str]
 
 
-def evaluation_set(num_pictures: int) -> Iterator[Question]:
-    """One question of every kind that a picture allows, for the first pictures of `SPLIT`."""
+def evaluation_set(num_pictures: int, split: str = SPLIT) -> Iterator[Question]:
+    """One question of every kind that a picture allows, for the first pictures of a split."""
     for index in range(num_pictures):
-        scene = scene_at(SPLIT, index)
+        scene = scene_at(split, index)
         picture = draw(scene, PICTURE_SIZE)
         is_held_out = any((thing.colour, thing.name) in HELD_OUT_PAIRS for thing in scene.things)
         rng = random.Random(f"questions:{index}")
         asked = questions(scene, rng)
         rng.shuffle(asked)
-        for kind, text, answer in {kind: (kind, text, answer) for kind, text, answer in asked}.values():
-            yield Question(kind, picture, text, answer, is_held_out)
+        by_kind = {kind: (text, answer) for kind, text, answer in asked}
+        kinds = list(by_kind)
+        for place, kind in enumerate(kinds):
+            following = kinds[place + 1 :] + kinds[:place]
+            before = next(by_kind[other] for other in following if other != "describe")
+            yield Question(kind, picture, *by_kind[kind], is_held_out, before)
 
 
 @torch.inference_mode()
 def answer(
-    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, batch: list[Question]
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    batch: list[Question],
+    *,
+    is_second_turn: bool = False,
 ) -> list[str]:
-    """Answer questions, each on its own picture, by greedy decoding."""
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": question.picture}, {"type": "text", "text": question.text}],
-            }
-        ]
-        for question in batch
-    ]
+    """Answer questions, each on its own picture, by greedy decoding.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        batch: The questions.
+        is_second_turn: Whether `before` and its answer precede every question.
+    """
+    conversations = []
+    for question in batch:
+        texts = [*question.before, question.text] if is_second_turn else [question.text]
+        first, *others = ({"type": "text", "text": text} for text in texts)
+        contents = [[{"type": "image", "image": question.picture}, first], *([part] for part in others)]
+        roles = ("user", "assistant") * len(contents)
+        conversations.append([{"role": role, "content": part} for role, part in zip(roles, contents, strict=False)])
     inputs = processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
@@ -81,6 +105,9 @@ def evaluate(
     processor: FlashSlothProcessor,
     num_pictures: int = 500,
     batch_size: int = 100,
+    *,
+    split: str = SPLIT,
+    with_second_turns: bool = True,
 ) -> dict[str, dict[str, int]]:
     """Count right answers.
 
@@ -89,18 +116,22 @@ def evaluate(
         processor: Its processor.
         num_pictures: Pictures of `SPLIT`.
         batch_size: Questions answered at once.
+        split: Where the pictures come from.
+        with_second_turns: Whether every question is asked as a second one, too.
 
     Returns:
-        For every kind of question and for "all": how many were `asked` and `right`, and of those on pictures with a
-        held-out pair `held_out_asked` and `held_out_right`.
+        For every kind of question and for "all": how many were `asked` and `right`, how many were `right_as_second`
+        question, and of the first questions on pictures with a held-out pair `held_out_asked` and `held_out_right`.
     """
-    asked = sorted(evaluation_set(num_pictures), key=lambda question: QUESTION_KINDS.index(question.kind))
-    result = {
-        kind: dict.fromkeys(("asked", "right", "held_out_asked", "held_out_right"), 0)
-        for kind in (*QUESTION_KINDS, "all")
-    }
+    asked = sorted(evaluation_set(num_pictures, split), key=lambda question: QUESTION_KINDS.index(question.kind))
+    counted = ("asked", "right", *["right_as_second"] * with_second_turns, "held_out_asked", "held_out_right")
+    result = {kind: dict.fromkeys(counted, 0) for kind in (*QUESTION_KINDS, "all")}
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
+        if with_second_turns:
+            for question, text in zip(batch, answer(model, processor, batch, is_second_turn=True), strict=True):
+                for counts in (result[question.kind], result["all"]):
+                    counts["right_as_second"] += text == question.answer
         for question, text in zip(batch, answer(model, processor, batch), strict=True):
             is_right = text == question.answer
             if not is_right:
@@ -115,11 +146,17 @@ def evaluate(
 
 def as_table(result: dict[str, dict[str, int]]) -> str:
     """A Markdown table of what `evaluate` returned."""
-    rows = ["| kind | questions | exact match | with held-out pairs |", "|---|---:|---:|---:|"]
+    rows = [
+        "| kind | questions | exact match | as second question | with held-out pairs |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for kind, counts in result.items():
-        share = counts["right"] / max(1, counts["asked"])
-        held_out = counts["held_out_right"] / max(1, counts["held_out_asked"])
-        rows.append(f"| {kind} | {counts['asked']} | {share:.1%} | {held_out:.1%} of {counts['held_out_asked']} |")
+        shares = (
+            f"{counts[right] / max(1, counts[asked]):.1%}" if right in counts else "not asked"
+            for right, asked in (("right", "asked"), ("right_as_second", "asked"), ("held_out_right", "held_out_asked"))
+        )
+        first, second, held_out = shares
+        rows.append(f"| {kind} | {counts['asked']} | {first} | {second} | {held_out} of {counts['held_out_asked']} |")
     return "\n".join(rows)
 
 
@@ -128,13 +165,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint folder or Hub id")
     parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--split", default=SPLIT, help="'evaluation' is the one to look at while a recipe is made")
     parser.add_argument("--output", type=Path, help="JSON file for the counts")
     parser.add_argument("--verbose", action="store_true", help="log wrong answers")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    result = evaluate(model, FlashSlothProcessor.from_pretrained(args.model), args.pictures)
+    result = evaluate(model, FlashSlothProcessor.from_pretrained(args.model), args.pictures, split=args.split)
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     logger.info("%s", as_table(result))

@@ -220,6 +220,16 @@ def describe(scene: Scene) -> str:
     return ", ".join(" ".join(filter(None, (thing.phrase, thing.text, thing.place))) for thing in scene.things)
 
 
+def names_of(thing: Thing, scene: Scene) -> list[str]:
+    """Ways to call a thing that mean no other: "circle", "red circle"."""
+    names = []
+    if [other.name for other in scene.things].count(thing.name) == 1:
+        names.append(thing.name)
+    if [(other.colour, other.name) for other in scene.things].count((thing.colour, thing.name)) == 1:
+        names.append(f"{thing.colour} {thing.name}")
+    return names
+
+
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     """Everything that can be asked about a scene and has one right answer.
 
@@ -230,7 +240,7 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     Returns:
         Triples of a kind from `QUESTION_KINDS`, a question and its answer.
     """
-    references = {thing: names for thing in scene.things if (names := _references(thing, scene))}
+    references = {thing: names for thing in scene.things if (names := names_of(thing, scene))}
     return [
         ("describe", _word("describe", rng), describe(scene)),
         *_property_questions(scene, references, rng),
@@ -286,16 +296,6 @@ def _count_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, s
         ("count", _word("count", rng, plural), str(sum(thing.name == shape for thing in shapes))),
         ("count", _word("count of colour", rng, colour), str(sum(thing.colour == colour for thing in shapes))),
     ]
-
-
-def _references(thing: Thing, scene: Scene) -> list[str]:
-    """Ways to call a thing that mean no other: "circle", "red circle"."""
-    references = []
-    if [other.name for other in scene.things].count(thing.name) == 1:
-        references.append(thing.name)
-    if [(other.colour, other.name) for other in scene.things].count((thing.colour, thing.name)) == 1:
-        references.append(f"{thing.colour} {thing.name}")
-    return references
 
 
 def _position_questions(

@@ -69,10 +69,27 @@ class PatchDataset(Dataset):
 
     Some are grey and ask for no colours: a shape has to be known whatever its colour, also in a colour that it never
     had in training.
+
+    Args:
+        split: Where the scenes come from.
+        length: Number of pictures.
+        config: Says how large a picture and a patch are.
+        preprocess: Makes pixel values of a picture.
+        start: Number of the first picture.
+        num_scenes: Of so many scenes, the first with a number is taken.
     """
 
-    def __init__(self, split: str, length: int, config: SiglipVisionConfig, preprocess: BaseImageProcessor) -> None:
-        self.split, self.length = split, length
+    def __init__(
+        self,
+        split: str,
+        length: int,
+        config: SiglipVisionConfig,
+        preprocess: BaseImageProcessor,
+        *,
+        start: int = 0,
+        num_scenes: int = 1,
+    ) -> None:
+        self.split, self.length, self.start, self.num_scenes = split, length, start, num_scenes
         self.size, self.grid = config.image_size, config.image_size // config.patch_size
         self.preprocess = preprocess
 
@@ -80,7 +97,11 @@ class PatchDataset(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        scene = scene_at(self.split, index)
+        index += self.start
+        for number in range(index * self.num_scenes, (index + 1) * self.num_scenes):
+            scene = scene_at(self.split, number)
+            if any(thing.name == "number" for thing in scene.things):
+                break
         picture = draw(scene, self.size)
         labels, weights = patch_targets(scene, self.grid)
         if random.Random(f"grey:{index}").random() < SHARE_GREY:

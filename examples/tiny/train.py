@@ -1,10 +1,14 @@
-"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores in about two hours.
+"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores in less than three hours.
 
     torchrun --nproc_per_node 2 examples/tiny/train.py --output tiny-flashsloth
 
-1. a tokenizer; 2. the vision tower, on what the drawing program knows of every patch; 3. the whole model but the tower,
-on conversations; 4. the same with the tower; 5. exact match on pictures that training never sees. A run that was
-stopped goes on where it was.
+1. a tokenizer; 2. the vision tower, on what the drawing program knows of every patch; 3. on broad conversations, the
+whole model but the tower, then with the tower; 4. everything but the tower on conversations that are mostly about
+relations, then on balanced ones; 5. the tower once more, on numbers, and the rest on balanced conversations; 6. exact
+match on pictures that training never sees. A run that was stopped goes on where it was.
+
+There is no stage of captions: it would align pictures with a language model that knows something, and this one begins
+with nothing.
 
 One process with one thread a core suffers less from other work on the machine than one process with many threads; plain
 `python` does the same with one process.
@@ -15,16 +19,21 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from conversations import (
+    BALANCED,
+    BROAD,
     END,
+    FINAL,
     IMAGE,
     PAD,
     QUERY,
+    RELATIONS,
     USER,
-    ConversationCollator,
     ConversationDataset,
+    Mix,
     build_processor,
     build_tokenizer,
 )
@@ -37,17 +46,23 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.training import FlashSlothDataCollator
 
 logger = logging.getLogger(__name__)
 
 SEED = 0
 BATCH_SIZE = 64
+NUMBERS_START = 500_000  # number of a picture that no other part of the training comes to
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
@@ -90,15 +105,16 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
     )
 
 
-def training_arguments(folder: Path, num_steps: int, learning_rate: float = 1e-3) -> TrainingArguments:
+def training_arguments(
+    folder: Path, num_steps: int, *, batch_size: int = BATCH_SIZE, learning_rate: float = 1e-3, **kwargs: Any
+) -> TrainingArguments:
     """What all stages have in common."""
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "save_steps": 250, **kwargs}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
-        per_device_train_batch_size=BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=batch_size // int(os.environ.get("WORLD_SIZE", "1")),
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
         weight_decay=0.02,
         adam_beta2=0.98,
         optim="adamw_torch_fused",
@@ -107,7 +123,6 @@ def training_arguments(folder: Path, num_steps: int, learning_rate: float = 1e-3
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
         logging_steps=50,
-        save_steps=250,
         save_total_limit=2,
         dataloader_num_workers=1,
         dataloader_persistent_workers=True,
@@ -117,6 +132,7 @@ def training_arguments(folder: Path, num_steps: int, learning_rate: float = 1e-3
         report_to=[],
         disable_tqdm=True,
         seed=SEED,
+        **schedule,
     )
 
 
@@ -141,6 +157,32 @@ def pretrain_tower(
     return tower.vision_tower.state_dict()
 
 
+def sharpen_tower(
+    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, work: Path, num_steps: int
+) -> None:
+    """Train the vision tower of a model once more on what every patch should say, mostly of pictures with a number."""
+    folder, config = work / "numbers", model.config.vision_config
+    weights = folder / "vision_tower.safetensors"
+    if not weights.exists():
+        set_seed(SEED)
+        tower = TowerForPatches(config)
+        tower.load_state_dict(load_file(Path(_last_checkpoint(work / "tower")) / SAFE_WEIGHTS_NAME))
+        tower.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
+        pictures = PatchDataset(
+            "train", num_steps * BATCH_SIZE, config, processor.image_processor, start=NUMBERS_START, num_scenes=3
+        )
+        arguments = training_arguments(
+            folder, num_steps, learning_rate=4e-4, train_sampling_strategy="sequential", save_steps=100
+        )
+        trainer = TowerTrainer(tower, arguments, train_dataset=pictures)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        if trainer.is_world_process_zero():
+            save_file(tower.vision_tower.state_dict(), weights)
+        model.model.vision_tower.load_state_dict(tower.vision_tower.state_dict())
+    else:
+        model.model.vision_tower.load_state_dict(load_file(weights))
+
+
 def build_model(config: FlashSlothConfig, tower_weights: dict[str, torch.Tensor]) -> FlashSlothForConditionalGeneration:
     """A new model around a trained vision tower, which is frozen."""
     set_seed(SEED)
@@ -158,11 +200,45 @@ def build_model(config: FlashSlothConfig, tower_weights: dict[str, torch.Tensor]
     return model
 
 
+class LearningCurve(TrainerCallback):
+    """Writes down how many questions a model answers right whenever it is saved, on pictures that tuning may look at.
+
+    Args:
+        processor: The model's processor.
+        num_pictures: Pictures of the split "evaluation".
+    """
+
+    def __init__(self, processor: FlashSlothProcessor, num_pictures: int) -> None:
+        self.processor, self.num_pictures = processor, num_pictures
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: FlashSlothForConditionalGeneration,
+        **kwargs: Any,
+    ) -> None:
+        """See `TrainerCallback`."""
+        if not state.is_world_process_zero or not self.num_pictures:
+            return
+        model.eval()
+        with torch.autocast(model.device.type, torch.bfloat16):
+            result = evaluate(model, self.processor, self.num_pictures, split="evaluation", with_second_turns=False)
+        model.train()
+        with (Path(args.output_dir) / "learning_curve.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **result}) + "\n")
+        logger.info("step %d:\n%s", state.global_step, as_table(result))
+
+
 def train_on_conversations(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
     args: TrainingArguments,
-    first_conversation: int = 0,
+    mix: Mix,
+    *,
+    first_conversation: int,
+    num_curve_pictures: int,
 ) -> Trainer:
     """Train what is not frozen of a model.
 
@@ -170,14 +246,52 @@ def train_on_conversations(
         The Trainer.
     """
     size = model.config.vision_config.image_size
+    num_conversations = args.max_steps * args.per_device_train_batch_size * args.world_size
     trainer = Trainer(
         model,
         args,
-        train_dataset=ConversationDataset(first_conversation, args.max_steps * BATCH_SIZE, size),
-        data_collator=ConversationCollator(processor),
+        train_dataset=ConversationDataset(first_conversation, num_conversations, size, mix),
+        data_collator=FlashSlothDataCollator(processor),
         processing_class=processor,
+        callbacks=[LearningCurve(processor, num_curve_pictures)],
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(Path(args.output_dir)))
+    return trainer
+
+
+def train_in_parts(
+    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, work: Path, args: argparse.Namespace
+) -> Trainer:
+    """Train on one mix of questions after the other, and on numbers before the last.
+
+    Returns:
+        The last part's Trainer.
+    """
+    steady = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 50}
+    cut_cosine = {"warmup_steps": 75, "lr_scheduler_kwargs": {"num_cycles": 0.3246}}  # ends at a quarter of its rate
+    half = {"batch_size": BATCH_SIZE // 2, "train_sampling_strategy": "sequential", "save_steps": 100}
+    fast = {"learning_rate": 5e-4, **half}
+    parts = {
+        "conversations": (BROAD, training_arguments(work / "conversations", args.steps)),
+        "together": (BROAD, training_arguments(work / "together", args.joint_steps, learning_rate=2e-4)),
+        "relations": (RELATIONS, training_arguments(work / "relations", args.relation_steps, **fast, **steady)),
+        "balanced": (BALANCED, training_arguments(work / "balanced", args.balanced_steps, **fast, **cut_cosine)),
+        "last": (FINAL, training_arguments(work / "last", args.last_steps, learning_rate=3e-4, **half)),
+    }
+    first_conversation = 0
+    for name, (mix, arguments) in parts.items():
+        if name == "last":
+            sharpen_tower(model, processor, work, args.number_steps)
+        model.model.vision_tower.requires_grad_(name == "together")
+        trainer = train_on_conversations(
+            model,
+            processor,
+            arguments,
+            mix,
+            first_conversation=first_conversation,
+            num_curve_pictures=args.curve_pictures,
+        )
+        first_conversation += len(trainer.train_dataset)
     return trainer
 
 
@@ -193,6 +307,13 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=3600, help=f"steps of {BATCH_SIZE} pictures")
     parser.add_argument("--steps", type=int, default=2600, help=f"steps of {BATCH_SIZE} conversations")
     parser.add_argument("--joint-steps", type=int, default=750, help="the same, with the vision tower")
+    parser.add_argument("--relation-steps", type=int, default=400, help=f"steps of {BATCH_SIZE // 2} conversations")
+    parser.add_argument("--balanced-steps", type=int, default=1000, help="the same, with all kinds of questions")
+    parser.add_argument("--number-steps", type=int, default=600, help=f"steps of {BATCH_SIZE} pictures with numbers")
+    parser.add_argument("--last-steps", type=int, default=900, help="the same as --balanced-steps, behind the numbers")
+    parser.add_argument(
+        "--curve-pictures", type=int, default=60, help="pictures behind every point of a learning curve"
+    )
     parser.add_argument("--evaluation-pictures", type=int, default=500)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -203,10 +324,7 @@ def main() -> None:
     processor = build_processor(config, tokenizer)
     tower_weights = pretrain_tower(config, processor, work / "tower", args.tower_steps)
     model = build_model(config, tower_weights)
-    train_on_conversations(model, processor, training_arguments(work / "conversations", args.steps))
-    model.model.vision_tower.requires_grad_(True)
-    together = training_arguments(work / "together", args.joint_steps, learning_rate=2e-4)
-    trainer = train_on_conversations(model, processor, together, first_conversation=args.steps * BATCH_SIZE)
+    trainer = train_in_parts(model, processor, work, args)
     if trainer.is_world_process_zero():
         model = model.to(torch.bfloat16).eval()
         model.config.use_cache = True  # the Trainer turned it off
