@@ -11,7 +11,7 @@ OUTPUT.json.
 - Memory a row: the peak of forward and backward pass at two batches; the difference divided by the difference of the
   batches. On a GPU the allocator says it. On a CPU it is counted: every tensor that the passes make at the released
   size, as fake tensors, which have shapes but no data; what kernels need inside is not in it.
-- Memory in all: weights and AdamW's state in float32, and that peak at a batch of 8, of which gradients are a part.
+- Memory in all: weights and AdamW's state in float32, and that peak at 8 rows, of which gradients are a part.
 
 On a CPU the speed is that of a small model in which picture and prompt have as many tokens as in the released one; on a
 GPU it is that of the released size.
@@ -46,7 +46,8 @@ logger = logging.getLogger(__name__)
 MODELS = ("FlashSloth", "all patches")
 STAGES = (1, 2)
 TEXT_TOKENS = {1: 40, 2: 256}  # a caption; a short conversation
-BATCHES = (8, 16)  # at fewer rows the peak may be that of the gradients
+TOTAL_ROWS = 8
+ROWS = {"cpu": (64, 128), "cuda": (8, 16)}  # with few rows the peak may be that of the gradients, with many none fits
 SMALL = {  # every width a tenth of the released one, or nearly
     "text_config": {
         "model_type": "phi",
@@ -211,8 +212,10 @@ def peak_memory(case: Case, size: str, batch_size: int, device: str) -> tuple[in
 
 def memory(case: Case, device: str) -> dict[str, float]:
     """What a row costs, and what training takes in all, in bytes at the released size."""
-    few, many = (peak_memory(case, "3.2b", batch_size, device) for batch_size in BATCHES)
-    return {"bytes_per_sample": (many[1] - few[1]) / (BATCHES[1] - BATCHES[0]), "bytes": sum(few)}
+    few, many = ROWS[device]
+    (_, peak), (_, higher_peak) = (peak_memory(case, "3.2b", num_rows, device) for num_rows in (few, many))
+    total = sum(peak_memory(case, "3.2b", TOTAL_ROWS, device))
+    return {"bytes_per_sample": (higher_peak - peak) / (many - few), "bytes": total}
 
 
 def step_times(cases: list[Case], size: str, batch_size: int, device: str, num_steps: int) -> dict[Case, float]:
@@ -251,9 +254,7 @@ def measure(size: str, device: str, batch_size: int, num_steps: int) -> Iterator
 
 def as_table(rows: list[dict]) -> str:
     """Markdown; ratios are to FlashSloth in the same case."""
-    head = (
-        "| stage | checkpointing | model | tokens a row | tokens/s | rows/s | ratio | MB a row | ratio | GB at 8 rows |"
-    )
+    head = "| stage | checkpointing | model | tokens a row | tokens/s | rows/s | ratio | MB a row | ratio | GB in all |"
     lines = [head, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     own = {(row["stage"], row["checkpointing"]): row for row in rows if row["model"] == "FlashSloth"}
     for row in rows:
@@ -262,7 +263,7 @@ def as_table(rows: list[dict]) -> str:
         memory = row["bytes_per_sample"] / reference["bytes_per_sample"]
         lines.append(
             f"| {row['stage']} | {'on' if row['checkpointing'] else 'off'} | {row['model']} | {row['decoder_tokens']} "
-            f"| {row['tokens_per_second']:.0f} | {row['samples_per_second']:.3g} | {speed:.2f} "
+            f"| {row['tokens_per_second']:.0f} | {row['samples_per_second']:.2f} | {speed:.2f} "
             f"| {row['bytes_per_sample'] / 1e6:.0f} | {memory:.2f} | {row['bytes'] / 1e9:.1f} |"
         )
     return "\n".join(lines)
