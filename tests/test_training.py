@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -254,7 +255,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, arguments, tmp_
     many = {"max_steps": 16, "save_steps": 4, "eval_strategy": "no", "report_to": "none"}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     script = [sys.executable, str(SCRIPT), *arguments("stage2", killed, **many)]
-    running = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # With as many threads as this process has: a sum by two threads has other rounding than one by one.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    running = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while running.poll() is None and not (killed / "checkpoint-4" / "trainer_state.json").exists():
         time.sleep(0.005)
     running.send_signal(signal.SIGKILL)
