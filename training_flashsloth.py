@@ -70,5 +70,6 @@ class FlashSlothTrainingMixin(PreTrainedModel):
         In training, so that every trained parameter has a gradient in every process: without one, two processes wait
         for each other for ever. And wherever parameters are gathered from other processes, in evaluation too.
         """
-        is_sharded = type(self).__name__.startswith(SHARDED_CLASS_PREFIX) or is_deepspeed_zero3_enabled()
-        return is_sharded or (self.training and torch.is_grad_enabled())
+        if (self.training and torch.is_grad_enabled()) or is_deepspeed_zero3_enabled():
+            return True
+        return any(type(module).__name__.startswith(SHARDED_CLASS_PREFIX) for module in self.modules())

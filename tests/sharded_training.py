@@ -53,6 +53,7 @@ def main():
         dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder / "dcp"
     )
     losses += train(model, optimizer, folder, range(NUM_STEPS // 2, NUM_STEPS))
+    evaluate(model, folder)
     model.save_pretrained(folder / "trained", state_dict=whole_state(model), is_main_process=dist.get_rank() == 0)
 
     model, optimizer = sharded_model(folder)
@@ -63,6 +64,13 @@ def main():
     if dist.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps({"straight": losses, "resumed": resumed}))
     dist.destroy_process_group()
+
+
+def evaluate(model, folder):
+    """Only one of the two processes has a picture; they wait for each other if they gather other parameters."""
+    batch = torch.load(folder / f"batch_0_{dist.get_rank()}.pt")
+    with torch.no_grad():
+        assert model.eval()(**batch).logits.isfinite().all()
 
 
 def whole_state(model):
