@@ -17,19 +17,11 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import flashsloth
+from flashsloth.original_flashsloth import PHI_2, SIGLIP_SO400M_384
 
 QUESTION_TOKENS = 40
 QUESTION_IDS = (1000, 9000)  # in every vocabulary ordinary text
 
-PHI_2 = {
-    "model_type": "phi",
-    "vocab_size": 51200,
-    "hidden_size": 2560,
-    "intermediate_size": 10240,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "partial_rotary_factor": 0.4,
-}
 QWEN3_1_7B = {
     "model_type": "qwen3",
     "vocab_size": 151936,
@@ -51,16 +43,7 @@ QWEN2_1_5B = {
     "num_attention_heads": 12,
     "num_key_value_heads": 2,
 }
-SIGLIP_SO400M = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
+SIGLIP_SO400M = SIGLIP_SO400M_384 | {"vision_use_head": False}
 
 
 class Layout(NamedTuple):

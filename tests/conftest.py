@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from flashsloth import (
     FlashSlothConfig,
@@ -38,6 +39,14 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+
+
+@pytest.fixture(autouse=True)
+def _undo_what_the_command_line_sets():
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

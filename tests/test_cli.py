@@ -14,7 +14,6 @@ import torch
 from original_checkpoint import make_original, original_tensors, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor, cli
 from flashsloth.cli import convert
@@ -22,14 +21,6 @@ from flashsloth.cli import convert
 PROGRAM = str(Path(sys.executable).parent / "flashsloth")
 QUESTION = "What is it?"
 NUM_TOKENS = 6
-
-
-@pytest.fixture(autouse=True)
-def _undo_what_the_command_line_sets():
-    verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

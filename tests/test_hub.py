@@ -21,12 +21,7 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothModel, Flas
 WITHOUT_PACKAGE = """
 import sys
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "flashsloth":
-            raise ImportError("the package is not installed")
-
-sys.meta_path.insert(0, Blocker())
+sys.modules["flashsloth"] = None  # as if the package were not installed
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -12,7 +12,6 @@ from base_models import TOKENIZERS, make_decoder, make_tokenizer, make_tower
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from flashsloth import (
@@ -39,12 +38,7 @@ SENTINEL = "\ue000"
 ASK = """
 import sys
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "flashsloth":
-            raise ImportError("the package is not installed")
-
-sys.meta_path.insert(0, Blocker())
+sys.modules["flashsloth"] = None  # as if the package were not installed
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -72,14 +66,6 @@ before = peak()
 done = init(*sys.argv[1:], query_width=32)
 print((peak() - before) / (4 * done.num_parameters))
 """
-
-
-@pytest.fixture(autouse=True)
-def _undo_what_the_command_line_sets():
-    verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
