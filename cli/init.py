@@ -38,7 +38,6 @@ from .chat_format import (
 )
 from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAD_TOKEN, ANCHOR_TEXT, PROBE_TEXT = "<pad>", " .", "The picture shows a small house, and behind it"
 RELEASED_WINDOWS_PER_SIDE = 9
 MAX_WINDOWS_PER_SIDE = 2 * RELEASED_WINDOWS_PER_SIDE

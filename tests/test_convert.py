@@ -43,12 +43,7 @@ def compute_logits(model, processor, picture):
 FRESH_PROCESS = f"""
 import sys
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "flashsloth":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocker())
+sys.modules["flashsloth"] = None  # as if the package were not installed
 import torch
 from PIL import Image
 from safetensors.torch import save_file
