@@ -17,6 +17,7 @@ from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
 from .modeling_flashsloth import FlashSlothForConditionalGeneration, FlashSlothModel, FlashSlothPreTrainedModel
 from .processing_flashsloth import FlashSlothProcessor
+from .video_flashsloth import video_frames
 
 __version__ = "0.1.0"
 
@@ -41,4 +42,5 @@ __all__ = [
     "FlashSlothModel",
     "FlashSlothPreTrainedModel",
     "FlashSlothProcessor",
+    "video_frames",
 ]

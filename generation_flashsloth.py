@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 
 from .prompt_flashsloth import PromptSpans, instruction_starts
@@ -42,12 +42,17 @@ class FlashSlothGenerationMixin(GenerationMixin):
         if model_inputs.get("inputs_embeds") is not None:
             prompt, fed = self.model.find_special_ids(inputs_embeds), model_inputs["inputs_embeds"]
         cached = prompt[:, : prompt.shape[1] - fed.shape[1]]
+        if cached.shape[1] and not is_first_iteration and not self._has_placeholders(prompt[:, cached.shape[1] :]):
+            return model_inputs  # candidates of an assistant
         model_inputs |= {"pixel_values": pixel_values, "patch_features": patch_features}
         if cached.shape[1]:
             num_cached_tokens = (cached == self.config.image_token_id).sum(dim=1)
             model_inputs["num_cached_tiles"] = num_cached_tokens // self.config.image_seq_length
             model_inputs["begins_instruction"] = instruction_starts(cached, self.config)[:, -1]
         return model_inputs
+
+    def _has_placeholders(self, input_ids: torch.LongTensor) -> bool:
+        return bool(((input_ids == self.config.image_token_id) | (input_ids == self.config.query_token_id)).any())
 
     def _expand_inputs_for_generation(
         self,
@@ -65,22 +70,37 @@ class FlashSlothGenerationMixin(GenerationMixin):
             spans = PromptSpans.find(prompt, self.config)
             num_tiles = (spans.num_image_tokens // self.config.image_seq_length).tolist()
             for name, tiles in pictures.items():
-                spans.check(self.config, len(tiles))
+                spans.count().check(self.config, len(tiles))
                 pictures[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])
-        cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, DynamicCache) and expand_size > 1 and cache.get_seq_length():
+        if expand_size > 1:
             rows = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
-            if len(rows) == next(len(layer.keys) for layer in cache.layers if hasattr(layer, "keys")):
-                cache.batch_repeat_interleave(expand_size)
+            _repeat_cached_rows(model_kwargs.get("past_key_values"), len(rows), expand_size)
         # By name: a static method in transformers 5.17, an ordinary one since.
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | pictures
 
-    def picture_cache(self, max_bytes: int = 2**30) -> "PictureCache":
+    def _get_stopping_criteria(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """Stop strings are looked for with a tokenizer; `transformers serve` gives the processor that holds it."""
+        return super()._get_stopping_criteria(*args, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), **kwargs)
+
+    def picture_cache(self, max_bytes: int = 2**30, max_cache_len: int | None = None) -> "PictureCache":
         """A cache with which questions about known pictures skip the pictures; see `PictureCache`."""
-        return PictureCache(self, max_bytes=max_bytes)
+        return PictureCache(self, max_bytes=max_bytes, max_cache_len=max_cache_len)
+
+
+def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> None:
+    if cache is None or not cache.get_seq_length():
+        return
+    if num_rows != next(len(layer.keys) for layer in cache.layers if hasattr(layer, "keys")):
+        return  # repeated already
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"Beams and several answers go on from a DynamicCache only, found a {type(cache).__name__} with "
+            f"{int(cache.get_seq_length())} tokens; leave `max_cache_len` out of `picture_cache`."
+        )
+    cache.batch_repeat_interleave(repeats)
 
 
 class KnownPictures(NamedTuple):
@@ -110,6 +130,8 @@ class PictureCache:
     Args:
         model: A FlashSloth that can generate.
         max_bytes: Most memory to use, on the model's device. A prompt that takes more is not kept.
+        max_cache_len: Room of a static cache, in tokens of prompt and answer, with which `generate` compiles its steps
+            where it would for `cache_implementation="static"`; `None`: a dynamic cache.
 
     Example:
     ```python
@@ -118,9 +140,12 @@ class PictureCache:
     ```
     """
 
-    def __init__(self, model: FlashSlothGenerationMixin, *, max_bytes: int = 2**30) -> None:
+    def __init__(
+        self, model: FlashSlothGenerationMixin, *, max_bytes: int = 2**30, max_cache_len: int | None = None
+    ) -> None:
         self.model = model
         self.max_bytes = max_bytes
+        self.max_cache_len = max_cache_len
         self.known: OrderedDict[bytes, KnownPictures] = OrderedDict()
 
     @torch.no_grad()
@@ -135,7 +160,7 @@ class PictureCache:
             question, `patch_features` and a copy of the cache, `past_key_values`, instead of `pixel_values`.
 
         Raises:
-            ValueError: If there are several rows, or padding.
+            ValueError: If there are several rows, or padding; or a static cache cannot hold what is known.
         """
         input_ids, pixel_values = inputs["input_ids"], inputs.get("pixel_values")
         mask = inputs.get("attention_mask")
@@ -153,8 +178,22 @@ class PictureCache:
         known = self._lookup(key.digest(), prefix, pixel_values)
         return rest | {
             "patch_features": known.patch_features,
-            "past_key_values": copy.deepcopy(known.key_values),  # generate writes on into it
+            "past_key_values": self._copy(known.key_values),  # generate writes on into it
         }
+
+    def _copy(self, key_values: Cache) -> Cache:
+        if self.max_cache_len is None:
+            return copy.deepcopy(key_values)
+        if any(layer.get_seq_length() > min(layer.keys.shape[-2], self.max_cache_len) for layer in key_values.layers):
+            raise ValueError(
+                f"The prompt up to the first question has {key_values.get_seq_length()} tokens, more than "
+                f"`max_cache_len`={self.max_cache_len} or than a sliding window of the decoder; raise it, or leave it "
+                "out for a dynamic cache."
+            )
+        cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=self.max_cache_len)
+        for index, layer in enumerate(key_values.layers):
+            cache.update(layer.keys, layer.values, index)
+        return cache
 
     def _prefix(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
         """The ids up to the first question; None if no picture stands before it."""

@@ -13,10 +13,14 @@ import difflib
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -53,6 +57,9 @@ DARKEST_WHITE = 16
 
 # Pixels of padded picture that are held at a time when a tall picture is padded to a square.
 STRIP_PIXELS = 2**20
+
+# Seconds that the server of a picture's URL may be silent.
+DOWNLOAD_TIMEOUT = 30
 
 # What Pillow raises for files that are truncated, corrupt, not pictures, or decompression bombs.
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -223,14 +230,17 @@ class FlashSlothImageProcessor(PilBackend):
         images = self._prepare_images_structure(images)
         options = {"do_image_splitting": do_image_splitting}
         tiles_per_image = self.get_number_of_image_patches(size.height, size.width, options)
-        pixel_values = np.empty((len(images) * tiles_per_image, 3, size.height, size.width), dtype=np.float32)
-        tiles = iter(pixel_values)
-        for index, image in enumerate(images):
+        tiles = np.empty((len(images), tiles_per_image, 3, size.height, size.width), dtype=np.float32)
+
+        def write(index: int, image: ImageInput) -> None:
             picture = self.process_image(image, name=_name(index, image), **kwargs)
             levels = _levels(image, **kwargs)
-            for tile in self._cut(picture, size, do_image_splitting, **kwargs):
-                _write(tile, levels, next(tiles))
-        features = BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+            cut = self._cut(picture, size, do_image_splitting, **kwargs)
+            for tile, target in zip(cut, tiles[index], strict=True):
+                _write(tile, levels, target)
+
+        _for_each(write, images)
+        features = BatchFeature({"pixel_values": tiles.reshape(-1, *tiles.shape[2:])}, tensor_type=return_tensors)
         return features if device is None else _to_device(features, device)
 
     def process_image(
@@ -290,6 +300,21 @@ class FlashSlothImageProcessor(PilBackend):
                     yield enlarged.crop((left, top, left + width, top + height))
 
 
+def _for_each(work: Callable[[int, ImageInput], None], images: list) -> None:
+    """Calls `work` with the number of every picture and the picture, in as many threads as torch may use.
+
+    Pillow and numpy let go of Python's lock. An object that stands in the list twice may still have to be read from
+    its file, which no two threads can do at once.
+    """
+    num_threads = min(len(images), torch.get_num_threads())
+    if num_threads < 2 or len({id(image) for image in images}) < len(images):
+        for index, image in enumerate(images):
+            work(index, image)
+        return
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(work, range(len(images)), images))
+
+
 def _check_names(arguments: Iterable[str], valid: Iterable[str], also_valid: Iterable[str] = ()) -> None:
     valid = sorted(set(valid) - set(UNUSED_ARGUMENTS))
     unknown = sorted(set(arguments) - {*valid, *also_valid, *UNUSED_ARGUMENTS})
@@ -338,15 +363,16 @@ def _flatten(images: ImageInput | list, expected_ndims: int) -> Iterator[ImageIn
 
 
 def _load(source: str) -> Image.Image:
+    path = url2pathname(urlsplit(source).path) if source.startswith("file://") else source
     # Not `Path.is_file`: it raises for a base64 string, which is too long for a name.
-    is_file = os.path.isfile(source)  # noqa: PTH113
+    is_file = os.path.isfile(path)  # noqa: PTH113
     try:
         if not is_file:
-            return load_image(source)
+            return load_image(source, timeout=DOWNLOAD_TIMEOUT)
         # `load_image` would also convert to RGB, where Pillow clips 16-bit pictures instead of scaling them.
-        with Image.open(source) as image:
+        with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
-    except PICTURE_ERRORS as error:
+    except Exception as error:  # those of Pillow, and of the HTTP client that this transformers uses
         # `load_image` wraps Pillow's error in a ValueError that repeats the whole base64 string.
         is_wrapped = not is_file and type(error) is ValueError and error.__context__ is not None
         reason = error.__context__ if is_wrapped else error
@@ -565,6 +591,32 @@ def _pad_and_resize(
     column = Image.new("RGB", (width, side), background)
     column.paste(rows, (0, top))
     return column.resize((width, height), resample)
+
+
+def tile_boxes(height: int, width: int, num_tiles: int) -> list[tuple[float, float, float, float]]:
+    """Where the tiles of a picture lie in it, in the order of `pixel_values`.
+
+    Args:
+        height: Height of the picture in pixels.
+        width: Width of the picture in pixels.
+        num_tiles: 1, or 5 in high definition.
+
+    Returns:
+        Left, top, right and bottom of every tile, in pixels of the picture. What lies beyond its edges is padding.
+
+    Raises:
+        ValueError: If no picture has so many tiles.
+    """
+    if num_tiles not in (1, 1 + TILES_PER_SIDE**2):
+        raise ValueError(
+            f"Expected 1 tile of a picture, or {1 + TILES_PER_SIDE**2}, found {num_tiles}; pass all of it."
+        )
+    side = max(height, width)
+    left, top, step = (side - width) // 2, (side - height) // 2, side / TILES_PER_SIDE
+    corners = [
+        (column * step - left, row * step - top) for row in range(TILES_PER_SIDE) for column in range(TILES_PER_SIDE)
+    ]
+    return [(0, 0, width, height), *((x, y, x + step, y + step) for x, y in corners)][:num_tiles]
 
 
 def _to_device(features: BatchFeature, device: Any) -> BatchFeature:

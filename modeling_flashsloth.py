@@ -19,18 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
+from .backbones_flashsloth import build_decoder, build_vision_tower
 from .configuration_flashsloth import FlashSlothConfig
 from .generation_flashsloth import FlashSlothGenerationMixin
-from .original_flashsloth import ORIGINAL_KEY_MAPPING, original_generation_config
-from .prompt_flashsloth import PromptSpans
+from .original_flashsloth import ORIGINAL_KEY_MAPPING, leave_original_layout
+from .prompt_flashsloth import PromptSizes, PromptSpans
+from .saliency_flashsloth import FlashSlothSaliencyMixin, QueryRecorder
 from .training_flashsloth import FlashSlothTrainingMixin
 
 FUSED_HEAD_DIM_MULTIPLE = 8  # what the fused CUDA attention kernels take
@@ -42,20 +43,25 @@ class FlashSlothModelOutputWithPast(BaseModelOutputWithPast):
 
     Attributes:
         image_hidden_states: Image tokens of all tiles, `(num_tiles, image_seq_length, hidden_size)`.
+        pooling_attentions: With `output_attentions`, weights of the patches of every pooling window, which sum to 1,
+            `(num_tiles, num_windows, pooling_window_size**2)`, float32.
+        query_attentions: With `output_attentions`, attention of the queries of every question, row by row, to the
+            patches of its row, `(num_questions, num_query_heads, num_query_tokens, tiles_per_row * num_patches)`,
+            float32; sums to 1 over the patches that the question may see, and is 0 elsewhere.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+    pooling_attentions: torch.FloatTensor | None = None
+    query_attentions: torch.FloatTensor | None = None
 
 
 @dataclass
 class FlashSlothCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of `FlashSlothForConditionalGeneration`.
-
-    Attributes:
-        image_hidden_states: Image tokens of all tiles, `(num_tiles, image_seq_length, hidden_size)`.
-    """
+    """Output of `FlashSlothForConditionalGeneration`; for its own attributes see `FlashSlothModelOutputWithPast`."""
 
     image_hidden_states: torch.FloatTensor | None = None
+    pooling_attentions: torch.FloatTensor | None = None
+    query_attentions: torch.FloatTensor | None = None
 
 
 class SpatialAttentionPooling(nn.Module):
@@ -178,6 +184,7 @@ class QueryContext(NamedTuple):
         patch_mask: True where a position may read a patch, `(batch, seq_length, tiles_per_row * num_patches)`.
         instruction_mask: True where a query may read a token, `(batch, seq_length, seq_length)`.
         update_mask: True at the queries that have a picture before them, `(batch, seq_length)`.
+        recorder: Takes down where the queries look, if somebody asked.
     """
 
     patch_features: torch.Tensor
@@ -185,6 +192,7 @@ class QueryContext(NamedTuple):
     patch_mask: torch.Tensor
     instruction_mask: torch.Tensor
     update_mask: torch.Tensor
+    recorder: QueryRecorder | None = None
 
 
 class EmbeddedQuery(nn.Module):
@@ -230,6 +238,9 @@ class EmbeddedQuery(nn.Module):
         patch_values = self.image_attention.v_proj(context.patch_features)
         keys, values = (states[context.tiles].flatten(1, 2) for states in (patch_keys, patch_values))
         seen = self.image_attention(guided, keys, values, context.patch_mask)
+        if context.recorder is not None:
+            num_heads = self.image_attention.num_heads
+            context.recorder.record(self.image_attention.q_proj(guided), keys, context.patch_mask, num_heads)
         return torch.where(context.update_mask.unsqueeze(-1), hidden_states + self.out_proj(seen), hidden_states)
 
 
@@ -268,13 +279,7 @@ class FlashSlothPreTrainedModel(FlashSlothTrainingMixin):
         """
         kwargs.setdefault("key_mapping", ORIGINAL_KEY_MAPPING)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        used = {pattern for conversion in model._weight_conversions or () for pattern in conversion.source_patterns}
-        if not used.isdisjoint(ORIGINAL_KEY_MAPPING):
-            # transformers would save the tensors under the names that it read, and answers would not end at `</s>`.
-            model._weight_conversions = None
-            if model.can_generate():
-                model.generation_config = original_generation_config(model.generation_config.to_dict(), model.config)
+        leave_original_layout(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
 
@@ -284,24 +289,19 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def __init__(self, config: FlashSlothConfig) -> None:
         config.check()
         super().__init__(config)
-        self.vision_tower = _without_unused_parts(AutoModel.from_config(config.vision_config))
+        self.vision_tower = build_vision_tower(config.vision_config)
         self.spatial_attention_pooling = SpatialAttentionPooling(
             hidden_size=config.vision_config.hidden_size,
             window_size=config.pooling_window_size,
             dropout=config.pooling_dropout,
         )
         self.multi_modal_projector = FlashSlothMultiModalProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = build_decoder(config.text_config)
         self.query_tokens = nn.Parameter(torch.empty(config.num_query_tokens, config.text_config.hidden_size))
         self.embedded_query = EmbeddedQuery(config)
-        layers = getattr(self.language_model, "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise TypeError(
-                f"FlashSloth needs a decoder with a list `layers`, but {type(self.language_model).__name__} has none; "
-                "choose another `text_config`, such as phi, llama or qwen3."
-            )
         # A bound method, so that a deep copy of the model calls its own module.
-        layers[config.query_layer_idx].register_forward_pre_hook(self._update_queries, with_kwargs=True)
+        layer = self.language_model.layers[config.query_layer_idx]
+        layer.register_forward_pre_hook(self._update_queries, with_kwargs=True)
         self.post_init()
 
     def _update_queries(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -413,14 +413,27 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         image_tokens = context = None
         if is_prompt:  # a single token is a step of `generate`, and holds neither picture nor question
             spans = PromptSpans.find(input_ids, self.config, num_cached_tiles, begins_instruction)
-            pictures = (pixel_values, patch_features)
-            inputs_embeds, image_tokens, context = self._embed_prompt(inputs_embeds, *pictures, spans)
+            is_plain_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+            counts = None if is_tracing(inputs_embeds) else spans.count(attention_mask if is_plain_mask else None)
+            if patch_features is None and pixel_values is not None and len(pixel_values):
+                patch_features = self._encode(pixel_values)
+            num_tiles = 0 if patch_features is None else patch_features.shape[0]
+            sizes = spans.bounds(self.config, num_tiles) if counts is None else counts.check(self.config, num_tiles)
+            inputs_embeds, image_tokens, context = self._embed_prompt(inputs_embeds, patch_features, spans, sizes)
+            # The decoder would read the mask to see that it is not needed. Without a cache, it needs one beside
+            # `position_ids`, from which it would guess at packed sequences otherwise.
+            if is_plain_mask and not sizes.is_padded and (position_ids is None or past_key_values is not None):
+                attention_mask = None
+        is_recorded = bool(kwargs.get("output_attentions")) and image_tokens is not None
+        recorder = QueryRecorder(spans.query_mask, self.config.num_query_tokens) if is_recorded else None
+        if self.language_model.config._attn_implementation != "eager":
+            kwargs.pop("output_attentions", None)  # fused attention has none to give, and warns
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            query_context=context,
+            query_context=context._replace(recorder=recorder) if is_recorded else context,
             **kwargs,
         )
         return FlashSlothModelOutputWithPast(
@@ -429,31 +442,22 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_tokens,
+            pooling_attentions=self.spatial_attention_pooling.window_weights(patch_features) if is_recorded else None,
+            query_attentions=recorder.weights if is_recorded else None,
         )
 
     def _embed_prompt(
-        self,
-        inputs_embeds: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        patch_features: torch.Tensor | None,
-        spans: PromptSpans,
+        self, inputs_embeds: torch.Tensor, patch_features: torch.Tensor | None, spans: PromptSpans, sizes: PromptSizes
     ) -> tuple[torch.Tensor, torch.Tensor | None, QueryContext | None]:
         """Put query and image tokens in their places, and gather what the Embedded Query module needs."""
-        pictures = pixel_values if patch_features is None else patch_features
-        num_tiles = 0 if pictures is None else pictures.shape[0]
-        if torch.compiler.is_compiling():  # the ids cannot be read: all tiles, or as many as a row has room for
-            tiles_per_row = min(num_tiles, spans.max_tiles_per_row(self.config))
-        else:
-            tiles_per_row = spans.check(self.config, num_tiles)
         inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
+        tiles_per_row = sizes.tiles_per_row
         is_blank = not tiles_per_row
         if is_blank:
             if not self.touches_every_module():
                 return inputs_embeds, None, None
             # A picture that no token stands for and no query reads: all its gradients are zero.
-            pixel_values, tiles_per_row = self._blank_tile(inputs_embeds), 1
-        if patch_features is None or is_blank:
-            patch_features = self._encode(pixel_values)
+            patch_features, tiles_per_row = self._encode(self._blank_tile(inputs_embeds)), 1
         image_tokens = self._pool(patch_features).to(inputs_embeds)
         inputs_embeds = self._insert_image_tokens(inputs_embeds, image_tokens, spans)
         context = self._query_context(patch_features, spans, tiles_per_row)
@@ -501,7 +505,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         )
 
 
-class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGenerationMixin):
+class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSaliencyMixin, FlashSlothGenerationMixin):
     """FlashSloth with its language-modelling head: answers questions about pictures."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -565,14 +569,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return FlashSlothCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        kept_outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return FlashSlothCausalLMOutputWithPast(loss=loss, logits=logits, **kept_outputs)
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """What some decoders' own heads do behind the matrix: Granite divides, Gemma 2 squashes."""
@@ -582,17 +580,6 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-
-def _without_unused_parts(tower: PreTrainedModel) -> PreTrainedModel:
-    """Take a vision tower's final norm, pooler and head away: FlashSloth reads its last layer's output as it is."""
-    for name in ("post_layernorm", "layernorm", "norm", "rms_norm"):
-        if isinstance(getattr(tower, name, None), nn.Module):
-            setattr(tower, name, nn.Identity())
-    for name in ("pooler", "head"):
-        if isinstance(getattr(tower, name, None), nn.Module):
-            setattr(tower, name, None)
-    return tower
 
 
 __all__ = ["FlashSlothForConditionalGeneration", "FlashSlothModel", "FlashSlothPreTrainedModel"]

@@ -2,9 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PHI_2 = {
     "model_type": "phi",
@@ -109,6 +113,17 @@ def original_generation_config(original: dict, config: PreTrainedConfig) -> Gene
     fields = {name: original[name] for name in names if original.get(name) is not None}
     fields |= {name: PHI_2[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GenerationConfig(**fields, suppress_tokens=[config.image_token_id, config.query_token_id])
+
+
+def leave_original_layout(model: "PreTrainedModel") -> None:
+    """Make a model that was read from an original release one of this package; others stay as they are."""
+    used = {pattern for conversion in model._weight_conversions or () for pattern in conversion.source_patterns}
+    if used.isdisjoint(ORIGINAL_KEY_MAPPING):
+        return
+    # transformers would save the tensors under the names that it read, and answers would not end at `</s>`.
+    model._weight_conversions = None
+    if model.can_generate():
+        model.generation_config = original_generation_config(model.generation_config.to_dict(), model.config)
 
 
 _GREEDY_FIELDS = ("num_beams", "repetition_penalty", "no_repeat_ngram_size")

@@ -11,13 +11,23 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import logging
 
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
+from .video_flashsloth import DEFAULT_NUM_FRAMES, video_frames
+
+try:
+    from starlette.exceptions import HTTPException  # `transformers serve` needs it
+except ImportError:
+    HTTPException = Exception
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -68,7 +78,8 @@ class ChatFormat(NamedTuple):
         """Chat template of this format.
 
         Pictures of a message stand before its text, whatever their place in the message, for a question reads the
-        pictures that stand before it. Answers, with their end token, are inside `{% generation %}`.
+        pictures that stand before it. Answers, with their end token, are inside `{% generation %}`. In a conversation
+        that goes on, answers may begin with `answer_prefix`, as the model wrote them; they do not get it twice.
 
         Returns:
             A Jinja template that writes the placeholders `<image>` and `<learnable>`.
@@ -111,7 +122,10 @@ TEMPLATE = r"""
         {{- @user_text@ ~ '<learnable>' ~ @user_suffix@ -}}
     {%- elif message['role'] == 'assistant' -%}
         {{- @generation_prompt@ -}}
-        {%- generation -%}{{- @answer_prefix@ ~ @assistant_text@ ~ @answer_end@ -}}{%- endgeneration -%}
+        {%- set answer = @assistant_text@ -%}
+        {%- set is_whole = add_generation_prompt and answer.startswith(@answer_prefix@) -%}
+        {%- set answer = answer if is_whole else @answer_prefix@ ~ answer -%}
+        {%- generation -%}{{- answer ~ @answer_end@ -}}{%- endgeneration -%}
         {{- @answer_suffix@ ~ ('' if loop.last else @joint@) -}}
     {%- else -%}
         {{- raise_exception('FlashSloth knows the roles user and assistant, and system for the first message if the '
@@ -133,6 +147,20 @@ def build_chat_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
         A Jinja template that writes the placeholders `<image>` and `<learnable>`, and the tokenizer's `eos_token`.
     """
     return ChatFormat(lead=system_prompt + " " if system_prompt else "").build_template()
+
+
+class ConversationError(ValueError, HTTPException):
+    """A conversation cannot be rendered: a picture is broken, a role unknown.
+
+    `transformers serve` answers an HTTPException with its status and text, and any other error with a bare 500.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.status_code, self.detail, self.headers = 400, message, None
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class FlashSlothProcessor(ProcessorMixin):
@@ -226,14 +254,18 @@ class FlashSlothProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
         """Render a conversation, or a batch; see `ProcessorMixin.apply_chat_template`.
 
-        Control tokens in the messages' text are kept apart with `GUARD`, so that they stay text.
+        Control tokens in the messages' text are kept apart with `GUARD`, so that they stay text. A video, in a part
+        `{"type": "video", "path": ...}`, or with `url` or `video`, becomes as many pictures as `video_frames` makes.
 
         Args:
             conversation: Messages with `role` and `content`, or a list of such conversations.
             *args: As for `ProcessorMixin.apply_chat_template`.
-            **kwargs: As for `ProcessorMixin.apply_chat_template`.
+            **kwargs: As for `ProcessorMixin.apply_chat_template`; `num_frames` (default: 8) of every video among them.
 
         Raises:
+            ConversationError: If a picture, a video or the conversation cannot be read; a ValueError.
+            TypeError: If `fps` is given.
+            ImportError: If it takes PyAV to read a video, and that is not installed.
             NotImplementedError: If a mask of the answers is asked for and transformers is too old to place it.
         """
         if kwargs.get("return_assistant_tokens_mask") and not hasattr(
@@ -243,7 +275,12 @@ class FlashSlothProcessor(ProcessorMixin):
                 "`return_assistant_tokens_mask` needs transformers 5.18 or newer: older ones misplace the mask when "
                 "placeholders are expanded. Update transformers, or build labels from the ids."
             )
-        return super().apply_chat_template(self.guard_control_tokens(conversation), *args, **kwargs)
+        num_frames = _take_num_frames(kwargs)
+        try:
+            conversation = _with_frames(self.guard_control_tokens(conversation), num_frames)
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        except (ValueError, TemplateError) as error:
+            raise ConversationError(str(error)) from error
 
     def guard_control_tokens(self, content: Any) -> Any:
         """Copy text, messages or conversations, with the control tokens in their text kept apart with `GUARD`."""
@@ -261,7 +298,10 @@ class FlashSlothProcessor(ProcessorMixin):
         """
         for modality in ("videos", "audio"):
             if kwargs.get(modality) is not None:
-                raise TypeError(f"FlashSloth reads pictures and text, but `{modality}` were passed; leave them out.")
+                raise TypeError(
+                    f"FlashSloth reads pictures and text, but `{modality}` were passed. Leave them out, or give a "
+                    "video as a part of a message, or as the pictures that `video_frames` makes of it."
+                )
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         rows = _as_list([] if images is None else images)
         is_nested = any(isinstance(row, (list, tuple)) for row in rows)
@@ -335,7 +375,7 @@ class FlashSlothProcessor(ProcessorMixin):
         return ["token_type_ids"]
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
-        """Refuse prompts that were truncated through image or query tokens."""
+        """Refuse prompts that were truncated through image or query tokens, and warn of those that are too long."""
         rows = text_inputs["input_ids"]
         rows = rows.tolist() if hasattr(rows, "tolist") else rows
         for token, token_id in ((self.image_token, self.image_token_id), (self.query_token, self.query_token_id)):
@@ -346,6 +386,14 @@ class FlashSlothProcessor(ProcessorMixin):
                         f"Row {row} has {expected} `{token}` tokens, but {found} are left after tokenization: the "
                         "prompt was truncated through them. Raise `max_length`, shorten the text, or do not truncate."
                     )
+        longest = max(rows, key=len, default=[])
+        if len(longest) > self.tokenizer.model_max_length:
+            num_image_tokens = max(list(ids).count(self.image_token_id) for ids in rows)
+            logger.warning(
+                f"A prompt has {len(longest)} tokens, {num_image_tokens} of them for "
+                f"{num_image_tokens // self.image_seq_length} tiles of pictures, but the model was made for "
+                f"{self.tokenizer.model_max_length}; expect worse answers, or give fewer pictures or frames."
+            )
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
         """Sort the arguments of a call by modality; unknown ones are refused instead of ignored."""
@@ -431,6 +479,35 @@ def _guarded_text(value: Any, pattern: re.Pattern) -> Any:
     if isinstance(value, str):
         return pattern.sub(lambda match: match.group()[0] + GUARD + match.group()[1:], value)
     return _guarded(value, pattern)
+
+
+def _take_num_frames(kwargs: dict[str, Any]) -> int:
+    """Take `num_frames` out of the arguments of `apply_chat_template`, where transformers has two places for it."""
+    kwargs["processor_kwargs"] = dict(kwargs.get("processor_kwargs") or {})
+    num_frames = DEFAULT_NUM_FRAMES
+    for place in (kwargs["processor_kwargs"], kwargs):
+        if place.pop("fps", None) is not None:
+            raise TypeError("FlashSloth takes a number of frames from a video, whatever its length; pass `num_frames`.")
+        num_frames = place.pop("num_frames", num_frames)
+    return num_frames
+
+
+def _with_frames(node: Any, num_frames: int) -> Any:
+    """Copy conversations or messages, with the frames of their videos as pictures."""
+    if isinstance(node, list):
+        return [_with_frames(item, num_frames) for item in node]
+    if isinstance(node, dict) and isinstance(node.get("content"), list):
+        return node | {"content": [part for parts in node["content"] for part in _frame_parts(parts, num_frames)]}
+    return node
+
+
+def _frame_parts(part: Any, num_frames: int) -> list:
+    if not (isinstance(part, dict) and part.get("type") == "video"):
+        return [part]
+    sources = [part[key] for key in ("video", "url", "path") if key in part]
+    if not sources:
+        raise ValueError(f"A video needs `path`, `url` or `video`, but the part has {sorted(part)}.")
+    return [{"type": "image", "image": frame} for frame in video_frames(sources[0], num_frames)]
 
 
 def _as_list(images: Any) -> list:

@@ -3,8 +3,8 @@ r"""Where pictures, questions and queries stand in a batch of prompts.
     … USER: <image>×81 \n question <query>×9 ASSISTANT: answer </s>USER: question 2 <query>×9 ASSISTANT:
                          └instruction┘└block┘                         └instruction┘└block┘
 
-All of it follows from the ids, by masks over the sequence: no loops over rows, no padding copies, and no value is read
-from the device, except to refuse prompts that cannot be answered right.
+All of it follows from the ids, by masks over the sequence: no loops over rows, no padding copies, and nothing waits for
+the device: what the host has to know, to refuse prompts that cannot be answered right, is copied to it on the side.
 """
 
 from typing import NamedTuple
@@ -86,33 +86,70 @@ class PromptSpans(NamedTuple):
             is_complete=is_complete,
         )
 
-    def max_tiles_per_row(self, config: FlashSlothConfig) -> int | float:
-        """How many tiles a row may read, as far as the shapes tell: every one has its image tokens in this call.
+    def bounds(self, config: FlashSlothConfig, num_tiles: int) -> "PromptSizes":
+        """What the shapes alone tell, for graphs that are traced once for prompts of many kinds.
 
-        Not so if some are in the cache; then there is no bound but the number of all tiles.
+        A row has room for so many tiles, unless some of them are in the cache.
         """
-        return self.image_mask.shape[1] // config.image_seq_length if self.is_complete else torch.inf
+        if self.is_complete:
+            num_tiles = min(num_tiles, self.image_mask.shape[1] // config.image_seq_length)
+        return PromptSizes(tiles_per_row=num_tiles, is_padded=True)
 
-    def check(self, config: FlashSlothConfig, num_tiles: int) -> int:
-        """Refuse prompts that cannot be answered right. Reads a few numbers a row from the device, once.
+    def count(self, attention_mask: torch.Tensor | None = None) -> "PromptCounts":
+        """Begin to copy to the host what tells whether the prompts can be answered.
 
         Args:
-            config: Counts.
-            num_tiles: Tiles in `pixel_values`.
-
-        Returns:
-            How many tiles the row with most of them reads; 0 if this call has neither image nor query tokens.
-
-        Raises:
-            ValueError: If image tokens and pictures differ in number, image or query tokens were cut, or a query
-                block has lost its question.
+            attention_mask: `(batch, any_length)`, 0 at padding; `None`: there is none.
         """
         after_query = nn.functional.pad(self.query_mask[:, :-1], (1, 0))
         torn = (self.query_mask & (self.query_rank > 0) & ~after_query).any(dim=1)
         lost = (self.query_mask & (self.num_tiles_before > 0) & (self.instruction_start < 0)).any(dim=1)
         facts = (self.num_image_tokens, self.num_cached_tiles, self.query_mask.sum(dim=1), torn, lost)
-        rows = torch.stack(facts, dim=1).tolist()
-        for row, (num_image_tokens, _, num_queries, is_torn, is_lost) in enumerate(rows):
+        has_padding = torch.zeros_like(torn) if attention_mask is None else (attention_mask == 0).any(dim=1)
+        return PromptCounts(torch.stack((*facts, has_padding), dim=1))
+
+
+class PromptSizes(NamedTuple):
+    """Sizes of a batch of prompts.
+
+    Attributes:
+        tiles_per_row: How many tiles the row with most of them reads; 0 if there are neither image nor query tokens.
+        is_padded: Whether there may be padding.
+    """
+
+    tiles_per_row: int
+    is_padded: bool
+
+
+class PromptCounts:
+    """A few numbers of every row, on their way to the host.
+
+    Whoever queues work for the device before asking for them does not keep it waiting: they arrive before that work
+    begins.
+
+    Args:
+        counts: Whole numbers, `(batch, 6)`.
+    """
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        self._rows = counts.to("cpu", non_blocking=counts.is_cuda)
+        self._arrival = torch.cuda.current_stream(counts.device).record_event() if counts.is_cuda else None
+
+    def check(self, config: FlashSlothConfig, num_tiles: int) -> PromptSizes:
+        """Refuse prompts that cannot be answered right.
+
+        Args:
+            config: Counts.
+            num_tiles: Tiles in `pixel_values`.
+
+        Raises:
+            ValueError: If image tokens and pictures differ in number, image or query tokens were cut, or a query
+                block has lost its question.
+        """
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        rows = self._rows.tolist()
+        for row, (num_image_tokens, _, num_queries, is_torn, is_lost, _) in enumerate(rows):
             if num_image_tokens % config.image_seq_length:
                 raise ValueError(
                     f"Row {row} has {num_image_tokens} image tokens, but a tile has {config.image_seq_length}: the "
@@ -132,9 +169,9 @@ class PromptSpans(NamedTuple):
                     "format, `USER: <image>\\nQUESTION<learnable> ASSISTANT:`."
                 )
         _check_tile_count(rows, config, num_tiles)
-        if not any(row[0] or row[2] for row in rows):
-            return 0
-        return max(row[0] // config.image_seq_length + row[1] for row in rows)
+        is_used = any(row[0] or row[2] for row in rows)
+        tiles_per_row = max(row[0] // config.image_seq_length + row[1] for row in rows) if is_used else 0
+        return PromptSizes(tiles_per_row, is_padded=any(row[-1] for row in rows))
 
 
 def _check_tile_count(rows: list[list[int]], config: FlashSlothConfig, num_tiles: int) -> None:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from transformers.initialization import no_init_weights
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
-from flashsloth.prompt_flashsloth import PromptSpans
+from flashsloth.prompt_flashsloth import PromptSizes, PromptSpans
 from flashsloth.training.trainer import freeze_for_stage
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ MODELS = ("FlashSloth", "all patches")
 STAGES = (1, 2)
 TEXT_TOKENS = {1: 40, 2: 256}  # a caption; a short conversation
 TOTAL_ROWS = 8
+ONE_TILE = PromptSizes(tiles_per_row=1, is_padded=False)
 ROWS = {"cpu": (64, 128), "cuda": (8, 16)}  # with few rows the peak may be that of the gradients, with many none fits
 SMALL = {  # every width a tenth of the released one, or nearly
     "text_config": {
@@ -202,8 +203,8 @@ def peak_memory(case: Case, size: str, batch_size: int, device: str) -> tuple[in
         torch.cuda.reset_peak_memory_stats()
         training.compute_gradients()
         return training.state_bytes(), torch.cuda.max_memory_allocated() - before
-    # Fake tensors have no values to begin with or to check; a row of this benchmark has one tile.
-    with FakeTensorMode(), no_init_weights(), mock.patch.object(PromptSpans, "check", return_value=1):
+    # Fake tensors have no values to begin with or to count; a row of this benchmark has one tile.
+    with FakeTensorMode(), no_init_weights(), mock.patch.object(PromptSpans, "bounds", return_value=ONE_TILE):
         training = Training(case, size, batch_size, device)
         with PeakMemory() as memory:
             training.compute_gradients()

@@ -1,8 +1,10 @@
-"""Attention on CUDA: fused everywhere, and the same in every implementation. Skipped without a GPU."""
+"""On CUDA, attention is fused everywhere and the same in every implementation, the first token waits for nothing, and
+decoding is one graph. Skipped without a GPU."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
 from transformers.utils import is_flash_attn_2_available
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
@@ -75,3 +77,54 @@ def test_generation_agrees_with_the_cpu(model, ask, pictures):
     finally:
         model.to("cpu")
     assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("num_tiles", [1, 5])
+@torch.no_grad()
+def test_nothing_waits_for_the_device_before_the_first_token(inputs, num_tiles):
+    model = released_widths("sdpa")
+    row = 1 if num_tiles == 1 else 0
+    is_text = inputs["attention_mask"][row].bool()
+    prompt = {name: inputs[name][row : row + 1, is_text] for name in ("input_ids", "attention_mask")}
+    prompt["pixel_values"] = inputs["pixel_values"][:num_tiles]
+
+    def first_token(**changes):
+        positions = torch.arange(prompt["input_ids"].shape[1], device="cuda").unsqueeze(0)
+        cache = DynamicCache(config=model.config.get_text_config())
+        logits = model(
+            **prompt | changes, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+        return logits.argmax(dim=-1)
+
+    expected = first_token()  # libraries and memory are set up, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = first_token()
+        with pytest.raises(ValueError, match="build both with"):  # the wait is not paid for with silence
+            first_token(pixel_values=torch.cat([prompt["pixel_values"]] * 2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
+
+
+def test_decoding_is_compiled_once_for_all_pictures_and_questions(model, ask, pictures):
+    prompts = [
+        ask([(pictures[:1], "What is it?")]),
+        ask([(pictures[1:2], "What is it? Or is it something else?")]),
+        ask([(pictures[2:3], "Is it so?")], do_image_splitting=True),
+    ]
+    greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    static = {"cache_implementation": "static", "max_cache_len": 360}
+    torch._dynamo.reset()
+    model.to("cuda")
+    try:
+        cache = model.picture_cache(max_cache_len=360)
+        for number, prompt in enumerate(prompts):
+            prompt.to("cuda")
+            expected = model.generate(**prompt, **greedy)
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                assert torch.equal(model.generate(**prompt, **greedy, **static), expected)
+                assert torch.equal(model.generate(**cache(prompt), **greedy), expected)
+    finally:
+        model.to("cpu")
+        torch._dynamo.reset()

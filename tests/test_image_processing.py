@@ -522,3 +522,27 @@ def test_the_defaults_are_those_of_the_released_checkpoints():
     assert settings["rescale_factor"] == 1 / 255
     assert settings["do_image_splitting"] is False
     assert FlashSlothImageProcessor.model_input_names == ["pixel_values"]
+
+
+@pytest.fixture
+def four_threads():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("do_image_splitting", [False, True])
+def test_threads_give_the_bits_of_one_picture_at_a_time(processor, four_threads, do_image_splitting):
+    options = {"do_image_splitting": do_image_splitting, "return_tensors": "np"}
+    alone = [processor(Image.open(path), **options)["pixel_values"] for path in FILES.values()]
+    together = processor([Image.open(path) for path in FILES.values()], **options)["pixel_values"]
+    assert np.array_equal(together, np.concatenate(alone))
+    same = Image.open(next(iter(FILES.values())))  # opened, not read: no two threads may read it
+    assert np.array_equal(processor([same] * 4, **options)["pixel_values"], np.concatenate(alone[:1] * 4))
+
+
+def test_an_error_in_a_thread_names_the_picture(processor, picture, four_threads):
+    broken = np.full((6, 8, 3), np.nan, dtype=np.float32)
+    with pytest.raises(ValueError, match="finite pixels in picture 2"):
+        processor([picture, picture.copy(), broken, picture.copy()])

@@ -1,0 +1,285 @@
+r"""What the model looked at, and what its answers depend on, drawn over the pictures.
+
+output = model.generate(**inputs, output_attentions=True, return_dict_in_generate=True)
+sizes = [(picture.height, picture.width)]
+looked = model.heat_maps(output, inputs["input_ids"], sizes)
+overlay(picture, looked.questions[0][0])  # where the queries of the first question looked, on the first picture
+overlay(picture, model.answer_maps(inputs, output.sequences, sizes)[0])  # which patches the answer depends on
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
+
+from .configuration_flashsloth import FlashSlothConfig
+from .image_processing_flashsloth import tile_boxes
+from .prompt_flashsloth import PromptSpans
+
+# Red, green and blue (0 to 255) and opacity (0 to 1) that `overlay` gives to heats from none to the greatest.
+HEAT_COLOURS = ((0, 0, 0, 0.6), (130, 0, 40, 0.55), (235, 70, 30, 0.5), (255, 190, 40, 0.55), (255, 255, 200, 0.7))
+
+_looks: ContextVar[list[dict[str, torch.Tensor]] | None] = ContextVar("looks", default=None)
+
+
+class QueryRecorder:
+    """Takes down where the queries of one call look. It lives as long as the call.
+
+    Args:
+        query_mask: True at query tokens, `(batch, seq_length)`.
+        num_query_tokens: Query tokens of a question.
+
+    Attributes:
+        weights: Attention of every question's queries to the patches of its row, in order of rows and questions,
+            `(num_questions, num_heads, num_query_tokens, num_keys)`, float32; `None`: nothing was recorded yet.
+    """
+
+    def __init__(self, query_mask: torch.Tensor, num_query_tokens: int) -> None:
+        self.query_mask, self.num_query_tokens = query_mask, num_query_tokens
+        self.weights: torch.Tensor | None = None
+
+    def record(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, num_heads: int) -> None:
+        """Compute the weights that fused attention keeps to itself, at the queries only.
+
+        Args:
+            queries: Projected, `(batch, seq_length, width)`.
+            keys: Projected, `(batch, num_keys, width)`.
+            mask: True where a position may look, `(batch, seq_length, num_keys)`.
+            num_heads: Heads into which the width is divided.
+        """
+        rows = self.query_mask.nonzero()[:: self.num_query_tokens, 0]
+        queries, mask = (
+            states[self.query_mask].unflatten(0, (-1, self.num_query_tokens)) for states in (queries, mask)
+        )
+        queries, keys = (states.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for states in (queries, keys))
+        scores = queries @ keys[rows].mT * queries.shape[-1] ** -0.5
+        mask = mask.unsqueeze(1)  # (num_questions, 1, num_query_tokens, num_keys)
+        self.weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1) * mask
+
+
+class HeatMaps(NamedTuple):
+    """Attention over pictures, in their pixels: `(height, width)`, float32.
+
+    Attributes:
+        questions: One list for each question, with the map of every picture that stands before it in its row. All
+            maps of a question sum to 1; with high-definition tiles, to what did not fall on their padding.
+        pooling: One map for each picture. Every window of a tile sums to 1, but for what fell on padding.
+    """
+
+    questions: list[list[torch.Tensor]]
+    pooling: list[torch.Tensor]
+
+
+class FlashSlothSaliencyMixin(GenerationMixin):
+    """Keeps what `generate` saw of a prompt, and turns attention into maps."""
+
+    config: FlashSlothConfig
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate; see `GenerationMixin.generate`.
+
+        With `output_attentions=True` and `return_dict_in_generate=True`, the output also has the prompt's
+        `pooling_attentions` and `query_attentions`, one set for each row that was generated from.
+        """
+        looks: list[dict[str, torch.Tensor]] = []
+        token = _looks.set(looks)  # of this call alone, in whatever thread it runs
+        try:
+            output = super().generate(*args, **kwargs)
+        finally:
+            _looks.reset(token)
+        if looks and isinstance(output, ModelOutput):
+            for name, weights in looks[-1].items():
+                output[name] = weights
+        return output
+
+    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        looks = _looks.get()
+        if looks is not None and outputs.get("query_attentions") is not None:
+            looks.append({name: outputs[name] for name in ("pooling_attentions", "query_attentions")})
+        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
+
+    def heat_maps(
+        self,
+        outputs: ModelOutput,
+        input_ids: torch.LongTensor,
+        image_sizes: Sequence[tuple[int, int]],
+        head: int | None = None,
+    ) -> HeatMaps:
+        """Where the model looked, over the pictures.
+
+        Args:
+            outputs: What the model or `generate` returned with `output_attentions=True`.
+            input_ids: The prompts, as the processor gave them, `(batch, seq_length)`. Of one prompt that was answered
+                on a cache, the outputs may hold the last questions only.
+            image_sizes: Height and width in pixels of all pictures of all rows, in order.
+            head: The head of the Embedded Query module whose attention is wanted; default: the mean of all. Of the
+                query tokens of a question, the mean is taken.
+
+        Raises:
+            ValueError: If the outputs have no attention to patches, or do not fit prompts and pictures.
+        """
+        pooling, queries = outputs.get("pooling_attentions"), outputs.get("query_attentions")
+        if pooling is None or queries is None:
+            raise ValueError(
+                "The outputs have no `query_attentions`; call the model with `output_attentions=True`, and `generate` "
+                "with `return_dict_in_generate=True` as well, on prompts with a picture."
+            )
+        pooling_maps = self._picture_maps(pooling_to_patches(pooling), image_sizes)
+        tiles_per_picture = len(pooling) // len(image_sizes)
+        spans = PromptSpans.find(input_ids, self.config)
+        asked = (spans.query_mask & (spans.query_rank == 0)).nonzero()  # (num_questions, 2)
+        if len(asked) > len(queries) and len(input_ids) == 1:
+            asked = asked[len(asked) - len(queries) :]
+        if len(asked) != len(queries):
+            raise ValueError(
+                f"The outputs have attention of {len(queries)} questions, but `input_ids` has {len(asked)}; pass the "
+                "ids that the outputs belong to, with every row repeated as often as `generate` did."
+            )
+        weights = queries.mean(dim=2)
+        weights = weights.mean(dim=1) if head is None else weights[:, head]
+        weights = weights.unflatten(-1, (-1, self.config.num_patches))  # (num_questions, tiles_per_row, num_patches)
+        questions = []
+        for tiles, (row, position) in zip(weights, asked.tolist(), strict=True):
+            num_tiles, first = int(spans.num_tiles_before[row, position]), int(spans.first_tile[row])
+            sizes = image_sizes[first // tiles_per_picture : (first + num_tiles) // tiles_per_picture]
+            questions.append(self._picture_maps(tiles[:num_tiles], sizes))
+        return HeatMaps(questions, pooling_maps)
+
+    def answer_maps(
+        self, inputs: Mapping[str, Any], sequences: torch.LongTensor, image_sizes: Sequence[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """Which patches the answers depend on, whether by the image tokens or by the queries.
+
+        Attention tells where a module looks, but not whether that matters. This is the norm of the gradient of an
+        answer's log-probability by the features of every patch: one pass forward and backward over prompt and answer.
+
+        Args:
+            inputs: What the processor gave, or a picture cache made of it.
+            sequences: What `generate` made of them: prompts and answers, `(batch, longer_seq_length)`.
+            image_sizes: Height and width in pixels of all pictures of all rows, in order.
+
+        Returns:
+            One map for each picture, `(height, width)`, float32. Those of a row sum to 1; with high-definition tiles,
+            to what did not fall on their padding.
+
+        Raises:
+            ValueError: If there is no picture, or the arguments do not belong together.
+        """
+        prompts, patches = inputs["input_ids"].to(self.device), inputs.get("patch_features")
+        if (patches is None and inputs.get("pixel_values") is None) or len(prompts) != len(sequences):
+            raise ValueError(
+                f"An answer's map needs pictures and one prompt for each answer, but found {len(prompts)} prompts, "
+                f"{len(sequences)} answers and inputs {sorted(inputs)}; repeat prompts as often as `generate` did."
+            )
+        if patches is None:
+            with torch.no_grad():
+                patches = self.get_image_features(inputs["pixel_values"].to(self.device)).last_hidden_state
+        patches = patches.detach().requires_grad_()
+        answers = sequences[:, prompts.shape[1] :]
+        is_answer = answers != self.generation_config.pad_token_id
+        mask = inputs.get("attention_mask", torch.ones_like(prompts)).to(self.device)
+        with torch.enable_grad():
+            logits = self(
+                input_ids=sequences,
+                attention_mask=torch.cat([mask, torch.ones_like(answers)], dim=1),
+                patch_features=patches,
+                logits_to_keep=answers.shape[1] + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+            log_probs = logits.float().log_softmax(dim=-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+            (gradient,) = torch.autograd.grad((log_probs * is_answer).sum(), patches)
+        weights = gradient.float().norm(dim=-1)  # (num_tiles, num_patches)
+        num_tiles = (prompts == self.config.image_token_id).sum(dim=1) // self.config.image_seq_length
+        rows = [row / row.sum().clamp(min=torch.finfo(row.dtype).tiny) for row in weights.split(num_tiles.tolist())]
+        return self._picture_maps(torch.cat(rows), image_sizes)
+
+    def _picture_maps(self, weights: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """The map of every picture, from the weights of all their tiles, `(num_tiles, num_patches)`."""
+        num_tiles, rest = divmod(len(weights), max(len(image_sizes), 1))
+        if rest:
+            raise ValueError(
+                f"{len(image_sizes)} pictures cannot have {len(weights)} tiles; give `image_sizes` the height and "
+                "width of every picture of every row, in order."
+            )
+        tower = self.config.vision_config  # its sizes are numbers or pairs of them
+        patch_size = float(np.ravel(tower.patch_size)[0] / np.ravel(tower.image_size)[0])
+        parts = (weights[i * num_tiles : (i + 1) * num_tiles] for i in range(len(image_sizes)))
+        return [heat_map(part, size, patch_size) for part, size in zip(parts, image_sizes, strict=True)]
+
+
+def heat_map(weights: torch.Tensor, image_size: tuple[int, int], patch_size: float) -> torch.Tensor:
+    """Spread the weights of a picture's patches evenly over the pixels that they cover.
+
+    Args:
+        weights: `(num_tiles, num_patches)` of one picture: its one tile, or the five of high definition.
+        image_size: Height and width of the picture in pixels.
+        patch_size: Side of a patch as a fraction of the tile's. (Patches need not fill a tile: 27 of 14 pixels are 378
+            of 384.)
+
+    Returns:
+        `(height, width)`, float32: the sum of all tiles. Its sum is that of the weights, but for what lies on padding.
+
+    Raises:
+        ValueError: If a picture cannot have so many tiles.
+    """
+    height, width = image_size
+    heat = weights.new_zeros(height, width, dtype=torch.float32)
+    grids = weights.float().unflatten(1, (math.isqrt(weights.shape[1]), -1))
+    for grid, (left, top, right, bottom) in zip(grids, tile_boxes(height, width, len(grids)), strict=True):
+        rows = _shares(len(grid), top, patch_size * (bottom - top), height)
+        columns = _shares(len(grid), left, patch_size * (right - left), width)
+        heat += rows.T.to(grid) @ grid @ columns.to(grid)
+    return heat
+
+
+def _shares(num_patches: int, start: float, patch_size: float, num_pixels: int) -> torch.Tensor:
+    """How much of every patch lies on every pixel along one axis, `(num_patches, num_pixels)`, at most 1 in all."""
+    patches = start + patch_size * torch.arange(num_patches + 1, dtype=torch.float64)
+    pixels = torch.arange(num_pixels + 1, dtype=torch.float64)
+    begin = torch.maximum(patches[:-1].unsqueeze(1), pixels[:-1])
+    end = torch.minimum(patches[1:].unsqueeze(1), pixels[1:])
+    return (end - begin).clamp(min=0) / patch_size
+
+
+def pooling_to_patches(weights: torch.Tensor) -> torch.Tensor:
+    """Bring the weights of windows, `(num_tiles, num_windows, window_size**2)`, into the order of the patches.
+
+    Returns:
+        `(num_tiles, num_patches)`, patches row by row.
+    """
+    num_tiles, num_windows, area = weights.shape
+    windows, side = math.isqrt(num_windows), math.isqrt(area)
+    return weights.view(num_tiles, windows, windows, side, side).transpose(2, 3).reshape(num_tiles, -1)
+
+
+def overlay(picture: Image.Image, heat: torch.Tensor) -> Image.Image:
+    """Draw a heat map over its picture: dark where there is nothing, glowing where there is most.
+
+    Args:
+        picture: Of any mode.
+        heat: `(height, width)` of the picture, not negative; scaled so that the greatest heat glows brightest.
+
+    Returns:
+        A new RGB picture of the same size.
+
+    Raises:
+        ValueError: If picture and map differ in size.
+    """
+    levels = heat.detach().float().cpu().numpy()
+    if levels.shape != (picture.height, picture.width):
+        raise ValueError(
+            f"The map is {levels.shape[1]}x{levels.shape[0]} pixels, but the picture {picture.width}x{picture.height}; "
+            "give `heat_maps` the (height, width) of this picture."
+        )
+    levels = levels / max(levels.max(), np.finfo(levels.dtype).tiny)
+    steps = np.linspace(0, 1, len(HEAT_COLOURS))
+    glow = np.stack([np.interp(levels, steps, values) for values in zip(*HEAT_COLOURS, strict=True)], axis=-1)
+    colours, opacity = glow[..., :3], glow[..., 3:]
+    pixels = np.asarray(picture.convert("RGB")) * (1 - opacity) + colours * opacity
+    return Image.fromarray(pixels.round().astype(np.uint8))

@@ -1,0 +1,42 @@
+"""The networks of transformers are built so that none of their steps is wasted, and compute what they always did."""
+
+import pytest
+import torch
+from torch.profiler import profile
+from transformers import AutoModel
+from transformers.activations import ACT2FN
+
+from flashsloth.backbones_flashsloth import build_decoder, build_vision_tower
+
+
+def layer_inputs(tower, pixel_values):
+    """What every layer of a vision tower reads."""
+    inputs = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in tower.encoder.layers]
+    with torch.no_grad():
+        tower(pixel_values)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+@pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model"])
+def test_patches_lie_in_memory_as_the_layers_read_them(make_config, family):
+    config = make_config(vision_config={**make_config().vision_config.to_dict(), "model_type": family}).vision_config
+    tower, plain = build_vision_tower(config).eval(), AutoModel.from_config(config).eval()
+    plain.load_state_dict(tower.state_dict(), strict=False)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    inputs = layer_inputs(tower, pixel_values)
+    assert all(states.is_contiguous() for states in inputs)
+    assert all(map(torch.equal, inputs, layer_inputs(plain, pixel_values)))
+
+
+def test_phis_activation_is_the_same_function_in_one_kernel(make_config):
+    config = make_config().text_config
+    config.hidden_act = "gelu_new"
+    fused = build_decoder(config).layers[0].mlp.activation_fn
+    states = torch.linspace(-8, 8, 1001)
+    torch.testing.assert_close(fused(states), ACT2FN["gelu_new"](states), atol=1e-6, rtol=0)
+    with profile() as kernels:
+        fused(states)
+    assert [event.name for event in kernels.events() if event.name.startswith("aten::")] == ["aten::gelu"]

@@ -1,0 +1,184 @@
+"""Frames of a video as pictures: FlashSloth reads a clip as a few pictures in order, for as many tokens each.
+
+What Pillow opens (GIF, animated PNG and WebP) and folders of pictures need nothing else; films need PyAV.
+"""
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .image_processing_flashsloth import PICTURE_ERRORS, FlashSlothImageProcessor
+
+DEFAULT_NUM_FRAMES = 8
+
+# HD reads a picture at twice the side of a tile, 768 pixels with the released sizes.
+MAX_SIDE = 1024
+
+# Pillow opens films as well (MPEG), to say that it cannot read them.
+ANIMATIONS = ("GIF", "PNG", "WEBP")
+
+# From so many frames on, seeking the wanted ones beats decoding all, in the formats that tell the time of every frame.
+LONG_FILM = 500
+TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+
+
+def video_frames(source: Any, num_frames: int = DEFAULT_NUM_FRAMES, *, max_side: int = MAX_SIDE) -> list[Image.Image]:
+    """Frames of a clip at even distances, the first and the last one included.
+
+    One frame is decoded at a time, and only those that are asked for are kept, so a film of any length takes the memory
+    of `num_frames` pictures.
+
+    Args:
+        source: A film's file or URL, an animated GIF, PNG or WebP, a folder of pictures in the order of their names
+            (`frame-9.png` before `frame-10.png`), or a sequence of frames: pictures as the image processor takes
+            them, or an array `(num_frames, height, width, channels)`.
+        num_frames: Most frames to take; a clip that has fewer gives all it has. One: the first.
+        max_side: Longest side of a frame, in pixels; larger ones are scaled down.
+
+    Returns:
+        Pictures in RGB, in order.
+
+    Raises:
+        ValueError: If there is no such clip, it has no frames, or it cannot be read to its end.
+        TypeError: If the source is nothing of the kind.
+        ImportError: If it takes PyAV to read it, and that is not installed.
+    """
+    if num_frames < 1:
+        raise ValueError(f"Expected `num_frames` of 1 or more, found {num_frames}.")
+    processor = FlashSlothImageProcessor()
+    pictures = []
+    for index, frame in enumerate(_sampled(source, num_frames)):
+        picture = processor.process_image(processor.fetch_images(frame), name=f"frame {index} of those taken")
+        is_large = max(picture.size) > max_side
+        pictures.append(ImageOps.contain(picture, (max_side, max_side)) if is_large else picture)
+    if not pictures:
+        raise ValueError(f"Expected one frame or more, found none in {_shown(source)}.")
+    return pictures
+
+
+def _sampled(source: Any, num_frames: int) -> Iterator[Any]:
+    if isinstance(source, str | os.PathLike):
+        yield from _sampled_from_path(os.fspath(source), num_frames)
+    elif isinstance(source, Sequence) or getattr(source, "ndim", 0) == 4:
+        yield from (source[index] for index in _spread(len(source), num_frames))
+    else:
+        raise TypeError(
+            "Expected a video as a path, a URL, a sequence of frames or an array (num_frames, height, width, channels),"
+            f" found {type(source).__name__}; make a list of what can only be read once."
+        )
+
+
+def _spread(count: int, num_frames: int) -> list[int]:
+    """Indices at even distances from the first to the last of `count`."""
+    return np.linspace(0, count - 1, min(count, num_frames)).round().astype(int).tolist()
+
+
+def _sampled_from_path(path: str, num_frames: int) -> Iterator[Any]:
+    is_url = path.startswith(("http://", "https://"))
+    if not (is_url or Path(path).exists()):
+        raise ValueError(f"Expected the path or http(s) URL of a video, or a folder of pictures, found {_shown(path)}.")
+    if Path(path).is_dir():
+        frames = _frame_files(Path(path))
+        yield from (frames[index] for index in _spread(len(frames), num_frames))
+        return
+    try:
+        animation = None if is_url else Image.open(path, formats=ANIMATIONS)
+    except PICTURE_ERRORS:
+        animation = None
+    yield from _film(path, num_frames) if animation is None else _animation(animation, path, num_frames)
+
+
+def _frame_files(folder: Path) -> list[Path]:
+    """Pictures of a folder by name, numbers in names by their value."""
+    known = Image.registered_extensions()
+    frames = [file for file in folder.iterdir() if file.suffix.lower() in known]
+    return sorted(frames, key=_natural_order)
+
+
+def _natural_order(file: Path) -> list[str | int]:
+    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"([0-9]+)", file.name)]
+
+
+def _animation(image: Image.Image, path: str, num_frames: int) -> Iterator[Image.Image]:
+    try:
+        with image:
+            for index in _spread(getattr(image, "n_frames", 1), num_frames):
+                image.seek(index)
+                yield image.copy()
+    except PICTURE_ERRORS as error:
+        raise _broken(path, error) from error
+
+
+def _film(path: str, num_frames: int) -> Iterator[Image.Image]:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            f'Reading {path} needs PyAV; install it with `pip install "flashsloth[video]"` or `pip install av`. Lists '
+            "and folders of pictures, and GIFs, do without it."
+        ) from error
+    try:
+        for frame in _film_frames(av.open, path, num_frames):
+            yield frame.to_image().rotate(frame.rotation, expand=True)  # telephones store portraits lying
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise _broken(path, error) from error
+
+
+def _film_frames(open_film: Callable, path: str, num_frames: int) -> Iterator[Any]:
+    with open_film(path) as film:
+        if film.format.name in TIMED_FORMATS:
+            packets = [
+                _Packet(packet.pts, packet.dts, packet.is_keyframe)
+                for packet in film.demux(video=0)
+                if not packet.is_discard
+            ]
+            packets = sorted(packet for packet in packets if packet.shown is not None)
+            if len(packets) >= LONG_FILM:
+                yield from _sought(film, packets, num_frames)
+                return
+    # Only decoding counts frames right in every format: packets may hold half a frame, or one that is never shown.
+    with open_film(path) as film:
+        wanted = set(_spread(sum(1 for _ in film.decode(video=0)), num_frames))
+    with open_film(path) as film:
+        yield from (frame for index, frame in enumerate(film.decode(video=0)) if index in wanted)
+
+
+def _sought(film: Any, packets: list["_Packet"], num_frames: int) -> Iterator[Any]:
+    """Frames of a long film, each decoded from the key frame before it."""
+    film.streams.video[0].thread_type = "AUTO"
+    keys = [packet for packet in packets if packet.is_key]
+    for time in [packets[index].shown for index in _spread(len(packets), num_frames)]:
+        key = keys[max(0, bisect_right([key.shown for key in keys], time) - 1)]
+        film.seek(key.shown if key.decoded is None else min(key.shown, key.decoded), stream=film.streams.video[0])
+        frame = next((frame for frame in film.decode(video=0) if frame.pts >= time), None)
+        if frame is None:
+            raise EOFError(f"it ends before frame {time}")
+        yield frame
+
+
+class _Packet(NamedTuple):
+    """When a packet's frame is shown and decoded, in the film's own unit; `None`: not told."""
+
+    shown: int | None
+    decoded: int | None
+    is_key: bool
+
+
+def _broken(path: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"Expected a complete video, found {_shown(path)}, which cannot be read ({type(error).__name__}: "
+        f"{str(error)[:200]}); save it again, or give its frames as pictures."
+    )
+
+
+def _shown(source: Any) -> str:
+    return repr(os.fspath(source)[:80]) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
+
+
+__all__ = ["video_frames"]
