@@ -1,0 +1,272 @@
+"""`transformers serve` on the shipped checkpoint, as docs/serving.md starts it, asked by the `openai` client."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from openai import BadRequestError, OpenAI
+from PIL import Image
+from scenes import describe, draw, scene_at
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+SHAPES_TEXT = (
+    "a yellow star top left, an orange square top right, a green circle bottom left, a purple cross bottom right"
+)
+START_TIMEOUT = 240  # seconds
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(home, *options):
+    """The address of a server that runs the page's command in a process of its own, without the package's help."""
+    command = next(line for block in blocks("bash") for line in block.splitlines() if line.startswith("transformers "))
+    port, log = free_port(), home / "log.txt"
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    program, *arguments = shlex.split(command)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name(program)), *arguments, "--port", str(port), *options],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        for _ in range(2 * START_TIMEOUT):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health"):
+                break
+            assert process.poll() is None, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield f"http://localhost:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def client(home):
+    with serving(home) as url:
+        yield OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+
+
+def data_url(content):
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def shown(name):
+    return data_url((ROOT / "examples" / f"{name}.png").read_bytes())
+
+
+def user(*parts):
+    """A turn of texts and of URLs of pictures."""
+    return {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": part}} if ":" in part else {"type": "text", "text": part}
+            for part in parts
+        ],
+    }
+
+
+def ask(client, *messages, model=".", **kwargs):
+    completion = client.chat.completions.create(model=model, messages=messages, max_tokens=50, **kwargs)
+    return completion.choices[0].message.content.strip()
+
+
+def stream(client, *messages, **kwargs):
+    chunks = client.chat.completions.create(model=".", messages=messages, max_tokens=50, stream=True, **kwargs)
+    return [chunk.choices[0].delta.content or "" for chunk in chunks]
+
+
+def test_a_question_about_a_picture_is_answered(client, home):
+    completion = client.chat.completions.create(
+        model=".", messages=[user(shown("scene"), "Read the sign.")], max_tokens=50
+    )
+    assert completion.choices[0].message.content.strip() == "PULL"
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.usage.prompt_tokens > 16, "the picture's tokens count"
+    assert list(home.glob("modules/transformers_modules/**/processing_flashsloth.py")), "it is remote code that runs"
+
+
+def test_an_answer_is_streamed(client):
+    pieces = stream(client, user(shown("shapes"), "Describe the picture."))
+    assert len(pieces) > 10
+    assert "".join(pieces).strip() == SHAPES_TEXT
+
+
+def test_a_second_turn_asks_about_the_picture_of_the_first(client):
+    first = user(shown("scene"), "Read the sign.")
+    answer = client.chat.completions.create(model=".", messages=[first], max_tokens=50).choices[0].message
+    assert ask(client, first, answer, user("Which colour is the star?")) == "green"
+
+
+def test_several_pictures_come_in_one_turn_or_in_several(client):
+    one, other = user(shown("scene"), "Read the sign."), user(shown("shapes"), "Which colour is the circle?")
+    both = user(shown("scene"), shown("shapes"), "Which colour is the circle?")
+    assert ask(client, one, {"role": "assistant", "content": "PULL"}, other) == "green"
+    usage = [client.chat.completions.create(model=".", messages=[turn], max_tokens=5).usage for turn in (other, both)]
+    assert usage[1].prompt_tokens == usage[0].prompt_tokens + 16 + 1, "16 tokens and a line break more"
+
+
+def test_text_alone_gets_an_answer(client):
+    assert ask(client, {"role": "user", "content": "Hello"})
+    assert ask(client, {"role": "system", "content": "Be brief."}, user("Hello"))
+
+
+def test_the_responses_api_answers_plain_and_streamed(client):
+    picture = {"type": "input_image", "image_url": shown("scene")}
+    question = [{"role": "user", "content": [picture, {"type": "input_text", "text": "Read the sign."}]}]
+    response = client.responses.create(model=".", input=question, max_output_tokens=50, stream=False)
+    assert response.output_text.strip() == "PULL"
+    events = list(client.responses.create(model=".", input=question, max_output_tokens=50, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta").strip() == "PULL"
+    assert events[-1].type == "response.completed"
+
+
+def test_an_answer_ends_at_a_stop_string(client):
+    answer = ask(client, user(shown("shapes"), "Describe the picture."), stop=["square"])
+    assert answer == SHAPES_TEXT[: SHAPES_TEXT.index("square") + len("square")]
+
+
+def test_answers_are_greedy_unless_the_request_says_otherwise(client):
+    question = user(shown("shapes"), "Describe the picture.")
+    assert ask(client, question, temperature=5.0, seed=1) == SHAPES_TEXT
+    sampled = json.dumps({"do_sample": True, "temperature": 5.0, "max_new_tokens": 50})
+    assert ask(client, question, extra_body={"generation_config": sampled}, seed=1) != SHAPES_TEXT
+
+
+def test_a_picture_can_be_read_as_five_tiles(client):
+    def num_tokens(**kwargs):
+        question = [user(shown("scene"), "Read the sign.")]
+        return client.chat.completions.create(model=".", messages=question, max_tokens=5, **kwargs).usage.prompt_tokens
+
+    options = {"chat_template_kwargs": {"processor_kwargs": {"do_image_splitting": True}}}
+    assert num_tokens(extra_body=options) == num_tokens() + 4 * 16
+
+
+def test_a_video_is_read_as_its_frames(client, tmp_path):
+    frames = [Image.open(ROOT / "examples" / f"{name}.png") for name in ("scene", "shapes")]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+
+    def num_tokens(*parts, **kwargs):
+        question = [{"role": "user", "content": [*parts, {"type": "text", "text": "Why?"}]}]
+        completion = client.chat.completions.create(model=".", messages=question, max_tokens=5, **kwargs)
+        return completion.usage.prompt_tokens
+
+    picture = {"type": "image_url", "image_url": {"url": shown("scene")}}
+    clip = {"type": "video_url", "video_url": {"url": str(tmp_path / "clip.gif")}}
+    assert num_tokens(clip) == num_tokens(picture, picture)
+    assert num_tokens(clip, extra_body={"chat_template_kwargs": {"num_frames": 1}}) == num_tokens(picture)
+
+
+def test_another_model_is_refused_by_name(client):
+    with pytest.raises(BadRequestError) as refusal:
+        ask(client, user("Hello"), model="gpt-5")
+    assert "pinned to '.'" in refusal.value.body["detail"]
+    assert "'gpt-5'" in refusal.value.body["detail"]
+    assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
+
+
+@pytest.mark.parametrize("call", [ask, stream])
+@pytest.mark.parametrize(
+    "url",
+    [
+        data_url(b"no picture"),
+        shown("scene")[:2000],
+        "data:image/png;base64,@",
+        "file:///none.png",
+        "http://localhost:1/",
+    ],
+    ids=["no picture", "cut short", "no base64", "no file", "no website"],
+)
+def test_a_broken_picture_is_refused_and_the_server_lives_on(client, url, call):
+    with pytest.raises(BadRequestError) as refusal:
+        call(client, user(url, "Read the sign."))
+    assert "Expected the path, URL or base64 string of a complete picture" in refusal.value.body["detail"]
+    assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
+
+
+def test_an_unknown_role_is_refused_by_name(client):
+    with pytest.raises(BadRequestError) as refusal:
+        ask(client, user("Hello"), {"role": "critic", "content": "Hm."})
+    assert "found critic" in refusal.value.body["detail"]
+
+
+def test_twenty_at_once_get_each_their_own_answer(client):
+    scenes = [scene for scene in (scene_at("test", index) for index in range(200)) if "sign" in describe(scene)]
+    words = [next(thing.text for thing in scene.things if thing.name == "sign") for scene in scenes]
+    assert len(set(words[:20])) > 10
+
+    def read(index):
+        buffer = io.BytesIO()
+        draw(scenes[index], 96).save(buffer, "png")
+        question = user(data_url(buffer.getvalue()), "Read the sign.")
+        return "".join(stream(client, question)).strip() if index % 2 else ask(client, question)
+
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(read, range(20))) == words[:20]
+
+
+def test_a_client_that_hangs_up_does_not_keep_the_next_one_waiting(client):
+    num_tokens = 2000
+    endless = json.dumps({"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "suppress_tokens": [2, 3]})
+    long_answer = client.chat.completions.create(
+        model=".", messages=[user("Hello")], stream=True, extra_body={"generation_config": endless}
+    )
+    start = time.monotonic()
+    for _, _ in zip(range(50), long_answer, strict=False):
+        pass
+    whole = (time.monotonic() - start) / 50 * num_tokens
+    long_answer.close()
+    start = time.monotonic()
+    assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
+    assert time.monotonic() - start < whole / 4
+
+
+def test_the_clients_of_the_page_print_what_the_page_says(client, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, printed = "\n".join(blocks("py")), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code.replace("http://localhost:8000/v1", str(client.base_url)), "serving.md", "exec"), {})
+    said = re.findall(r"^# (.*)$", code, flags=re.MULTILINE)
+    assert [line.strip() for line in printed.getvalue().splitlines()] == said
+    assert said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--continuous-batching", "--compile", "--attn-implementation eager"])
+def test_options_of_the_server_do_not_change_the_answer(tmp_path, options):
+    with serving(tmp_path, *options.split()) as url:
+        client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+        assert ask(client, user(shown("shapes"), "Describe the picture.")) == SHAPES_TEXT
