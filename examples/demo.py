@@ -1,0 +1,304 @@
+"""A chat about a picture in the browser, which shows what the model looked at. It is also the `app.py` of a Space.
+
+python examples/demo.py [--model FOLDER_OR_ID]
+
+A picture is encoded once, whatever the number of questions. Nothing is fetched from other hosts but the model, if it is
+given by a Hub id.
+"""
+
+import argparse
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+import flashsloth
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.image_processing_flashsloth import PICTURE_ERRORS
+from flashsloth.saliency_flashsloth import overlay
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError('The demo needs Gradio; install it with `pip install "flashsloth[demo]"`.') from error
+
+SHIPPED_CHECKPOINT = Path(flashsloth.__file__).parent
+MAX_NEW_TOKENS = 512
+SHOWN_SIDE = 640  # pixels of the longer side of a heat map
+SYSTEM_FONTS = ("system-ui", "sans-serif")
+VIEWS = ("What the answer depends on", "Where the queries looked", "How patches were pooled")
+EXPLANATION = """
+One map for each way from the picture to the answer: the **answer** depends on the glowing patches most (gradient of its
+probability), the **queries** behind the question read them (attention of the Embedded Query module), and **pooling**
+took them into the image tokens, whatever the question.
+"""
+EXAMPLES = [
+    ("scene.png", "Read the sign."),
+    ("shapes.png", "Describe the picture."),
+    ("shapes.png", "Where is the star?"),
+]
+STYLE = """
+.gradio-container { max-width: 1200px !important; margin: auto !important; }
+footer { display: none !important; }
+"""
+
+
+class Turn(NamedTuple):
+    """A question, its answer, and the picture with what the model looked at, one for each of `VIEWS`."""
+
+    question: str
+    answer: str
+    views: list[Image.Image]
+
+
+class PictureInput(gr.Image):
+    """A picture to upload or to take, in its own mode; what is no picture is refused in words."""
+
+    is_template = True  # the browser sees a gr.Image
+
+    def preprocess(self, payload: Any) -> Image.Image | None:
+        """Open the picture.
+
+        Raises:
+            gr.Error: If it cannot be read.
+        """
+        try:
+            picture = super().preprocess(payload)
+            if picture is not None:
+                picture.load()
+        except PICTURE_ERRORS as error:
+            raise gr.Error("This file is not a picture that can be read. Please choose another one.") from error
+        return picture
+
+
+class StopWhen(StoppingCriteria):
+    """Ends an answer as soon as an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        """Whether the rows of `input_ids` are done, `(batch,)`."""
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class Answering(threading.Thread):
+    """Generates in a thread of its own, while `streamer` is read."""
+
+    def __init__(self, model: FlashSlothForConditionalGeneration, tokenizer: Any, inputs: dict, **kwargs: Any) -> None:
+        super().__init__(daemon=True)
+        self.streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop = threading.Event()
+        self.model, self.arguments = model, {**inputs, **kwargs}
+        self.output: Any = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Generate; what goes wrong is kept for whoever reads."""
+        try:
+            self.output = self.model.generate(
+                **self.arguments, streamer=self.streamer, stopping_criteria=StoppingCriteriaList([StopWhen(self.stop)])
+            )
+        except Exception as error:
+            self.error = error
+        finally:
+            self.streamer.end()
+
+
+class Demo:
+    """The chat, for any number of visitors.
+
+    Args:
+        model: A FlashSloth.
+        processor: Its processor.
+        max_new_tokens: Longest answer.
+    """
+
+    def __init__(
+        self,
+        model: FlashSlothForConditionalGeneration,
+        processor: FlashSlothProcessor,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> None:
+        self.model, self.processor, self.max_new_tokens = model.eval(), processor, max_new_tokens
+        self.pictures = model.picture_cache()
+        self.answering: dict[str | None, Answering] = {}  # by visitor
+
+    def ask(
+        self, picture: Image.Image | None, question: str, splitting: bool, turns: list[Turn], request: gr.Request
+    ) -> Iterator[tuple]:
+        """Answer a question while the answer grows; then show what the model looked at.
+
+        Yields:
+            Chat, question box, turns, choice of question, and the views.
+        """
+        question = question.strip()
+        if picture is None or not question:
+            missing = "Please choose a picture first." if picture is None else "Please type a question first."
+            gr.Warning(missing)
+            yield tuple(gr.skip() for _ in range(4 + len(VIEWS)))
+            return
+        inputs = self.pictures(self._inputs(picture, question, splitting, turns))
+        answering = Answering(
+            self.model,
+            self.processor.tokenizer,
+            inputs,
+            max_new_tokens=self._room(inputs),
+            output_attentions=True,
+            return_dict_in_generate=True,
+        )
+        self.answering[request.session_hash] = answering
+        answer = ""
+        try:
+            answering.start()
+            for piece in answering.streamer:
+                answer += piece
+                yield (_chat(turns, question, answer), "", *(gr.skip() for _ in range(2 + len(VIEWS))))
+        finally:  # also if the visitor went away
+            answering.stop.set()
+            answering.join()
+            self.answering.pop(request.session_hash, None)
+        if answering.error is not None:
+            raise gr.Error(f"The model could not answer: {answering.error}") from answering.error
+        turns = [*turns, Turn(question, answer.strip(), self._views(picture, inputs, answering.output))]
+        names = [f"{number}. {turn.question}" for number, turn in enumerate(turns, start=1)]
+        choice = gr.Dropdown(choices=names, value=names[-1], visible=len(turns) > 1)
+        yield (_chat(turns), "", turns, choice, *turns[-1].views)
+
+    def stop(self, request: gr.Request) -> None:
+        """End the answer that a visitor is waiting for."""
+        answering = self.answering.get(request.session_hash)
+        if answering is not None:
+            answering.stop.set()
+
+    def _inputs(self, picture: Image.Image, question: str, splitting: bool, turns: list[Turn]) -> dict[str, Any]:
+        messages = []
+        for text, *answer in [*((turn.question, turn.answer) for turn in turns), (question,)]:
+            messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
+            messages += [{"role": "assistant", "content": [{"type": "text", "text": part}]} for part in answer]
+        messages[0]["content"].insert(0, {"type": "image", "image": picture})
+        return self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"images_kwargs": {"do_image_splitting": splitting}},
+        ).to(self.model.device, self.model.dtype)
+
+    def _room(self, inputs: dict[str, Any]) -> int:
+        """Tokens that are left for the answer."""
+        room = self.model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
+        if room < 1:
+            raise gr.Error("This conversation is longer than the model can read. Please start a new one.")
+        return min(room, self.max_new_tokens)
+
+    def _views(self, picture: Image.Image, inputs: dict[str, Any], output: Any) -> list[Image.Image]:
+        shown = picture.convert("RGB")
+        shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        sizes = [(shown.height, shown.width)]
+        looked = self.model.heat_maps(output, inputs["input_ids"], sizes)
+        answered = self.model.answer_maps(inputs, output.sequences, sizes)
+        return [overlay(shown, heat) for heat in (answered[0], looked.questions[-1][0], looked.pooling[0])]
+
+    def build(self) -> gr.Blocks:
+        """Lay out the page."""
+        splitting = self.processor.image_processor.do_image_splitting
+        with gr.Blocks(title="FlashSloth", analytics_enabled=False) as page:
+            turns = gr.State([])
+            gr.Markdown("# FlashSloth\nAsk about a picture, and see what the model looked at.")
+            with gr.Row():
+                with gr.Column(min_width=300):
+                    picture = PictureInput(
+                        type="pil",
+                        image_mode=None,
+                        sources=["upload", "webcam", "clipboard"],
+                        label="Picture",
+                        height=340,
+                        elem_id="picture",
+                    )
+                    high = gr.Checkbox(
+                        splitting, label="High definition", info="Five tiles instead of one.", elem_id="high"
+                    )
+                with gr.Column(min_width=300):
+                    chat = gr.Chatbot(height=340, label="Chat", feedback_options=None, buttons=[], elem_id="chat")
+                    question = gr.Textbox(
+                        placeholder="Ask about the picture …",
+                        label="Question",
+                        show_label=False,
+                        max_lines=4,
+                        elem_id="question",
+                    )
+                    with gr.Row():
+                        send = gr.Button("Ask", variant="primary", min_width=80, elem_id="send")
+                        stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                        clear = gr.Button("Clear", min_width=80, elem_id="clear")
+            gr.Markdown("## What the model looked at")
+            choice = gr.Dropdown([], type="index", label="Question", visible=False, elem_id="choice")
+            views = []
+            with gr.Row():
+                for number, name in enumerate(VIEWS):
+                    with gr.Column(min_width=240):
+                        gr.Markdown(f"**{name}**")  # a label of the picture would hide its corner
+                        view = gr.Image(
+                            label=name,
+                            show_label=False,
+                            interactive=False,
+                            buttons=["fullscreen"],
+                            elem_id=f"view{number}",
+                        )
+                        views.append(view)
+            gr.Markdown(EXPLANATION)
+            folder = Path(__file__).parent
+            examples = [[str(folder / name), text] for name, text in EXAMPLES if (folder / name).is_file()]
+            if examples:
+                gr.Examples(examples, [picture, question])
+
+            outputs = [chat, question, turns, choice, *views]
+            for event in (send.click, question.submit):
+                event(self.ask, [picture, question, high, turns], outputs, show_progress="hidden")
+            stop.click(self.stop, queue=False)
+            nothing = [[], [], gr.Dropdown([], visible=False), *(None for _ in VIEWS)]
+            for event in (picture.change, clear.click, chat.clear):
+                event(lambda: nothing, None, [chat, turns, choice, *views], show_progress="hidden")
+            picture.upload(lambda picture: None, picture, None, show_progress="hidden")  # refuses what is no picture
+            choice.input(lambda index, turns: turns[index].views, [choice, turns], views, show_progress="hidden")
+        return page
+
+
+def _chat(turns: list[Turn], *last: str) -> list[dict[str, str]]:
+    texts = [text for turn in turns for text in (turn.question, turn.answer)] + list(last)
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def launch(demo: Demo, **kwargs: Any) -> gr.Blocks:
+    """Serve the demo; see `gr.Blocks.launch`. Its fonts are those of the visitor's system."""
+    page = demo.build()
+    page.launch(theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=("monospace",)), css=STYLE, **kwargs)
+    return page
+
+
+def main() -> None:
+    """Load the model, and serve the demo until it is interrupted."""
+    parser = argparse.ArgumentParser(description="Chat about a picture in the browser.")
+    parser.add_argument("--model", default=str(SHIPPED_CHECKPOINT), help="folder or Hub id (default: the shipped one)")
+    parser.add_argument("--host", help="address to serve on (default: this machine only); 0.0.0.0 for all")
+    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="ask Gradio for a public address")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer")
+    options = parser.parse_args()
+    model = FlashSlothForConditionalGeneration.from_pretrained(options.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    demo = Demo(model, FlashSlothProcessor.from_pretrained(options.model), options.max_new_tokens)
+    launch(demo, server_name=options.host, server_port=options.port, share=options.share)
+
+
+if __name__ == "__main__":
+    main()

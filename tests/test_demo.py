@@ -1,0 +1,250 @@
+"""The demo in a browser: a picture goes in, answers and what the model looked at come out."""
+
+import base64
+import io
+import json
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+pytest.importorskip("gradio", reason='the demo needs Gradio: pip install "flashsloth[demo]"')
+webdriver = pytest.importorskip("selenium.webdriver", reason="driving a browser needs selenium")
+from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="no Chromium: install the packages chromium and chromium-driver"
+)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
+    "--disable-background-networking --disable-component-update --disable-sync --force-device-scale-factor=1"
+)
+WIDE, NARROW = (1280, 1000), (400, 900)
+TIMEOUT = 30  # seconds
+
+
+@pytest.fixture(scope="module")
+def demo():
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import demo
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
+    shown = demo.Demo(model, FlashSlothProcessor.from_pretrained(ROOT))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = demo.launch(shown, prevent_thread_lock=True, server_port=port, quiet=True)
+    shown.url = page.local_url
+    yield shown
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
+        options.add_argument(flag)
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_window_size(*WIDE)
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The demo as a visitor uses it."""
+
+    def __init__(self, browser, url):
+        self.browser = browser
+        self.wait = WebDriverWait(browser, TIMEOUT, 0.1, ignored_exceptions=[StaleElementReferenceException])
+        browser.get(url)
+        self.wait.until(lambda _: self.all("#picture input[type=file]"))
+
+    def all(self, selector):
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def upload(self, path):
+        self.all("#picture input[type=file]")[0].send_keys(str(path))
+
+    def show(self, name):
+        self.upload(ROOT / "examples" / name)
+        self.wait.until(lambda _: self.all("#picture img"))
+        time.sleep(0.5)  # the page tells the server, which empties the chat
+
+    def ask(self, question):
+        self.all("#question textarea")[0].send_keys(question)
+        self.all("#send")[0].click()
+
+    def answers(self):
+        return [message.text.strip() for message in self.all("#chat .bot.message")]
+
+    def views(self):
+        """The heat maps that are shown, by their addresses."""
+        return [image.get_attribute("src") for i in range(3) for image in self.all(f"#view{i} img")]
+
+    def wait_for_views(self, others=()):
+        self.wait.until(lambda _: len(self.views()) == 3 and self.views()[0] not in others)
+        return self.views()
+
+    def warning(self):
+        return self.wait.until(lambda _: [toast.text for toast in self.all(".toast-body") if toast.text])[0]
+
+
+@pytest.fixture
+def page(browser, demo):
+    return Page(browser, demo.url)
+
+
+@pytest.fixture
+def encodings(demo):
+    """How many tiles the vision tower has encoded, call by call."""
+    calls = []
+    tower = demo.model.model.vision_tower
+    hook = tower.register_forward_hook(lambda _, __, output: calls.append(len(output[0])))
+    yield calls
+    hook.remove()
+
+
+def test_a_visitor_uploads_asks_and_sees_what_was_looked_at(page, encodings):
+    page.show("scene.png")
+    page.ask("Read the sign.")
+    first = page.wait_for_views()
+    assert page.answers() == ["PULL"]
+    page.ask("Which colour is the star?")
+    page.wait_for_views(first)
+    assert page.answers() == ["PULL", "green"]
+    assert sum(encodings) == 1  # one tile, once
+    hosts = set()
+    for entry in page.browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            url = message["params"]["request"]["url"]
+            if url.startswith(("http", "ws")):
+                hosts.add(url.split("/")[2].split(":")[0])
+    assert hosts == {"127.0.0.1"}
+
+
+def test_high_definition_reads_five_tiles_once(page, encodings):
+    page.all("#high input")[0].click()
+    page.show("shapes.png")
+    page.ask("Which colour is the star?")
+    first = page.wait_for_views()
+    page.ask("Which colour is the circle?")
+    page.wait_for_views(first)
+    assert encodings == [5]
+
+
+def test_a_map_is_drawn_over_the_picture(page):
+    page.show("scene.png")
+    page.ask("Which colour is the star?")
+    source = page.wait_for_views()[0]
+    script = """
+        const [source, done] = arguments;
+        fetch(source).then(r => r.blob()).then(blob => {
+            const reader = new FileReader(); reader.onload = () => done(reader.result); reader.readAsDataURL(blob);
+        });"""
+    data = page.browser.execute_async_script(script, source)
+    drawn = Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))).convert("L")
+    picture = Image.open(ROOT / "examples" / "scene.png").convert("L")
+    assert drawn.size == picture.size
+    brighter = ImageChops.subtract(drawn, picture)
+    _, _, right, bottom = brighter.point(lambda level: 255 * (level > 40)).getbbox()
+    assert right < 200  # the green star stands top left
+    assert bottom < 200
+
+
+def test_the_stop_button_ends_an_answer(page, demo):
+    demo.model.generation_config.min_new_tokens = 400  # it would go on and on
+    try:
+        page.show("shapes.png")
+        page.ask("Describe the picture.")
+        page.wait.until(lambda _: page.answers() and len(page.answers()[0]) > 30)
+        page.all("#stop")[0].click()
+        page.wait_for_views()
+        assert 0 < len(demo.processor.tokenizer.encode(page.answers()[0])) < 390
+        assert not demo.answering
+    finally:
+        demo.model.generation_config.min_new_tokens = None
+
+
+def test_what_is_missing_is_said(page, tmp_path):
+    page.ask("Read the sign.")
+    assert "choose a picture first" in page.warning()
+    page.browser.refresh()
+    page.wait.until(lambda _: page.all("#picture input[type=file]"))
+    page.show("scene.png")
+    page.ask("   ")
+    assert "type a question first" in page.warning()
+    page.browser.refresh()
+    page.wait.until(lambda _: page.all("#picture input[type=file]"))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((ROOT / "examples" / "scene.png").read_bytes()[:300])
+    page.upload(broken)
+    assert "not a picture that can be read" in page.warning()
+
+
+def test_an_earlier_question_can_be_looked_at_again(page):
+    page.show("shapes.png")
+    page.ask("Which colour is the star?")
+    first = page.wait_for_views()
+    page.ask("Which colour is the circle?")
+    second = page.wait_for_views(first)
+    page.all("#choice input")[0].click()
+    page.wait.until(lambda _: len(page.all("[role=option]")) == 2)
+    page.all("[role=option]")[0].click()
+    again = page.wait_for_views(second)
+    assert again[0].split("/")[-2:] == first[0].split("/")[-2:]
+    page.all("#clear")[0].click()
+    page.wait.until(lambda _: not page.views() and not page.answers())
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_phone_shows_all_of_it(browser, demo, theme):
+    browser.set_window_size(*NARROW)
+    try:
+        page = Page(browser, f"{demo.url}?__theme={theme}")
+        page.show("scene.png")
+        page.ask("Read the sign.")
+        page.wait_for_views()
+        width = browser.execute_script("return document.documentElement.clientWidth")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        for selector in ("#picture", "#chat", "#question", "#send", "#stop", "#view0", "#view1", "#view2"):
+            (element,) = page.all(selector)
+            box = element.rect
+            assert box["x"] >= 0, selector
+            assert box["x"] + box["width"] <= width, selector
+            assert box["width"] > 60, selector
+        colour = browser.execute_script("return getComputedStyle(document.querySelector('gradio-app')).backgroundColor")
+        level = sum(int(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]) / 3
+        assert level < 60 if theme == "dark" else level > 200
+    finally:
+        browser.set_window_size(*WIDE)
+
+
+def test_two_visitors_get_their_own_answers(demo, browser):
+    first = Page(browser, demo.url)
+    first.show("scene.png")
+    first.ask("Read the sign.")
+    browser.switch_to.new_window("tab")
+    second = Page(browser, demo.url)
+    second.show("shapes.png")
+    second.ask("Which colour is the star?")
+    second.wait_for_views()
+    assert second.answers() == ["yellow"]
+    browser.close()
+    browser.switch_to.window(browser.window_handles[0])
+    first.wait_for_views()
+    assert first.answers() == ["PULL"]
