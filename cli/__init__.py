@@ -3,6 +3,8 @@
 flashsloth ask IMAGE QUESTION      answer a question about a picture
 flashsloth convert SOURCE OUTPUT   make an original release a complete model repository
 flashsloth init OUTPUT             make a model to be trained from a vision tower and a decoder
+flashsloth export CHECKPOINT OUT   make a checkpoint a complete model repository
+flashsloth onnx CHECKPOINT OUTPUT  write ONNX graphs of a checkpoint
 
 A command is a function that adds its parser and sets `run`, listed in `COMMANDS`. What it needs beyond arguments is
 imported when it runs.
@@ -32,6 +34,8 @@ STDIN = "-"
 URL_PREFIXES = ("http://", "https://")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 DEFAULT_MAX_NEW_TOKENS = 512
+NUM_SHOWN = 12
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXIT_ERROR = 2
 EXIT_SIGNAL = 128  # a shell's convention: this plus the signal's number
 EXIT_BROKEN_PIPE = EXIT_SIGNAL + 13
@@ -153,7 +157,7 @@ def _add_init(commands: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="auto",
         help="type of the weights (default: the decoder's)",
     )
@@ -161,7 +165,50 @@ def _add_init(commands: Any) -> None:
     parser.set_defaults(run=_init)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert, _add_init)
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="make a checkpoint a complete model repository",
+        description="Write what a Hub repository needs, and nothing else of the checkpoint's folder.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a FlashSloth, or of a LoRA adapter for one")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist or be empty")
+    for name, metavar, explanation in (
+        ("--processor", "DIR_OR_ID", "where the processor is, if not in CHECKPOINT"),
+        ("--name", "NAME", "what the card calls the model, such as USER/NAME (default: OUTPUT's name)"),
+        ("--license", "ID", "licence of the weights, such as apache-2.0 (default: as CHECKPOINT's card says)"),
+    ):
+        parser.add_argument(name, metavar=metavar, help=explanation)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: CHECKPOINT's)")
+    for name, metavar, explanation in (
+        ("--base-model", "ID", "a model that this one grew from (default: as CHECKPOINT's card says)"),
+        ("--evaluation", "FILE", "JSON of lmms-eval or evaluate.py (default: CHECKPOINT's evaluation.json, if any)"),
+    ):
+        text = f"{explanation}; may be repeated"
+        parser.add_argument(name, metavar=metavar, action="append", default=[], help=text)
+    parser.add_argument(
+        "--example",
+        nargs=2,
+        metavar=("IMAGE", "QUESTION"),
+        action="append",
+        default=[],
+        help="a file or URL and a question for the Hub's widget; may be repeated",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _add_onnx(commands: Any) -> None:
+    parser = commands.add_parser(
+        "onnx",
+        help="write ONNX graphs of a checkpoint",
+        description="Write ONNX graphs of the vision half and of the decoder, after comparing them with the model.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a FlashSloth")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist or be empty")
+    parser.set_defaults(run=_onnx)
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert, _add_init, _add_export, _add_onnx)
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -211,6 +258,49 @@ def _init(options: argparse.Namespace) -> None:
         f"{config.query_layer_idx} of {decoder.num_hidden_layers}; answers end with {done.end_token}; "
         f"{done.num_new_rows} rows added to the vocabulary of {decoder.vocab_size}\n"
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export import export
+    from .repository import RepositoryError
+
+    _silence_transformers()
+    try:
+        done = export(
+            options.checkpoint,
+            options.output,
+            processor=options.processor,
+            name=options.name,
+            dtype=options.dtype,
+            license_id=options.license,
+            base_models=options.base_model,
+            evaluations=options.evaluation,
+            examples=options.example,
+        )
+    except (RepositoryError, OSError) as error:
+        raise CommandError(_first_line(error)) from error
+    lines = [f"{done.output}: {done.num_parameters:,} parameters, {done.dtype}, {done.num_bytes / 1e6:,.1f} MB"]
+    if done.left_out:
+        num_more = len(done.left_out) - NUM_SHOWN
+        more = f" and {num_more} more" if num_more > 0 else ""
+        lines.append(f"left out: {', '.join(done.left_out[:NUM_SHOWN])}{more}")
+    if done.license_id is None:
+        lines.append("no licence is known; name one with --license")
+    sys.stdout.write("\n".join([*lines, f"to publish it: hf upload USER/NAME {done.output}", ""]))
+
+
+def _onnx(options: argparse.Namespace) -> None:
+    from .repository import RepositoryError
+
+    model, processor = _load_model(options.checkpoint)
+    try:
+        from .onnx import export_onnx
+
+        done = export_onnx(model.to("cpu"), processor, options.output)
+    except (RepositoryError, OSError) as error:
+        raise CommandError(_first_line(error)) from error
+    for name, difference in done.differences.items():
+        sys.stdout.write(f"{done.output / name}: differs from the model by {difference:.0e} of the largest value\n")
 
 
 def _read_image(source: str) -> "Image.Image":

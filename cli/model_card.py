@@ -1,11 +1,16 @@
 """Model card of a FlashSloth checkpoint."""
 
-from huggingface_hub import ModelCard, ModelCardData
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_flashsloth import FlashSlothConfig
+from .weight_files import read_json
 
 PHI_2_ID = "microsoft/phi-2"
 SIGLIP_ID = "google/siglip-so400m-patch14-384"
+TASK = "image-text-to-text"
+DRAWN_SCENES = "drawn-scenes"
 
 CONVERTED = "The weights are those of the original release, converted by `flashsloth convert`; no number was changed."
 
@@ -31,10 +36,11 @@ as {num_image_tokens} tokens, and looks back at its {num_patches} patches when i
 | Type of the weights | {dtype} |
 
 {origin}
-
+{results}
 ## Use
 
-The code lies in this repository, so nothing beside transformers (5.17 or later) is needed:
+The code lies in this repository, so nothing beside transformers (5.17 or later) is needed. `trust_remote_code=True`
+runs it; with `revision="COMMIT"` what runs is what was read at that commit:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -73,6 +79,8 @@ def build_model_card(
     origin: str = CONVERTED,
     base_models: list[str] | None = None,
     license_id: str | None = "apache-2.0",
+    results: list[EvalResult] | None = None,
+    examples: list[tuple[str, str]] | None = None,
 ) -> ModelCard:
     """Write the model card of a checkpoint.
 
@@ -85,14 +93,19 @@ def build_model_card(
         origin: Where the weights come from, in a sentence.
         base_models: Hub ids of the models that this one grew from. Default: as far as the sizes tell.
         license_id: The weights' licence, by the name that the Hub has for it; `None`: not known.
+        results: What `read_results` read.
+        examples: Pictures, as paths in the repository or URLs, and questions for the Hub's widget.
     """
     text, vision = config.text_config, config.vision_config
     metadata = ModelCardData(
         license=license_id,
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=TASK,
         tags=["custom_code", "flashsloth"],
         base_model=_base_models(config) if base_models is None else base_models or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        widget=[{"text": question, "src": picture} for picture, question in examples or ()] or None,
     )
     num_tiles = 5 if high_definition else 1
     return ModelCard(
@@ -112,8 +125,47 @@ def build_model_card(
             high_definition=" (FlashSloth-HD)" if high_definition else "",
             dtype=dtype,
             origin=origin,
+            results=_results_table(results or []),
         )
     )
+
+
+def read_results(file: Path) -> list[EvalResult]:
+    """Evaluation results, from what `examples/tiny/evaluate.py` or lmms-eval wrote.
+
+    Args:
+        file: A JSON file: counts of `asked` and `right` for every kind of question, or lmms-eval's `results`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    content = read_json(file)
+    try:
+        if "results" in content:
+            results = [
+                (task, None, task, name.partition(",")[0], value)
+                for task, metrics in content["results"].items()
+                for name, value in metrics.items()
+                if isinstance(value, (int, float)) and not name.partition(",")[0].endswith("_stderr")
+            ]
+        else:
+            results = [
+                (DRAWN_SCENES, kind, f"{DRAWN_SCENES}: {kind}", "exact_match", counts["right"] / counts["asked"])
+                for kind, counts in content.items()
+            ]
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{file} should hold lmms-eval's `results`, or `asked` and `right` for every kind of question."
+        ) from error
+    fields = ("dataset_type", "dataset_config", "dataset_name", "metric_type", "metric_value")
+    return [EvalResult(task_type=TASK, **dict(zip(fields, result, strict=True))) for result in results]
+
+
+def _results_table(results: list[EvalResult]) -> str:
+    if not results:
+        return ""
+    rows = [f"| {result.dataset_name} | {result.metric_type} | {result.metric_value:.4g} |" for result in results]
+    return "\n".join(["", "## Results", "", "| data set | metric | value |", "|---|---|---:|", *rows, ""])
 
 
 def _base_models(config: FlashSlothConfig) -> list[str] | None:

@@ -56,10 +56,11 @@ def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def copy_code(folder: Path) -> None:
-    """Copy the modules that a repository needs to load without the package.
+    """Copy the modules that a repository needs to load without the package, and the handler of Inference Endpoints.
 
     Args:
         folder: The repository.
     """
-    for module in sorted(Path(__file__).parents[1].glob("*_flashsloth.py")):
+    package = Path(__file__).parents[1]
+    for module in (*sorted(package.glob("*_flashsloth.py")), package / "handler.py"):
         shutil.copyfile(module, folder / module.name)

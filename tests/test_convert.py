@@ -27,6 +27,7 @@ OUTPUT_FILES = {
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "handler.py",
     *(file.name for file in ROOT.glob("*_flashsloth.py")),
 }
 PICTURE = Image.radial_gradient("L").resize((40, 30)).convert("RGB")

@@ -1,0 +1,95 @@
+"""Answers a question about a picture by onnxruntime, on the folder that `flashsloth onnx` wrote.
+
+flashsloth onnx . runs/onnx
+python examples/ask_onnx.py runs/onnx examples/scene.png "Read the sign."
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from transformers import AutoProcessor
+
+
+class OnnxFlashSloth:
+    """The three graphs, and greedy decoding with them.
+
+    Args:
+        folder: What `flashsloth onnx` wrote.
+        providers: Where onnxruntime is to run, in order of preference.
+    """
+
+    def __init__(self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
+        self.vision, self.decoder, self.step = (
+            onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx", providers=list(providers))
+            for name in ("vision", "decoder", "decoder_step")
+        )
+        settings = json.loads((Path(folder) / "generation_config.json").read_text(encoding="utf-8"))
+        self.end_ids = np.atleast_1d(settings["eos_token_id"])
+        self.suppressed_ids = settings.get("suppress_tokens") or []
+
+    def generate(self, inputs: Mapping[str, np.ndarray], max_new_tokens: int = 512) -> np.ndarray:
+        """Answer prompts by greedy decoding.
+
+        Args:
+            inputs: What the processor gave, as arrays, padded on the left.
+            max_new_tokens: Longest answer, in tokens.
+
+        Returns:
+            Ids of the answers, `(batch, num_new_tokens)`; an answer that has ended goes on with its last token.
+        """
+        ids, mask, tiles = self._prepare(inputs)
+        patch_features, image_tokens = self.vision.run(None, {"pixel_values": tiles})
+        logits, *cache = self._run(self.decoder, ids, mask, patch_features, image_tokens)
+        answers = self._choose(logits)
+        while answers.shape[1] < max_new_tokens and not np.isin(answers, self.end_ids).any(axis=1).all():
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+            logits, *cache = self._run(self.step, answers[:, -1:], mask, *cache)
+            has_ended = np.isin(answers[:, -1:], self.end_ids)
+            answers = np.concatenate([answers, np.where(has_ended, answers[:, -1:], self._choose(logits))], axis=1)
+        return answers
+
+    def _prepare(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, mask and tiles; the graphs need one tile, and room for it in the prompt, where there is no picture."""
+        ids, mask, tiles = (inputs.get(name) for name in ("input_ids", "attention_mask", "pixel_values"))
+        if tiles is not None:
+            return ids, mask, tiles
+        size, num_tokens = self.vision.get_inputs()[0].shape[1:], self.decoder.get_inputs()[3].shape[1]
+        ids, mask = (np.pad(array, ((0, 0), (num_tokens, 0))) for array in (ids, mask))
+        return ids, mask, np.zeros((1, *size), dtype=np.float32)
+
+    def _choose(self, logits: np.ndarray) -> np.ndarray:
+        logits[:, self.suppressed_ids] = -np.inf
+        return logits.argmax(axis=-1, keepdims=True)
+
+    def _run(self, graph: onnxruntime.InferenceSession, *inputs: np.ndarray) -> list[np.ndarray]:
+        names = [entry.name for entry in graph.get_inputs()]
+        return graph.run(None, dict(zip(names, inputs, strict=True)))
+
+
+def main() -> None:
+    """Answer one question."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="what `flashsloth onnx` wrote")
+    parser.add_argument("image", help="a file or an http(s) URL")
+    parser.add_argument("question")
+    args = parser.parse_args()
+    processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True)
+    content = [{"type": "image", "path": args.image}, {"type": "text", "text": args.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="np",
+    )
+    answers = OnnxFlashSloth(args.folder).generate(inputs)
+    sys.stdout.write(processor.post_process_image_text_to_text(answers)[0].strip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

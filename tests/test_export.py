@@ -1,0 +1,240 @@
+"""An exported repository is complete, loads without the package, and holds nothing that nobody asked for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.cli import main
+from flashsloth.training.lora import LORA_TARGET_MODULES
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ROOT / "examples" / "shapes.png"
+STRAY = ("optimizer.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", ".env", "notes.txt", "events.out")
+EXPECTED = {
+    "README.md",
+    "LICENSE",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "handler.py",
+    *(file.name for file in ROOT.glob("*_flashsloth.py")),
+}
+WITHOUT_PACKAGE = """
+import sys
+
+sys.modules["flashsloth"] = None  # as if the package were not installed
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+torch.set_num_threads(1)
+folder, picture = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+content = [{"type": "image", "path": picture}, {"type": "text", "text": "Describe the picture."}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**inputs, max_new_tokens=50)[:, inputs["input_ids"].shape[1] :]
+print(processor.post_process_image_text_to_text(answer)[0])
+"""
+
+
+@pytest.fixture
+def run(capsys):
+    def run_main(*arguments):
+        code = main(["export", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def training_folder(tmp_path_factory):
+    """The shipped checkpoint as a Trainer leaves it, with what does not belong on the Hub."""
+    folder = tmp_path_factory.mktemp("training") / "trained"
+    FlashSlothForConditionalGeneration.from_pretrained(ROOT).save_pretrained(folder)
+    FlashSlothProcessor.from_pretrained(ROOT).save_pretrained(folder)
+    for name in STRAY:
+        (folder / name).write_text("HF_TOKEN=secret")
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "model.safetensors").write_text("old")
+    return folder
+
+
+@pytest.fixture
+def trained(training_folder, tmp_path):
+    return shutil.copytree(training_folder, tmp_path / "trained")
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Runs an export that must fail with one line and write nothing; gives the line."""
+
+    def run_refused(checkpoint, *options):
+        code, output, errors = run(checkpoint, tmp_path / "out", *options)
+        assert (code, output, errors.count("\n")) == (2, "", 1)
+        assert not (tmp_path / "out").exists()
+        return errors
+
+    return run_refused
+
+
+def card_of(folder):
+    return ModelCard.load(folder / "README.md").data
+
+
+def test_a_repository_is_complete_and_loads_without_the_package(run, trained, tmp_path):
+    code, output, errors = run(trained, tmp_path / "out", "--license", "apache-2.0")
+    assert (code, errors) == (0, "")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == EXPECTED
+    assert "8,049,665 parameters, bfloat16, 16.1 MB" in output
+    assert all(name in output for name in STRAY)
+    (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
+    command = [sys.executable, tmp_path / "script.py", tmp_path / "out", SHAPES]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith("a yellow star top left, an orange square top right")
+
+
+def test_weights_are_those_of_the_checkpoint(run, trained, tmp_path):
+    assert run(trained, tmp_path / "out")[0] == run(trained, tmp_path / "half", "--dtype", "float16")[0] == 0
+    before, after, half = (
+        load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "out", tmp_path / "half")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+
+
+def test_the_card_says_what_is_known(run, trained, tmp_path):
+    lmms = {"results": {"mme": {"alias": "mme", "mme_score,none": 1502.5, "mme_score_stderr,none": 3.0}}}
+    (tmp_path / "lmms.json").write_text(json.dumps(lmms))
+    options = ["--name", "someone/sloth", "--license", "mit", "--base-model", "microsoft/phi-2"]
+    options += ["--evaluation", tmp_path / "lmms.json", "--evaluation", ROOT / "examples/tiny/evaluation.json"]
+    options += ["--example", SHAPES, "What is top left?", "--example", "https://example.org/a.png", "Why?"]
+    assert run(trained, tmp_path / "out", *options)[0] == 0
+    data = card_of(tmp_path / "out")
+    assert (data.pipeline_tag, data.library_name, data.license) == ("image-text-to-text", "transformers", "mit")
+    assert "custom_code" in data.tags
+    assert data.base_model == ["microsoft/phi-2"]
+    assert data.widget == [
+        {"text": "What is top left?", "src": "examples/shapes.png"},
+        {"text": "Why?", "src": "https://example.org/a.png"},
+    ]
+    assert (tmp_path / "out" / "examples" / "shapes.png").read_bytes() == SHAPES.read_bytes()
+    values = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
+    counts = json.loads((ROOT / "examples/tiny/evaluation.json").read_text())["all"]
+    assert values["mme", "mme_score"] == 1502.5
+    assert values["drawn-scenes: all", "exact_match"] == counts["right"] / counts["asked"]
+    assert not any("stderr" in metric for _, metric in values)
+    assert not (tmp_path / "out" / "LICENSE").exists()  # ours is not the MIT licence
+
+
+def test_what_the_checkpoints_own_card_says_is_kept(run, trained, tmp_path):
+    (trained / "README.md").write_text("---\nlicense: mit\nbase_model: someone/base\n---\n# Mine\n")
+    (trained / "LICENSE").write_text("My licence")
+    assert run(trained, tmp_path / "out")[0] == 0
+    assert (card_of(tmp_path / "out").license, card_of(tmp_path / "out").base_model) == ("mit", ["someone/base"])
+    assert (tmp_path / "out" / "LICENSE").read_text() == "My licence"
+
+
+def test_a_missing_licence_is_said(run, trained, tmp_path):
+    assert "--license" in run(trained, tmp_path / "out")[1]
+    assert card_of(tmp_path / "out").license is None
+
+
+def test_an_adapter_is_merged(run, trained, tmp_path):
+    torch.manual_seed(0)
+    model = FlashSlothForConditionalGeneration.from_pretrained(trained)
+    adapted = get_peft_model(model, LoraConfig(target_modules=LORA_TARGET_MODULES, init_lora_weights=False, r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert run(tmp_path / "adapter", tmp_path / "out")[0] == 0
+    found, expected = load_file(tmp_path / "out" / "model.safetensors"), adapted.merge_and_unload().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert str(tmp_path) in (tmp_path / "adapter" / "README.md").read_text()  # the base model's folder, as peft says it
+    texts = [file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors"]
+    assert not any(str(tmp_path) in text for text in texts)
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(found[name], load_file(trained / "model.safetensors")[name])
+
+
+def test_an_adapter_without_its_base_model_is_refused(refused, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    content = {"base_model_name_or_path": str(tmp_path / "nothing"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(content))
+    assert f"whose base model {tmp_path / 'nothing'} cannot be loaded" in refused(tmp_path / "adapter")
+
+
+def remove(*names):
+    def change(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def change_tensors(change):
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def change_json(file, **fields):
+    def apply(folder):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | fields))
+
+    return apply
+
+
+BROKEN = {
+    "there is no such folder": shutil.rmtree,
+    "it has no config.json": remove("config.json"),
+    "its model_type is 'phi'": change_json("config.json", model_type="phi"),
+    "holds no weights": remove("model.safetensors"),
+    "1 tensors are missing in its weights, such as model.query_tokens": change_tensors(
+        lambda tensors: tensors.pop("model.query_tokens")
+    ),
+    "tensors that the model would not use, such as model.extra": change_tensors(
+        lambda tensors: tensors.update({"model.extra": torch.zeros(1)})
+    ),
+    "cannot be exported: ": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),
+    "name one with --processor": remove("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    "its number of query tokens is 5, but the model's 4": change_json("processor_config.json", num_query_tokens=5),
+    "`asked` and `right`": lambda folder: (folder / "evaluation.json").write_text('{"colour": 1}'),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_line(refused, trained, reason):
+    BROKEN[reason](trained)
+    assert reason in refused(trained)
+
+
+def test_a_folder_in_use_and_a_missing_example_are_refused(run, refused, trained):
+    assert "exists already" in run(trained, trained)[2]
+    assert "no example picture nothing.png" in refused(trained, "--example", "nothing.png", "Why?")
+
+
+def test_a_processor_may_lie_elsewhere(run, trained, tmp_path):
+    remove("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")(trained)
+    assert run(trained, tmp_path / "out", "--processor", ROOT)[0] == 0
+    assert EXPECTED - {"LICENSE"} == {file.name for file in (tmp_path / "out").iterdir()}

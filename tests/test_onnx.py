@@ -1,0 +1,137 @@
+"""ONNX graphs give what the model gives, for any number of rows, tiles and tokens."""
+
+import copy
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flashsloth.cli import main
+from flashsloth.cli import onnx as graphs
+from flashsloth.cli.repository import RepositoryError
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "ask_onnx.py"
+WITHOUT_PACKAGE = """
+import runpy
+import sys
+
+sys.modules["flashsloth"] = None  # as if the package were not installed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(model, processor, tmp_path_factory):
+    return graphs.export_onnx(model, processor, tmp_path_factory.mktemp("onnx") / "graphs")
+
+
+@pytest.fixture(scope="module")
+def onnx_model(exported):
+    return runpy.run_path(str(SCRIPT))["OnnxFlashSloth"](exported.output)
+
+
+@pytest.fixture
+def batches(pictures, ask):
+    """Other numbers of rows, tiles and tokens than the graphs were traced with."""
+    return [
+        ask([(pictures[:1], "What is it?")]),
+        ask([(pictures[:1], "Which?")], [(pictures[1:4], "And these three?")], [([], "Who are you?")]),
+        ask([(pictures[:1], "First?", "yes"), ([], "And the second one?")]),
+        ask([(pictures[:1], "What is it?")], images_kwargs={"do_image_splitting": True}),
+        ask([([], "Hello there, who are you?")]),
+    ]
+
+
+def as_arrays(batch):
+    return {name: tensor.numpy() for name, tensor in batch.items()}
+
+
+def test_logits_are_the_models(exported, onnx_model, model, batches):
+    assert max(exported.differences.values()) < 1e-5
+    for batch in batches:
+        ids, mask, tiles = onnx_model._prepare(as_arrays(batch))
+        features = onnx_model.vision.run(None, {"pixel_values": tiles})
+        found = onnx_model._run(onnx_model.decoder, ids, mask, *features)[0]
+        with torch.no_grad():
+            expected = model(**batch).logits[:, -1].numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_greedy_answers_are_the_models(onnx_model, model, batches):
+    for batch in batches:
+        expected = model.generate(**batch, max_new_tokens=12)[:, batch["input_ids"].shape[1] :].numpy()
+        found = onnx_model.generate(as_arrays(batch), max_new_tokens=12)
+        for row, answer in zip(found, expected, strict=True):
+            ends = np.flatnonzero(answer == model.generation_config.eos_token_id)
+            length = ends[0] + 1 if len(ends) else len(answer)
+            assert row[:length].tolist() == answer[:length].tolist()
+
+
+def test_the_decoders_weights_are_stored_once(exported, model):
+    names = {file.name for file in exported.output.glob("*.onnx*")}
+    assert names == {"vision.onnx", "vision.onnx.data", "decoder.onnx", "decoder.onnx.data", "decoder_step.onnx"}
+    step = onnx.load(exported.output / "decoder_step.onnx", load_external_data=False)
+    num_own_bytes = sum(len(tensor.raw_data) for tensor in step.graph.initializer)
+    num_bytes = 4 * sum(parameter.numel() for parameter in model.model.language_model.parameters())
+    assert num_own_bytes < 0.1 * num_bytes < (exported.output / "decoder.onnx.data").stat().st_size
+
+
+def test_graphs_that_differ_from_the_model_are_refused(exported, model, processor):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.embedded_query.out_proj.weight.mul_(2)
+        inputs = graphs._build_inputs(processor, ["What?"])
+        with pytest.raises(
+            RepositoryError, match=r"decoder\.onnx gives other results than the model, by .* where 1e-04"
+        ):
+            graphs._compare(other, inputs, exported.output)
+
+
+class ReadsValues(nn.Module):
+    """What no exporter can carry: which way it goes depends on the numbers."""
+
+    def forward(self, states):
+        return states if states.sum() > 0 else -states
+
+
+def test_what_the_exporter_cannot_carry_is_refused(model, processor, tmp_path):
+    other = copy.deepcopy(model)
+    other.model.multi_modal_projector.act = ReadsValues()
+    with pytest.raises(RepositoryError, match="the exporter cannot carry this model"):
+        graphs.export_onnx(other, processor, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(monkeypatch, model, processor, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(RepositoryError, match=r'pip install "flashsloth\[onnx\]"'):
+        graphs.export_onnx(model, processor, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_shipped_checkpoint_answers_without_the_package(tmp_path, capsys):
+    assert main(["onnx", str(ROOT), str(tmp_path / "graphs")]) == 0
+    assert capsys.readouterr().out.count("differs") == 3
+    (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
+    for picture, question, answer in (
+        ("scene.png", "Read the sign.", "PULL"),
+        ("shapes.png", "Describe the picture.", "a yellow star top left, an orange square top right"),
+    ):
+        arguments = [SCRIPT, tmp_path / "graphs", ROOT / "examples" / picture, question]
+        command = [sys.executable, tmp_path / "script.py", *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(answer)
