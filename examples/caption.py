@@ -1,0 +1,288 @@
+"""Asks a question about every picture of a folder or a listing, on one process or, with torchrun, on many.
+
+    python examples/caption.py photos --question "Describe the picture." --output captions
+    torchrun --nproc_per_node 8 examples/caption.py listing.jsonl --question "Describe the picture." --output captions
+
+Pictures come from a folder, with the folders in it, or from the column `image` of a `.json`, `.jsonl` or `.parquet`
+file or of a data set; there, a column `question` goes before `--question`. `answers.jsonl` has one line for every row,
+in order; where a picture could not be read it has an `error` instead of an `answer`, and `errors.jsonl` has it as well.
+
+The processes share nothing but the output folder: batch n belongs to process n modulo their number, and each appends
+the batches that it has answered to a file of its own, one line each. A run that was stopped or killed goes on where it
+was, with any number of processes, when it is started again; whoever finds the last batch done writes the answers.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import BatchFeature
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.training import load_rows, normalize_row
+from flashsloth.training.data import Rows
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ("model", "question", "batch_size", "max_new_tokens", "hd")
+
+
+class Batch(NamedTuple):
+    """Consecutive rows of the source.
+
+    Attributes:
+        number: Which batch it is, from 0.
+        rows: What the output says of every row; an answer is still to come where there is no error.
+        inputs: What the processor made of the rows without error; `None` if there are none.
+    """
+
+    number: int
+    rows: list[dict[str, Any]]
+    inputs: BatchFeature | None
+
+
+class Pictures:
+    """Names of pictures, as records."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return {"image": self.names[index]}
+
+
+class Batches(Dataset):
+    """Batches that are still to be answered; pictures are read when a batch is asked for.
+
+    Args:
+        source: Rows with a column `image`.
+        folder: What relative paths of pictures are relative to.
+        processor: Makes inputs of pictures and questions.
+        options: The command line.
+        numbers: Which batches.
+    """
+
+    def __init__(
+        self,
+        source: Rows,
+        folder: Path,
+        processor: FlashSlothProcessor,
+        options: argparse.Namespace,
+        numbers: Sequence[int],
+    ) -> None:
+        self.source, self.folder, self.processor = source, folder, processor
+        self.options, self.numbers = options, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, position: int) -> Batch:
+        number, size = self.numbers[position], self.options.batch_size
+        rows, conversations = [], []
+        for index in range(number * size, min((number + 1) * size, len(self.source))):
+            row: dict[str, Any] = {"row": index}
+            try:
+                conversations.append(self._read(self.source.record(index), row))
+            except Exception as error:  # a picture may be broken in any way
+                row["error"] = str(error) or type(error).__name__
+            rows.append(row)
+        return Batch(number, rows, self._prepare(conversations) if conversations else None)
+
+    def _read(self, record: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Make a conversation of a record, and note in the row of the output what it is about."""
+        row |= {name: record[name] for name in ("id", "question") if record.get(name) is not None}
+        if isinstance(record.get("image"), str):
+            row["image"] = record["image"]
+        wanted = {name: record[name] for name in ("image", "error") if name in record}
+        wanted["caption"] = row.get("question", self.options.question)
+        asked = normalize_row(wanted, image_folder=self.folder)
+        content = [{"type": "image", "image": self._load(picture)} for picture in asked["image"]]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": asked["caption"]}]}]
+
+    def _load(self, picture: Any) -> Image.Image:
+        image_processor = self.processor.image_processor
+        picture = image_processor.process_image(image_processor.fetch_images(picture))
+        return ImageOps.exif_transpose(picture)
+
+    def _prepare(self, conversations: list) -> BatchFeature:
+        return self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "images_kwargs": {"do_image_splitting": self.options.hd}},
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Answer what is not yet answered.
+
+    Args:
+        arguments: Command-line arguments. Default: the process's.
+    """
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    source, folder = open_source(options.source)
+    parts = options.output / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    _check_settings(options, source)
+    num_batches = -(-len(source) // options.batch_size)
+    done = find_batches(parts)
+    mine = range(state.process_index, num_batches, state.num_processes)
+    if numbers := [number for number in mine if number not in done]:
+        processor = FlashSlothProcessor.from_pretrained(options.model)
+        model = FlashSlothForConditionalGeneration.from_pretrained(options.model).to(state.device).eval()
+        batches = Batches(source, folder, processor, options, numbers)
+        loader = DataLoader(batches, batch_size=None, num_workers=options.loaders)
+        bar = tqdm(loader, unit="batch", disable=not state.is_local_main_process)
+        answered = (answer(batch, model, processor, options.max_new_tokens) for batch in bar)
+        append(parts / f"{uuid.uuid4().hex}.jsonl", answered)
+        done = find_batches(parts)
+    if len(done) == num_batches:
+        num_rows, num_errors = merge(options.output, done)
+        logger.info("%s: %d rows, %d of them with errors", options.output / "answers.jsonl", num_rows, num_errors)
+    else:
+        logger.info("%d of %d batches are answered; others go on, or start this again", len(done), num_batches)
+    state.destroy_process_group()
+
+
+def open_source(source: Path) -> tuple[Rows, Path]:
+    """Open a folder of pictures or a listing.
+
+    Returns:
+        Its records, by number, and what their paths are relative to.
+
+    Raises:
+        ValueError: If there is nothing in it.
+    """
+    is_folder = source.is_dir() and not any(source.rglob("*.parquet"))
+    if is_folder:
+        suffixes = Image.registered_extensions()
+        files = (file for file in source.rglob("*") if file.suffix.lower() in suffixes)
+        rows = Rows(Pictures(sorted(file.relative_to(source).as_posix() for file in files)), None)
+    else:
+        rows = load_rows(source)
+    if not len(rows):
+        raise ValueError(f"There are no pictures in {source}.")
+    return rows, source if source.is_dir() else source.parent
+
+
+@torch.no_grad()
+def answer(
+    batch: Batch, model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, max_new_tokens: int
+) -> Batch:
+    """Write the answers into the rows of a batch."""
+    if batch.inputs is not None:
+        inputs = batch.inputs.to(model.device)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        texts = iter(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :]))
+        for row in batch.rows:
+            if "error" not in row:
+                row["answer"] = next(texts)
+    return batch
+
+
+def append(part: Path, batches: Iterable[Batch]) -> None:
+    """Write batches to a new file as they come, each on disk before the next one begins."""
+    with part.open("x", encoding="utf-8") as file:
+        for batch in batches:
+            file.write(json.dumps({"batch": batch.number, "rows": batch.rows}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def find_batches(parts: Path) -> dict[int, tuple[Path, int]]:
+    """Where the answered batches stand: file and first byte, by number."""
+    places: dict[int, tuple[Path, int]] = {}
+    for part in sorted(parts.glob("*.jsonl")):
+        with part.open("rb") as lines:
+            start = 0
+            for line in lines:
+                with contextlib.suppress(ValueError):  # the last line of a process that was killed
+                    places.setdefault(json.loads(line)["batch"], (part, start))
+                start += len(line)
+    return places
+
+
+def merge(output: Path, places: dict[int, tuple[Path, int]]) -> tuple[int, int]:
+    """Write `answers.jsonl` and `errors.jsonl`, in the order of the source; whole, or not at all.
+
+    Returns:
+        Number of rows, and of rows with errors.
+    """
+    counts = {"answers": 0, "errors": 0}
+    with contextlib.ExitStack() as stack:
+        drafts = {name: output / f".{name}-{uuid.uuid4().hex}" for name in counts}
+        files = {name: stack.enter_context(draft.open("w", encoding="utf-8")) for name, draft in drafts.items()}
+        for _, (part, start) in sorted(places.items()):
+            for row in _read_batch(part, start)["rows"]:
+                for name in ("answers", "errors") if "error" in row else ("answers",):
+                    files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+                    counts[name] += 1
+    for name, draft in drafts.items():
+        draft.replace(output / f"{name}.jsonl")
+    return counts["answers"], counts["errors"]
+
+
+def _read_batch(part: Path, start: int) -> dict[str, Any]:
+    with part.open("rb") as lines:
+        lines.seek(start)
+        return json.loads(lines.readline())
+
+
+def _check_settings(options: argparse.Namespace, source: Rows) -> None:
+    """Refuse to mix what different pictures, questions or models gave; batches are known by number only."""
+    if options.source.is_file():
+        identity = str(options.source.stat().st_size)
+    else:
+        identity = hashlib.sha256("\n".join(getattr(source.records, "names", [])).encode()).hexdigest()
+    settings = {"num_rows": len(source), "source": identity} | {name: getattr(options, name) for name in SETTINGS}
+    file = options.output / "settings.json"
+    if not file.exists():
+        draft = file.with_name(f".settings-{uuid.uuid4().hex}")
+        draft.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        draft.replace(file)
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if changed := sorted(name for name in settings if settings[name] != known.get(name)):
+        raise ValueError(
+            f"{options.output} has answers of a run with another {', '.join(changed)} (see {file}); name another "
+            "output folder, or go on with what it says."
+        )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("source", type=Path, help="folder of pictures; .json, .jsonl or .parquet file; data set")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the answers, common to all processes")
+    parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: the shipped checkpoint)")
+    parser.add_argument("--question", default="Describe the picture.", help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    parser.add_argument("--hd", action="store_const", const=True, help="read pictures as five tiles")
+    parser.add_argument(
+        "--loaders", type=int, default=2, help="processes that read pictures ahead of a model (default: %(default)s)"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""`examples/caption.py` answers every picture once, in order, whatever is killed or broken on the way."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState
+from PIL import Image
+from scenes import describe, draw, scene_at
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "caption.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import caption  # noqa: E402
+
+sys.path.pop(0)
+
+NUM_SCENES = 26
+BATCH = ["--batch-size", "2", "--loaders", "1"]
+
+
+def run(source, output, *options):
+    caption.main([str(source), "--output", str(output), "--loaders", "0", *options])
+    PartialState._reset_state()
+    return read(output / "answers.jsonl")
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def finished_lines(output):
+    return sum(part.read_bytes().count(b"\n") for part in (output / "parts").glob("*.jsonl"))
+
+
+def kill_with_descendants(process):
+    """End a process and all that it started at once, as when a machine stops."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    family = [process.pid]
+    for parent in family:
+        family += [pid for pid, ppid in pairs if ppid == parent]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [scene_at("untouched", i) for i in range(NUM_SCENES)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, scenes):
+    """Scenes, two broken pictures, and a file that is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "more").mkdir()
+    for i, scene in enumerate(scenes):
+        draw(scene, 96).save(folder / ("more" if i % 2 else "") / f"{i:02}.png")
+    whole = (folder / "00.png").read_bytes()
+    (folder / "05-cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "more" / "text.jpg").write_text("no picture")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(folder, tmp_path_factory):
+    """What one process answers that nobody disturbs."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    run(folder, output, "--batch-size", "2")
+    return output
+
+
+def test_every_picture_has_its_answer_in_order_and_broken_ones_a_reason(folder, scenes, answers):
+    rows = read(answers / "answers.jsonl")
+    files = [file for file in folder.rglob("*") if file.suffix in (".png", ".jpg")]
+    assert [row["row"] for row in rows] == list(range(NUM_SCENES + 2))
+    assert [row["image"] for row in rows] == sorted(file.relative_to(folder).as_posix() for file in files)
+    right = {f"{'more/' if i % 2 else ''}{i:02}.png": describe(scene) for i, scene in enumerate(scenes)}
+    good = [row for row in rows if "answer" in row]
+    assert sum(row["answer"] == right[row["image"]] for row in good) >= NUM_SCENES - 1
+    broken = read(answers / "errors.jsonl")
+    assert broken == [row for row in rows if "error" in row]
+    assert [row["image"] for row in broken] == ["05-cut.png", "more/text.jpg"]
+    assert "truncated" in broken[0]["error"]
+    assert "cannot identify" in broken[1]["error"]
+
+
+def test_answers_are_those_of_generate(folder, answers):
+    model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
+    processor = FlashSlothProcessor.from_pretrained(ROOT)
+    for row in [row for row in read(answers / "answers.jsonl") if "answer" in row][:4]:
+        picture = {"type": "image", "path": str(folder / row["image"])}
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [picture, {"type": "text", "text": "Describe the picture."}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = model.generate(**inputs, max_new_tokens=128)[:, inputs["input_ids"].shape[1] :]
+        assert processor.post_process_image_text_to_text(output) == [row["answer"]]
+
+
+def test_two_killed_processes_and_one_that_goes_on_answer_like_one(folder, answers, tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    process = subprocess.Popen(
+        [sys.executable, *command, str(folder), "--output", str(tmp_path), *BATCH],
+        stderr=(log := (tmp_path / "log").open("w+")),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while finished_lines(tmp_path) < 4 and process.poll() is None:
+        time.sleep(0.005)
+    log.seek(0)
+    assert process.poll() is None, log.read()
+    kill_with_descendants(process)
+    parts = {part: part.read_bytes() for part in (tmp_path / "parts").iterdir()}
+    assert len(parts) == 2
+    assert not (tmp_path / "answers.jsonl").exists()
+    torn, content = next(iter(parts.items()))
+    torn.write_bytes(content + content.splitlines()[0][:50])  # killed while it wrote a line
+    before = finished_lines(tmp_path)
+    assert run(folder, tmp_path, "--batch-size", "2") == read(answers / "answers.jsonl")
+    assert finished_lines(tmp_path) == NUM_SCENES // 2 + 1 > before
+    assert all(part.read_bytes().startswith(content) for part, content in parts.items())
+
+
+def test_a_finished_run_does_nothing_more(folder, answers):
+    before = finished_lines(answers), (answers / "answers.jsonl").read_bytes()
+    run(folder, answers, "--batch-size", "2")
+    assert (finished_lines(answers), (answers / "answers.jsonl").read_bytes()) == before
+
+
+@pytest.mark.parametrize("change", [["--question", "Other?"], ["--batch-size", "4"], ["--max-new-tokens", "1"]])
+def test_a_run_with_other_settings_is_refused(folder, answers, change):
+    name = change[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(ValueError, match=f"answers of a run with another {name}"):
+        run(folder, answers, "--batch-size", "2", *change)
+
+
+def test_a_folder_that_has_changed_is_refused(folder, answers):
+    extra = folder / "zz.png"
+    extra.write_bytes((folder / "00.png").read_bytes())
+    try:
+        with pytest.raises(ValueError, match="another num_rows, source"):
+            run(folder, answers, "--batch-size", "2")
+    finally:
+        extra.unlink()
+
+
+def test_parquet_with_embedded_pictures_is_answered_with_its_own_questions(scenes, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    encoded = []
+    for scene in scenes[:3]:
+        draw(scene, 96).save(buffer := io.BytesIO(), format="PNG")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    encoded.insert(1, {"bytes": b"no picture", "path": None})
+    ids, questions = ["a", "b", "c", "d"], ["Describe the picture.", "What?", "Describe the image.", None]
+    columns = datasets.Features(
+        {"image": datasets.Image(), "id": datasets.Value("string"), "question": datasets.Value("string")}
+    )
+    table = {"image": encoded, "id": ids, "question": questions}
+    datasets.Dataset.from_dict(table, features=columns).to_parquet(tmp_path / "pictures.parquet")
+    rows = run(tmp_path / "pictures.parquet", tmp_path / "answers", "--batch-size", "3")
+    assert [row["id"] for row in rows] == ids
+    assert [row.get("answer") for row in rows] == [describe(scenes[0]), None, *map(describe, scenes[1:3])]
+    assert "cannot identify" in rows[1]["error"]
+    assert rows[2]["question"] == "Describe the image."
+
+
+def test_a_listing_may_have_broken_lines_and_turned_pictures(scenes, tmp_path):
+    picture = draw(scenes[0], 96)
+    (exif := Image.Exif())[0x0112] = 6  # to be turned clockwise by a quarter
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    lines = ['{"image": "turned.png"}', "{", '{"image": "nowhere.png"}', "{}", "[1]", '{"image": "turned.png"}']
+    (tmp_path / "listing.jsonl").write_text("\n".join(lines))
+    rows = run(tmp_path / "listing.jsonl", tmp_path / "answers")
+    assert [row.get("answer") for row in rows] == [describe(scenes[0]), *[None] * 4, describe(scenes[0])]
+    assert [row["row"] for row in read(tmp_path / "answers" / "errors.jsonl")] == [1, 2, 3, 4]
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures in"):
+        run(tmp_path / "empty", tmp_path / "answers")
+
+
+def test_pictures_are_read_when_their_batch_comes(folder):
+    source, where = caption.open_source(folder)
+    options = caption._parse([str(folder), "--output", "unused", "--batch-size", "2"])
+    processor = FlashSlothProcessor.from_pretrained(ROOT)
+    batches = caption.Batches(source, where, processor, options, [3, 0])
+    assert len(batches) == 2
+    assert [row["row"] for row in batches[0].rows] == [6, 7]
+    assert len(batches[1].inputs["pixel_values"]) == 2
