@@ -16,6 +16,13 @@ CHECKPOINT = [
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
+DEMO = ["gradio>=6"]
+EVALUATION = ["Levenshtein", "lmms-eval>=0.7.3"]
+# What lmms-eval needs to run without its torchvision, which is not built for a CPU's torch: see .ci/run.
+EVALUATION_TESTS = ["evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"]
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
+QUANTIZATION = ["bitsandbytes", "torchao>=0.18"]
+SERVING = ["accelerate", "fastapi", "openai>=1.98", "requests", "uvicorn"]
 TRAINING = [
     "accelerate",
     "bitsandbytes",
@@ -26,6 +33,7 @@ TRAINING = [
     "tensorboard",
     "trl>=1.16",
 ]
+VIDEO = ["av>=14.2"]
 
 
 class BuildModules(build_py):
@@ -56,13 +64,34 @@ setup(
         "transformers>=5.17,<6",
     ],
     extras_require={
+        "demo": DEMO,
+        "eval": EVALUATION,
         "flash-attn": ["flash-attn"],
-        "test": [*TRAINING, "pytest", "ruff"],
+        "onnx": ONNX,
+        "quantization": QUANTIZATION,
+        "serve": SERVING,
+        "test": [
+            *DEMO,
+            *EVALUATION_TESTS,
+            *ONNX,
+            *QUANTIZATION,
+            *SERVING,
+            *TRAINING,
+            *VIDEO,
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "selenium",
+        ],
         "train": TRAINING,
+        "video": VIDEO,
     },
-    packages=["flashsloth", "flashsloth.cli", "flashsloth.training"],
+    packages=["flashsloth", "flashsloth.cli", "flashsloth.evaluation", "flashsloth.training"],
     package_dir={"flashsloth": "."},
-    package_data={"flashsloth": CHECKPOINT},
+    package_data={"flashsloth": [*CHECKPOINT, "LICENSE"]},
     cmdclass={"build_py": BuildModules},
-    entry_points={"console_scripts": ["flashsloth = flashsloth.cli:main"]},
+    entry_points={
+        "console_scripts": ["flashsloth = flashsloth.cli:main"],
+        "lmms_eval.models": ["flashsloth = flashsloth.evaluation:manifest"],
+    },
 )
