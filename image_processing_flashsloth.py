@@ -376,7 +376,7 @@ def _load(source: str) -> Image.Image:
         # `load_image` wraps Pillow's error in a ValueError that repeats the whole base64 string.
         is_wrapped = not is_file and type(error) is ValueError and error.__context__ is not None
         reason = error.__context__ if is_wrapped else error
-        shown = source if len(source) <= 80 else f"{source[:80]}…"
+        shown = source if len(source) <= 80 else f"{source[:40]}…{source[-40:]}"
         found = "a file that Pillow cannot read" if is_file else "no file, and as a URL or base64 no picture to Pillow"
         raise ValueError(
             f"Expected the path, URL or base64 string of a complete picture, found {shown!r}: {found} "

@@ -178,7 +178,10 @@ def _broken(path: str, error: Exception) -> ValueError:
 
 
 def _shown(source: Any) -> str:
-    return repr(os.fspath(source)[:80]) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
+    if not isinstance(source, str | os.PathLike):
+        return f"a {type(source).__name__}"
+    path = os.fspath(source)
+    return repr(path if len(path) <= 80 else f"{path[:40]}…{path[-40:]}")
 
 
 __all__ = ["video_frames"]
