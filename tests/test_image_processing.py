@@ -330,7 +330,7 @@ def test_exif_rotation_is_applied_to_files_as_transformers_does(small, picture, 
         (Image.fromarray(np.full((5, 5), 70_000, np.int32)), ["picture 0", "0..65535", "70000"]),
         (np.zeros((5, 5, 3), complex), ["picture 0", "complex128", "uint8"]),
         ("no/such/picture.png", ["no/such/picture.png", "no file", "correct the path"]),
-        ("A" * 5_000, ["AAAA…", "base64", "UnidentifiedImageError"]),
+        ("A" * 5_000, ["AAAA…AAAA", "base64", "UnidentifiedImageError"]),
     ],
 )
 def test_a_bad_picture_is_named_with_what_was_expected_and_the_fix(processor, images, parts):
