@@ -11,7 +11,9 @@ import torch
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
-latency = importlib.import_module("latency")
+latency, preprocessing, second_question = (
+    importlib.import_module(name) for name in ("latency", "preprocessing", "second_question")
+)
 PEERS = latency.PEERS
 sys.path.remove(BENCHMARKS)
 
@@ -244,3 +246,24 @@ def test_a_model_that_does_not_fit_is_skipped_with_the_reason(tmp_path, monkeypa
     text = (tmp_path / "run.md").read_text()
     assert "### Skipped\n\n- FlashSloth-3.2B, 336 px, batch 1: needs 1000000" in text
     assert "### Counts" in text
+
+
+def test_a_second_question_is_timed_without_the_picture():
+    peer = shrink(named("FlashSloth-HD-3.2B"))
+    model = latency.build_filled(peer, "cpu")
+    num_tiles, num_rounds = [], 2
+    model.model.vision_tower.register_forward_hook(lambda _, __, output: num_tiles.append(len(output[0])))
+    seconds, num_bytes = second_question.measure(latency.Candidate(peer, model), num_rounds)
+    assert num_tiles == [5, 5] * (num_rounds + 1)  # without a cache, and for the first question
+    assert all(value > 0 for value in seconds)
+    assert num_bytes > 5 * 729 * VISION["hidden_size"] * 2
+
+
+def test_preprocessing_is_timed_on_pictures_and_on_files():
+    results = {
+        name: preprocessing.measure(preprocessing.opener(64, 96, 2, is_file), 1)
+        for name, is_file in (("pictures", False), ("files", True))
+    }
+    report = preprocessing.table(results).splitlines()
+    assert [line.split(" | ")[0] for line in report[-2:]] == ["| pictures", "| files"]
+    assert all(value > 0 for times in results.values() for value in times.values())
