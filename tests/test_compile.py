@@ -126,7 +126,8 @@ def test_beams_from_a_static_cache_are_refused(model, ask, pictures):
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_same_answers(model, prompts):
+def test_inductor_gives_the_same_answers(make_model, prompts):
+    model = make_model()
     for inputs in prompts:
         static = {"cache_implementation": "static", "max_cache_len": MAX_CACHE_LEN}
         answer = model.generate(**inputs, **GREEDY, **static, compile_config=compiled("inductor"))

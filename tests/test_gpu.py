@@ -107,7 +107,8 @@ def test_nothing_waits_for_the_device_before_the_first_token(inputs, num_tiles):
     assert torch.equal(found, expected)
 
 
-def test_decoding_is_compiled_once_for_all_pictures_and_questions(model, ask, pictures):
+def test_decoding_is_compiled_once_for_all_pictures_and_questions(make_model, ask, pictures):
+    model = make_model().to("cuda")
     prompts = [
         ask([(pictures[:1], "What is it?")]),
         ask([(pictures[1:2], "What is it? Or is it something else?")]),
@@ -116,7 +117,6 @@ def test_decoding_is_compiled_once_for_all_pictures_and_questions(model, ask, pi
     greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
     static = {"cache_implementation": "static", "max_cache_len": 360}
     torch._dynamo.reset()
-    model.to("cuda")
     try:
         cache = model.picture_cache(max_cache_len=360)
         for number, prompt in enumerate(prompts):
@@ -126,5 +126,4 @@ def test_decoding_is_compiled_once_for_all_pictures_and_questions(model, ask, pi
                 assert torch.equal(model.generate(**prompt, **greedy, **static), expected)
                 assert torch.equal(model.generate(**cache(prompt), **greedy), expected)
     finally:
-        model.to("cpu")
         torch._dynamo.reset()

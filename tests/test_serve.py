@@ -239,19 +239,15 @@ def test_twenty_at_once_get_each_their_own_answer(client):
 
 
 def test_a_client_that_hangs_up_does_not_keep_the_next_one_waiting(client):
-    num_tokens = 2000
+    num_tokens = 100_000  # which take longer than the next one's patience
     endless = json.dumps({"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "suppress_tokens": [2, 3]})
     long_answer = client.chat.completions.create(
         model=".", messages=[user("Hello")], stream=True, extra_body={"generation_config": endless}
     )
-    start = time.monotonic()
     for _, _ in zip(range(50), long_answer, strict=False):
         pass
-    whole = (time.monotonic() - start) / 50 * num_tokens
     long_answer.close()
-    start = time.monotonic()
-    assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
-    assert time.monotonic() - start < whole / 4
+    assert ask(client.with_options(timeout=60), user(shown("scene"), "Read the sign.")) == "PULL"
 
 
 def test_the_clients_of_the_page_print_what_the_page_says(client, monkeypatch):
