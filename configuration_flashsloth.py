@@ -129,6 +129,12 @@ class FlashSlothConfig(PreTrainedConfig):
         return self.patch_grid_size**2
 
     @property
+    def tile_size(self) -> tuple[int, int]:
+        """Height and width of a tile, in pixels."""
+        size = self.vision_config.image_size
+        return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+    @property
     def image_seq_length(self) -> int:
         """Number of image tokens of one tile in the prompt."""
         return (self.patch_grid_size // self.pooling_window_size) ** 2

@@ -12,7 +12,6 @@ import io
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.image_utils import load_image
@@ -76,7 +75,7 @@ class EndpointHandler:
                 processor_kwargs={"images_kwargs": images_kwargs},
             ).to(self.model.device, self.model.dtype)
             generated = self.model.generate(**inputs, **parameters)
-        except (TypeError, TemplateError) as error:  # such as 0.5 for a count, or an unknown role
+        except TypeError as error:  # such as 0.5 for a count
             raise ValueError(f"the request cannot be answered: {error}") from error
         answers = self.processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])
         return [{"generated_text": answer.strip()} for answer in answers]

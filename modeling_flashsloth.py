@@ -330,7 +330,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=self._pool(patches))
 
     def _encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        grid, size = self.config.patch_grid_size, self._tile_size()
+        grid, size = self.config.patch_grid_size, self.config.tile_size
         if pixel_values.ndim != 4 or pixel_values.shape[-2:] != size:
             raise ValueError(
                 f"`pixel_values` must be (num_tiles, channels, {size[0]}, {size[1]}), but is "
@@ -463,13 +463,9 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         context = self._query_context(patch_features, spans, tiles_per_row)
         return inputs_embeds, None if is_blank else image_tokens, context
 
-    def _tile_size(self) -> tuple[int, int]:
-        size = self.config.vision_config.image_size
-        return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-
     def _blank_tile(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         num_channels = getattr(self.config.vision_config, "num_channels", 3)
-        return inputs_embeds.new_zeros(1, num_channels, *self._tile_size())
+        return inputs_embeds.new_zeros(1, num_channels, *self.config.tile_size)
 
     def _insert_query_tokens(self, inputs_embeds: torch.Tensor, spans: PromptSpans) -> torch.Tensor:
         queries = self.query_tokens.to(inputs_embeds)

@@ -207,8 +207,7 @@ class FlashSlothSaliencyMixin(GenerationMixin):
                 f"{len(image_sizes)} pictures cannot have {len(weights)} tiles; give `image_sizes` the height and "
                 "width of every picture of every row, in order."
             )
-        tower = self.config.vision_config  # its sizes are numbers or pairs of them
-        patch_size = float(np.ravel(tower.patch_size)[0] / np.ravel(tower.image_size)[0])
+        patch_size = float(np.ravel(self.config.vision_config.patch_size)[0] / self.config.tile_size[0])
         parts = (weights[i * num_tiles : (i + 1) * num_tiles] for i in range(len(image_sizes)))
         return [heat_map(part, size, patch_size) for part, size in zip(parts, image_sizes, strict=True)]
 

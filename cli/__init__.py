@@ -250,7 +250,7 @@ def _init(options: argparse.Namespace) -> None:
     try:
         done = init(**settings, high_definition=options.hd, chat_template=template)
     except (RepositoryError, OSError) as error:
-        raise CommandError(_first_line(error)) from error
+        raise CommandError(first_line(error)) from error
     config, decoder = done.config, done.config.text_config
     sys.stdout.write(
         f"{done.output}: {done.num_parameters:,} parameters, {done.num_new_parameters:,} of them new, {done.dtype}\n"
@@ -278,7 +278,7 @@ def _export(options: argparse.Namespace) -> None:
             examples=options.example,
         )
     except (RepositoryError, OSError) as error:
-        raise CommandError(_first_line(error)) from error
+        raise CommandError(first_line(error)) from error
     lines = [f"{done.output}: {done.num_parameters:,} parameters, {done.dtype}, {done.num_bytes / 1e6:,.1f} MB"]
     if done.left_out:
         num_more = len(done.left_out) - NUM_SHOWN
@@ -298,7 +298,7 @@ def _onnx(options: argparse.Namespace) -> None:
 
         done = export_onnx(model.to("cpu"), processor, options.output)
     except (RepositoryError, OSError) as error:
-        raise CommandError(_first_line(error)) from error
+        raise CommandError(first_line(error)) from error
     for name, difference in done.differences.items():
         sys.stdout.write(f"{done.output / name}: differs from the model by {difference:.0e} of the largest value\n")
 
@@ -317,7 +317,7 @@ def _read_image(source: str) -> "Image.Image":
     except UnidentifiedImageError as error:
         raise CommandError(f"{shown} is not a picture, or of a format that Pillow does not know.") from error
     except PICTURE_ERRORS as error:
-        raise CommandError(f"{shown} is a picture that cannot be read: {_first_line(error)}") from error
+        raise CommandError(f"{shown} is a picture that cannot be read: {first_line(error)}") from error
 
 
 def _read_bytes(source: str) -> bytes:
@@ -335,7 +335,7 @@ def _read_bytes(source: str) -> bytes:
     except (OSError, ValueError, http.client.HTTPException) as error:
         has_status = isinstance(error, urllib.error.HTTPError)
         reason = error.reason if isinstance(error, urllib.error.URLError) and not has_status else error
-        raise CommandError(f"{source} cannot be read: {_first_line(reason)}") from error
+        raise CommandError(f"{source} cannot be read: {first_line(reason)}") from error
 
 
 def _load_model(source: str) -> tuple[Any, Any]:
@@ -351,7 +351,7 @@ def _load_model(source: str) -> tuple[Any, Any]:
         processor = FlashSlothProcessor.from_pretrained(source)
         model, report = FlashSlothForConditionalGeneration.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise CommandError(f"{source} cannot be loaded: {_first_line(error)}") from error
+        raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
     if missing := report["missing_keys"]:
         raise CommandError(f"{source} is not complete: {len(missing)} tensors are missing, such as {min(missing)}.")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -431,5 +431,6 @@ def _positive_int(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
+    """What an error says, without what follows; its type if it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..processing_flashsloth import FlashSlothProcessor
-from . import model_card
+from . import URL_PREFIXES, first_line, model_card
 from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder
 from .weight_files import find_weight_files, read_json
 
@@ -26,7 +26,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 CARD, LICENSE, APACHE = "README.md", "LICENSE", "apache-2.0"
 EXAMPLES = "examples"
 ORIGIN = "Exported by `flashsloth export`."
-URL_PREFIXES = ("http://", "https://")
 UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
 
 
@@ -141,7 +140,7 @@ def _merge_adapter(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGe
         model = _load_whole(base, dtype)
     except UNREADABLE as error:
         raise ValueError(
-            f"it is a LoRA adapter, whose base model {base} cannot be loaded ({_first_line(error)}); put the base "
+            f"it is a LoRA adapter, whose base model {base} cannot be loaded ({first_line(error)}); put the base "
             f"model there, or change `base_model_name_or_path` in {ADAPTER_CONFIG}."
         ) from error
     return PeftModel.from_pretrained(model, folder).merge_and_unload(), base
@@ -166,7 +165,7 @@ def _load_processor(source: str | Path, base: str | Path) -> FlashSlothProcessor
         except UNREADABLE as error:
             reason = error
     raise ValueError(
-        f"it has no processor that can be loaded ({_first_line(reason)}); name one with --processor, such as the "
+        f"it has no processor that can be loaded ({first_line(reason)}); name one with --processor, such as the "
         "folder that the training started from."
     )
 
@@ -179,7 +178,7 @@ def _check_together(model: FlashSlothForConditionalGeneration, processor: FlashS
         "query token": (processor.query_token_id, config.query_token_id),
         "number of image tokens": (processor.image_seq_length, config.image_seq_length),
         "number of query tokens": (processor.num_query_tokens, config.num_query_tokens),
-        "image size": (size["height"], _side(config.vision_config.image_size)),
+        "image size": ((size["height"], size["width"]), config.tile_size),
     }
     if wrong := [
         f"its {name} is {found}, but the model's {own}" for name, (found, own) in pairs.items() if found != own
@@ -189,10 +188,6 @@ def _check_together(model: FlashSlothForConditionalGeneration, processor: FlashS
         raise ValueError(
             f"the tokenizer has {len(processor.tokenizer)} tokens, but the vocabulary {config.text_config.vocab_size}."
         )
-
-
-def _side(size: Any) -> int:
-    return size if isinstance(size, int) else size[0]
 
 
 def _read_card(folder: Path) -> ModelCardData:
@@ -241,10 +236,9 @@ def _copy_example(picture: str, folder: Path) -> str:
         return picture
     if not Path(picture).is_file():
         raise RepositoryError(f"there is no example picture {picture}.")
-    (folder / EXAMPLES).mkdir(exist_ok=True)
-    shutil.copyfile(picture, folder / EXAMPLES / Path(picture).name)
-    return f"{EXAMPLES}/{Path(picture).name}"
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    target = folder / EXAMPLES / Path(picture).name
+    target.parent.mkdir(exist_ok=True)
+    if target.exists() and target.read_bytes() != Path(picture).read_bytes():
+        raise RepositoryError(f"two example pictures are called {target.name}; rename one of them.")
+    shutil.copyfile(picture, target)
+    return target.relative_to(folder).as_posix()

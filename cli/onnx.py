@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..processing_flashsloth import FlashSlothProcessor
+from . import first_line
 from .repository import RepositoryError, complete_or_absent, unused_folder
 
 VISION, DECODER, STEP = "vision.onnx", "decoder.onnx", "decoder_step.onnx"
@@ -126,7 +127,7 @@ def export_onnx(
         except RepositoryError:
             raise
         except Exception as error:  # the exporter raises what the layer raises that it cannot carry
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise RepositoryError(
                 f"the exporter cannot carry this model ({type(error).__name__}: {reason}); nothing was written."
             ) from error

@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -238,3 +239,13 @@ def test_a_processor_may_lie_elsewhere(run, trained, tmp_path):
     remove("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")(trained)
     assert run(trained, tmp_path / "out", "--processor", ROOT)[0] == 0
     assert EXPECTED - {"LICENSE"} == {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_two_examples_of_one_name_are_refused(refused, trained, tmp_path):
+    examples = []
+    for number in range(2):
+        picture = tmp_path / str(number) / "picture.png"
+        picture.parent.mkdir()
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(picture)
+        examples += ["--example", str(picture), "Why?"]
+    assert "two example pictures are called picture.png; rename one of them." in refused(trained, *examples)

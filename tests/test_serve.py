@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -244,8 +245,7 @@ def test_a_client_that_hangs_up_does_not_keep_the_next_one_waiting(client):
     long_answer = client.chat.completions.create(
         model=".", messages=[user("Hello")], stream=True, extra_body={"generation_config": endless}
     )
-    for _, _ in zip(range(50), long_answer, strict=False):
-        pass
+    assert len(list(islice(long_answer, 50))) == 50
     long_answer.close()
     assert ask(client.with_options(timeout=60), user(shown("scene"), "Read the sign.")) == "PULL"
 
