@@ -6,6 +6,7 @@
 Only a few megabytes of a safetensors shard are in memory at a time, and at most one `.bin` shard.
 """
 
+import fnmatch
 import json
 import re
 from collections import Counter
@@ -39,6 +40,7 @@ from .weight_files import (
 
 DTYPES = ("F32", "F16", "BF16")
 HUB_PATTERNS = ["*.json", "*.txt", "*.model"]
+SAFETENSORS_PATTERN, BIN_PATTERN = "model*.safetensors", "pytorch_model*.bin"
 LANGUAGE_MODEL, ORIGINAL_LANGUAGE_MODEL = "model.language_model.", "model."
 DROPPED = (
     r"^model\.vision_tower\.(post_layernorm|head)\.",
@@ -168,10 +170,11 @@ def _find_source(source: str | Path) -> Path:
         raise ConversionError(f"{source} is a file; give the folder that holds config.json and the weights.")
     try:
         try:
-            has_safetensors = any(name.endswith(".safetensors") for name in list_repo_files(str(source)))
+            has_safetensors = bool(fnmatch.filter(list_repo_files(str(source)), SAFETENSORS_PATTERN))
         except Exception:  # no network: what was downloaded earlier may do, else the next call says why not
             has_safetensors = None
-        weights = {True: ["*.safetensors"], False: ["*.bin"], None: ["*.safetensors", "*.bin"]}[has_safetensors]
+        known = [SAFETENSORS_PATTERN, BIN_PATTERN]
+        weights = {True: known[:1], False: known[1:], None: known}[has_safetensors]
         return Path(snapshot_download(str(source), allow_patterns=[*HUB_PATTERNS, *weights]))
     except HFValidationError as error:
         raise ConversionError(f"no such folder: {source}") from error

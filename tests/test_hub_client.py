@@ -1,0 +1,146 @@
+"""What the pages show of the Hub, by its real clients in fresh processes, with a Hub on this machine."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from base_models import make_decoder, make_tower
+from local_hub import local_hub
+from original_checkpoint import make_original
+
+from flashsloth import FlashSlothForConditionalGeneration
+
+ROOT = Path(__file__).parents[1]
+SCENE = str(ROOT / "examples" / "scene.png")
+pytestmark = pytest.mark.slow
+
+
+def block(page, start):
+    """The block of a page that starts so."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.search(rf"^```\w+\n({re.escape(start)}.*?)^```", text, flags=re.DOTALL | re.MULTILINE)[1]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with local_hub() as served:
+        served.home = tmp_path_factory.mktemp("home")
+        yield served
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Run a command as someone who knows this Hub; gives what it printed."""
+
+    def run(*command, fails=False, **environment):
+        settings = hub.environment | {"HF_HOME": str(hub.home), "OMP_NUM_THREADS": "1", **environment}
+        settings["PATH"] = f"{Path(sys.executable).parent}:{settings['PATH']}"
+        done = subprocess.run(command, env=settings, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert bool(done.returncode) == fails, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stderr if fails else done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def published(hub):
+    """The checkpoint of this repository, exported and uploaded with the commands of docs/converting.md."""
+    export = shlex.split(block("docs/converting.md", "flashsloth export"))
+    upload = shlex.split(block("docs/converting.md", "hf upload"))
+    folder = hub.home / "clone"
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.name not in {".git", "build", "runs"}:
+            (folder / entry.name).symlink_to(entry)
+    for command in (export, upload):
+        program = Path(sys.executable).parent / command[0]
+        settings = hub.environment | {"HF_HOME": str(hub.home)}
+        done = subprocess.run([program, *command[1:]], env=settings, cwd=folder, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:].decode()
+    return upload[2], folder / upload[3]
+
+
+def test_everything_that_was_exported_is_uploaded(hub, published):
+    repository, folder = published
+    (files,) = hub.repositories[repository].values()
+    assert files == {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.*")} | {
+        "LICENSE": (folder / "LICENSE").read_bytes()
+    }
+
+
+def test_a_question_is_answered_by_a_hub_id(run, published):
+    assert run("flashsloth", "ask", SCENE, "Read the sign.", "--model", published[0]) == "PULL\n"
+    said = run("flashsloth", "ask", SCENE, "Read the sign.", "--model", "USER/nothing", fails=True)
+    assert said.splitlines()[-1].startswith("flashsloth: error: no such model: USER/nothing")
+
+
+ASK = """
+from transformers import AutoModelForImageTextToText, AutoProcessor
+{loading}
+content = [{{"type": "image", "path": {scene!r}}}, {{"type": "text", "text": "Read the sign."}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=20)
+print(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0])
+print(type(model).__module__)
+"""
+UNPINNED = "processor, model = (c.from_pretrained({id!r}, trust_remote_code=True) for c in (AutoProcessor, {model}))"
+
+
+def test_a_commit_that_was_read_is_what_runs(run, hub, published, tmp_path):
+    """As docs/converting.md pins it: code that is pushed later is not run."""
+    repository, _ = published
+    first = next(iter(hub.repositories[repository]))
+    code = hub.repositories[repository][first]["modeling_flashsloth.py"]
+    hub.commit(repository, {"modeling_flashsloth.py": code + b"\nraise SystemExit('other code ran')\n"})
+    loading = block("docs/converting.md", "from huggingface_hub import model_info")
+    for name, revision in (("pinned", first), ("latest", None)):
+        pinned = re.sub(r'^revision = "\w+"', f"revision = {revision!r}", loading, flags=re.MULTILINE)
+        assert pinned != loading
+        (tmp_path / f"{name}.py").write_text(ASK.format(loading=pinned, scene=SCENE))
+    latest, answer, module = run(sys.executable, "pinned.py").splitlines()
+    assert latest == list(hub.repositories[repository])[-1] != first
+    assert answer == "PULL"
+    assert module == f"transformers_modules.USER.tiny_hyphen_sloth.{first}.modeling_flashsloth"
+    assert "other code ran" in run(sys.executable, "latest.py", fails=True)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/converting.md"])
+@pytest.mark.parametrize("as_bin", [False, True], ids=["safetensors", "bin"])
+def test_an_original_release_is_converted_by_its_hub_id(run, hub, tmp_path, page, as_bin):
+    command = shlex.split(block(page, "flashsloth convert"))
+    release = make_original(tmp_path / "release", as_bin=as_bin, num_shards=2)
+    (release / "training_args.bin").write_bytes(b"not for us")
+    hub.repositories.pop(command[2], None)
+    hub.add(command[2], release)
+    run(*command, "--vision-config", str(release / "siglip-tower"), HF_HOME=str(tmp_path / "home"))
+    converted, original = (
+        FlashSlothForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / command[3], release)
+    )
+    assert converted.keys() == original.keys()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in converted.items())
+    downloaded = {file.name for file in (tmp_path / "home").rglob("snapshots/*/*")}
+    assert "config.json" in downloaded
+    assert "training_args.bin" not in downloaded
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_base_models_are_joined_by_their_hub_ids(run, hub, tmp_path, page):
+    command = shlex.split(block(page, "flashsloth init my-sloth"))
+    tower, decoder = (command[command.index(option) + 1] for option in ("--vision", "--language"))
+    make_tower(tmp_path / "tower", "siglip_vision_model")
+    make_decoder(tmp_path / "decoder", "qwen3" if "Qwen" in decoder else "phi", spare_rows=8)
+    for repository, name in ((tower, "tower"), (decoder, "decoder")):
+        hub.repositories.pop(repository, None)
+        hub.add(repository, tmp_path / name)
+    run(*command, HF_HOME=str(tmp_path / "home"))
+    card = (tmp_path / "my-sloth" / "README.md").read_text()
+    assert tower in card
+    assert decoder in card
