@@ -6,15 +6,19 @@ import runpy
 import shlex
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as run_script_parser
 
+from flashsloth.cli import build_parser
 from flashsloth.cli import main as flashsloth
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-SCRIPT = "examples/train.py"
+TASK = re.compile(r"^(?:task|group): *[\"']?([\w-]+)", flags=re.MULTILINE)
 
 
 def blocks(page, language):
@@ -27,6 +31,7 @@ def commands(block):
     return [shlex.split(line, comments=True) for line in block.replace("\\\n", "").splitlines()]
 
 
+SHELL = re.compile(r"\w+\(\) {|}|[A-Z]+=.*")  # a function begins or ends, a variable is set
 RUNNABLE = [page for page in PAGES if blocks(page, "sh|python")]
 
 
@@ -76,13 +81,60 @@ def test_what_a_page_names_is_there(page):
     assert [name for name in names if not any((start / name).exists() for start in (ROOT, ROOT / "docs"))] == []
 
 
-def test_commands_for_gpus_give_options_that_the_script_has(monkeypatch, capsys):
-    page = ROOT / "docs" / "training.md"
-    shown = [command for _, block in blocks(page, "bash") for command in commands(block) if SCRIPT in command]
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-    known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    used = {word for command in shown for word in command[command.index(SCRIPT) :] if word.startswith("--")}
-    assert used
-    assert used <= known
+def shown_commands():
+    """The commands for a network, a GPU or hours, of every page and the README."""
+    for page in (ROOT / "README.md", *PAGES):
+        for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", "").splitlines():
+                for part in line.split("&&"):
+                    words = shlex.split(part, comments=True)
+                    if words and not SHELL.fullmatch(" ".join(words)):
+                        yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:60])
+
+
+def script_and_arguments(words):
+    """What a launcher, whose own parser reads its options, would run: a script or a module, and its arguments."""
+    if words[0] == "python":
+        return words[1], words[2:]
+    if words[0] == "torchrun":
+        read = run_script_parser().parse_args(words[1:])
+    else:
+        read = launch_command_parser().parse_args(words[2:])
+    return read.training_script, read.training_script_args
+
+
+@pytest.mark.parametrize("words", shown_commands())
+def test_commands_that_cannot_run_here_are_ones_that_their_programs_take(words, monkeypatch, capsys):
+    match words:
+        case ["hf" | "transformers", *_] | ["pytest", *_]:
+            pass  # test_hub_client.py and test_serve.py run them, and this is pytest
+        case ["pip", "install", *wanted]:
+            extras = {name for one in wanted for name in re.findall(r"\[(.*)\]", one)}
+            assert extras <= set(metadata("flashsloth").get_all("Provides-Extra"))
+        case ["flashsloth", *arguments]:
+            build_parser().parse_args(arguments)
+        case ["evaluate", task]:
+            folder = Path(pytest.importorskip("lmms_eval").__file__).parent / "tasks"
+            names = {name for file in folder.rglob("*.yaml") for name in TASK.findall(file.read_text("utf-8"))}
+            assert task in names
+        case ["lmms-eval", *arguments]:
+            check_options("lmms_eval", arguments, monkeypatch, capsys)
+        case ["python" | "torchrun", *_] | ["accelerate", "launch", *_]:
+            check_options(*script_and_arguments(words), monkeypatch, capsys)
+        case _:
+            pytest.fail(f"nothing checks {words}")
+
+
+def check_options(script, arguments, monkeypatch, capsys):
+    """A script's or a module's help knows all options."""
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    if script == "lmms_eval":
+        module = pytest.importorskip("lmms_eval.__main__")
+    elif script == "examples/demo.py":
+        pytest.importorskip("gradio")
+    with pytest.raises(SystemExit) as left:
+        module.parse_eval_args() if script == "lmms_eval" else runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert left.value.code == 0
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert {word for word in arguments if word.startswith("--")} <= known
