@@ -220,6 +220,7 @@ class Demo:
                         type="pil",
                         image_mode=None,
                         sources=["upload", "webcam", "clipboard"],
+                        webcam_options=gr.WebcamOptions(mirror=False),  # or signs could not be read
                         label="Picture",
                         height=340,
                         elem_id="picture",

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(
 )
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
-    "--disable-background-networking --disable-component-update --disable-sync --force-device-scale-factor=1"
+    "--disable-background-networking --disable-component-update --disable-sync --force-device-scale-factor=1 "
+    "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream"  # a camera, which needs no permission
 )
 WIDE, NARROW = (1280, 1000), (400, 900)
 TIMEOUT = 30  # seconds
@@ -54,7 +55,9 @@ def demo():
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
+    folder = tmp_path_factory.mktemp("browser")
+    film(ROOT / "examples" / "scene.png", folder / "camera.y4m")
+    for flag in (*FLAGS.split(), f"--user-data-dir={folder}", f"--use-file-for-fake-video-capture={folder}/camera.y4m"):
         options.add_argument(flag)
     options.binary_location = BROWSER
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
@@ -62,6 +65,14 @@ def browser(tmp_path_factory):
     driver.set_window_size(*WIDE)
     yield driver
     driver.quit()
+
+
+def film(picture, file):
+    """Write what a camera sees that points at a picture, as uncompressed video (YUV4MPEG2)."""
+    frame = Image.open(picture).convert("YCbCr").resize((480, 480))
+    luma, *chroma = frame.split()
+    planes = luma.tobytes() + b"".join(plane.reduce(2).tobytes() for plane in chroma)
+    file.write_bytes(b"YUV4MPEG2 W480 H480 F10:1 Ip A1:1 C420jpeg\n" + (b"FRAME\n" + planes) * 2)
 
 
 class Page:
@@ -135,6 +146,19 @@ def test_a_visitor_uploads_asks_and_sees_what_was_looked_at(page, encodings):
             if url.startswith(("http", "ws")):
                 hosts.add(url.split("/")[2].split(":")[0])
     assert hosts == {"127.0.0.1"}
+
+
+def test_a_visitor_takes_a_picture_with_the_camera(page):
+    page.all("#picture button[aria-label='Capture from camera']")[0].click()
+    page.wait.until(lambda _: [button for button in page.all("#picture button") if "Webcam" in button.text])[0].click()
+    page.wait.until(lambda _: page.all("#picture button[aria-label='capture photo']"))
+    page.wait.until(lambda _: page.browser.execute_script("return document.querySelector('#picture video').videoWidth"))
+    page.all("#picture button[aria-label='capture photo']")[0].click()
+    page.wait.until(lambda _: page.all("#picture img"))
+    time.sleep(0.5)
+    page.ask("Read the sign.")
+    page.wait_for_views()
+    assert page.answers() == ["PULL"]  # so it is not mirrored
 
 
 def test_high_definition_reads_five_tiles_once(page, encodings):
