@@ -78,7 +78,7 @@ class EndpointHandler:
         except TypeError as error:  # such as 0.5 for a count
             raise ValueError(f"the request cannot be answered: {error}") from error
         answers = self.processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])
-        return [{"generated_text": answer.strip()} for answer in answers]
+        return [{"generated_text": answer} for answer in answers]
 
 
 def _read_parameters(parameters: Any) -> dict[str, Any]:

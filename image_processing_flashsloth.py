@@ -41,8 +41,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Tiles along one side of the enlarged picture in FlashSloth-HD.
+# Tiles along one side of the enlarged picture in FlashSloth-HD, and all tiles of a picture there.
 TILES_PER_SIDE = 2
+NUM_HD_TILES = 1 + TILES_PER_SIDE**2
 
 # Accepted channel counts, the likeliest first: this order decides when both ends of a shape could be the channels.
 CHANNEL_COUNTS = (3, 4, 1)
@@ -151,7 +152,7 @@ class FlashSlothImageProcessor(PilBackend):
         do_image_splitting = (images_kwargs or {}).get("do_image_splitting")
         if do_image_splitting is None:
             do_image_splitting = self.do_image_splitting
-        return 1 + TILES_PER_SIDE**2 if do_image_splitting else 1
+        return NUM_HD_TILES if do_image_splitting else 1
 
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
         """Loads the strings and paths in a picture or a nested list of pictures, and keeps everything else.
@@ -607,10 +608,8 @@ def tile_boxes(height: int, width: int, num_tiles: int) -> list[tuple[float, flo
     Raises:
         ValueError: If no picture has so many tiles.
     """
-    if num_tiles not in (1, 1 + TILES_PER_SIDE**2):
-        raise ValueError(
-            f"Expected 1 tile of a picture, or {1 + TILES_PER_SIDE**2}, found {num_tiles}; pass all of it."
-        )
+    if num_tiles not in (1, NUM_HD_TILES):
+        raise ValueError(f"Expected 1 tile of a picture, or {NUM_HD_TILES}, found {num_tiles}; pass all of it.")
     side = max(height, width)
     left, top, step = (side - width) // 2, (side - height) // 2, side / TILES_PER_SIDE
     corners = [

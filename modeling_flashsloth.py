@@ -340,6 +340,19 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         patches = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs).last_hidden_state
         return patches[:, -(grid**2) :]  # without class and register tokens, which stand in front
 
+    def _patches(self, pixel_values: torch.Tensor | None, patch_features: torch.Tensor | None) -> torch.Tensor | None:
+        if patch_features is None:
+            return self._encode(pixel_values) if pixel_values is not None and len(pixel_values) else None
+        expected = (self.config.num_patches, self.config.vision_config.hidden_size)
+        if pixel_values is not None or patch_features.shape[1:] != expected:
+            raise ValueError(
+                f"`patch_features` must be (num_tiles, {expected[0]}, {expected[1]}) and stand in the place of "
+                f"`pixel_values`, but are {tuple(patch_features.shape)}"
+                f"{'' if pixel_values is None else ' beside `pixel_values`'}; give `last_hidden_state` of "
+                "`get_image_features`, and one of the two."
+            )
+        return patch_features
+
     def _pool(self, patch_features: torch.Tensor) -> torch.Tensor:
         return self.multi_modal_projector(self.spatial_attention_pooling(patch_features))
 
@@ -415,8 +428,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             spans = PromptSpans.find(input_ids, self.config, num_cached_tiles, begins_instruction)
             is_plain_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
             counts = None if is_tracing(inputs_embeds) else spans.count(attention_mask if is_plain_mask else None)
-            if patch_features is None and pixel_values is not None and len(pixel_values):
-                patch_features = self._encode(pixel_values)
+            patch_features = self._patches(pixel_values, patch_features)
             num_tiles = 0 if patch_features is None else patch_features.shape[0]
             sizes = spans.bounds(self.config, num_tiles) if counts is None else counts.check(self.config, num_tiles)
             inputs_embeds, image_tokens, context = self._embed_prompt(inputs_embeds, patch_features, spans, sizes)
@@ -485,10 +497,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         return torch.where(spans.image_mask.unsqueeze(-1), image_tokens, inputs_embeds)
 
     def _query_context(self, patches: torch.Tensor, spans: PromptSpans, tiles_per_row: int) -> QueryContext:
-        slots = torch.arange(tiles_per_row, device=patches.device)
+        slots = torch.arange(tiles_per_row, device=spans.query_mask.device)
         tiles = (spans.first_tile.unsqueeze(1) + slots).clamp(max=patches.shape[0] - 1)  # (batch, tiles_per_row)
         visible = slots < spans.num_tiles_before.unsqueeze(-1)  # (batch, seq_length, tiles_per_row)
-        positions = torch.arange(spans.query_mask.shape[1], device=patches.device)
+        positions = torch.arange(spans.query_mask.shape[1], device=spans.query_mask.device)
         instruction = (positions >= spans.instruction_start.unsqueeze(-1)) & (
             positions < spans.query_start.unsqueeze(-1)
         )

@@ -350,7 +350,7 @@ class FlashSlothProcessor(ProcessorMixin):
         pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})|(?P<query>{re.escape(self.query_token)})")
         expanded, offsets = [], []
         for sample in text:
-            row, growth = [], 0
+            row, pieces, last, growth = [], [], 0, 0
             for match in pattern.finditer(sample):
                 replacement = query_text if match.lastgroup == "query" else next(image_texts)
                 start, end = match.span()
@@ -364,8 +364,9 @@ class FlashSlothProcessor(ProcessorMixin):
                     }
                 )
                 growth += len(replacement) - (end - start)
-            replacements = iter(row)
-            expanded.append(pattern.sub(lambda _: next(replacements)["replacement"], sample))  # noqa: B023
+                pieces += [sample[last:start], replacement]
+                last = end
+            expanded.append("".join([*pieces, sample[last:]]))
             offsets.append(row)
         return expanded, offsets
 

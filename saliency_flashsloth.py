@@ -121,6 +121,9 @@ class FlashSlothSaliencyMixin(GenerationMixin):
             head: The head of the Embedded Query module whose attention is wanted; default: the mean of all. Of the
                 query tokens of a question, the mean is taken.
 
+        Returns:
+            Maps of every question and of every picture, each `(height, width)` of its picture, float32.
+
         Raises:
             ValueError: If the outputs have no attention to patches, or do not fit prompts and pictures.
         """
@@ -201,8 +204,8 @@ class FlashSlothSaliencyMixin(GenerationMixin):
 
     def _picture_maps(self, weights: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """The map of every picture, from the weights of all their tiles, `(num_tiles, num_patches)`."""
-        num_tiles, rest = divmod(len(weights), max(len(image_sizes), 1))
-        if rest:
+        num_tiles = len(weights) // max(len(image_sizes), 1)
+        if num_tiles * len(image_sizes) != len(weights):
             raise ValueError(
                 f"{len(image_sizes)} pictures cannot have {len(weights)} tiles; give `image_sizes` the height and "
                 "width of every picture of every row, in order."

@@ -99,7 +99,7 @@ def main() -> None:
     for name, case in CASES.items():
         results[name] = measure(opener(*case), arguments.rounds)
         logger.info("%s: %s", name, results[name])
-    arguments.output.write_text(table(results))
+    arguments.output.write_text(table(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ GPU it is that of the released size.
 import argparse
 import json
 import logging
-import platform
 import statistics
 import time
 import weakref
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import transformers
+from latency import hardware
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -270,18 +269,6 @@ def as_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def machine(device: str) -> str:
-    """Hardware and versions."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
-    return f"{name}; torch {torch.__version__}, transformers {transformers.__version__}; bfloat16 by autocast"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return names[0].partition(": ")[2] if names else platform.processor()
-
-
 def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -297,8 +284,8 @@ def main() -> None:
     rows = list(tqdm(measured, total=len(MODELS) * len(STAGES) * 2, unit="case"))
     how = "measured" if args.device == "cuda" else "counted"
     title = (
-        f"{machine(args.device)}. Speed: size {size}, batch {args.batch_size}, median of {args.steps} steps that take "
-        f"turns. Memory: size 3.2b, {how}. Ratios: to FlashSloth in the same case."
+        f"{hardware(args.device)} by autocast. Speed: size {size}, batch {args.batch_size}, median of {args.steps} "
+        f"steps that take turns. Memory: size 3.2b, {how}. Ratios: to FlashSloth in the same case."
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps({"machine": title, "rows": rows}, indent=2) + "\n")

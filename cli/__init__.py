@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments. Default: the process's.
 
     Returns:
-        Exit code: 0, or 2 for what a user can put right.
+        Exit code: 0; 2 for what a user can put right; 128 and the signal's number if one ended the command.
     """
     options = build_parser().parse_args(arguments)
     try:

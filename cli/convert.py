@@ -24,7 +24,7 @@ from ..configuration_flashsloth import FlashSlothConfig
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..original_flashsloth import ORIGINAL_KEY_MAPPING, original_generation_config, translate_original_config
 from ..processing_flashsloth import FlashSlothProcessor
-from . import model_card
+from . import first_line, model_card
 from .repository import RepositoryError as ConversionError
 from .repository import complete_or_absent, copy_code, unused_folder
 from .weight_files import (
@@ -179,16 +179,17 @@ def _find_source(source: str | Path) -> Path:
     except HFValidationError as error:
         raise ConversionError(f"no such folder: {source}") from error
     except Exception as error:  # huggingface_hub has no common class for no such repository, no access, no network
-        reason = str(error).strip().partition("\n")[0]
         raise ConversionError(
-            f"{source} is neither a folder nor a Hub model that can be reached ({type(error).__name__}: {reason})."
+            f"{source} is neither a folder nor a Hub model that can be reached ({type(error).__name__}: "
+            f"{first_line(error)})."
         ) from error
 
 
 def _describe(file: Path) -> Shard:
     found = read_tensor_infos(file)
     names = {original: rename(original) for original in found}
-    clashes = [original for original, name in names.items() if Counter(names.values())[name] > 1]
+    counts = Counter(names.values())
+    clashes = [original for original, name in names.items() if counts[name] > 1]
     if clashes:
         raise ValueError(f"{file.name} holds tensors that become the same one: {', '.join(clashes)}.")
     return Shard(
@@ -312,8 +313,7 @@ def _build_processor(folder: Path, original_config: dict, config: FlashSlothConf
     try:
         processor = FlashSlothProcessor.from_original(folder, original_config, config=config)
     except Exception as error:  # tokenizers raises bare exceptions
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {reason}).") from error
+        raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {first_line(error)}).") from error
     for name, expected in (("image_token", config.image_token_id), ("query_token", config.query_token_id)):
         token, found = getattr(processor, name), getattr(processor, f"{name}_id")
         if found != expected:

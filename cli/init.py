@@ -26,7 +26,7 @@ from ..configuration_flashsloth import FlashSlothConfig
 from ..image_processing_flashsloth import FlashSlothImageProcessor
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..processing_flashsloth import FlashSlothProcessor, build_chat_template
-from . import model_card
+from . import first_line, model_card
 from .chat_format import (
     END_TOKEN,
     IMAGE_TOKEN,
@@ -190,7 +190,7 @@ def _refusal() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, TypeError) as error:
-        raise RepositoryError(str(error).strip().partition("\n")[0]) from error
+        raise RepositoryError(first_line(error)) from error
 
 
 def _load(load: Any, source: str, **kwargs: Any) -> Any:
@@ -201,8 +201,7 @@ def _load(load: Any, source: str, **kwargs: Any) -> Any:
         if not Path(source).is_dir():
             kind = "a file" if Path(source).exists() else "neither a folder nor a Hub model that can be reached"
             raise RepositoryError(f"{source} is {kind}.") from error
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RepositoryError(f"{source} cannot be loaded: {reason}") from error
+        raise RepositoryError(f"{source} cannot be loaded: {first_line(error)}") from error
 
 
 def _find_tower(source: str, layer: int, image_size: int | None) -> Tower:
@@ -381,13 +380,13 @@ def _build_model(
 @torch.no_grad()
 def _check_tower(model: FlashSlothForConditionalGeneration) -> None:
     config = model.config
-    side = _side(config.vision_config.image_size)
+    height, width = config.tile_size
     try:
-        model.get_image_features(torch.zeros(1, 3, side, side))
+        model.get_image_features(torch.zeros(1, 3, height, width))
     except (RuntimeError, TypeError) as error:
         raise RepositoryError(
             f"the vision tower ({config.vision_config.model_type}) does not give one feature for each of its "
-            f"{config.num_patches} patches of a {side}x{side} picture; choose another --vision."
+            f"{config.num_patches} patches of a {height}x{width} picture; choose another --vision."
         ) from error
 
 
@@ -436,9 +435,9 @@ def _build_processor(
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower.source)
     except OSError:  # a tower without one is taken to see pixels in [-1, 1]
         pixels = {}
-    side = _side(config.vision_config.image_size)
+    height, width = config.tile_size
     image_processor = FlashSlothImageProcessor(
-        size={"height": side, "width": side},
+        size={"height": height, "width": width},
         do_image_splitting=high_definition,
         **{name: pixels[name] for name in PIXEL_FIELDS if pixels.get(name) is not None},
     )

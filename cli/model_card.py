@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_flashsloth import FlashSlothConfig
+from ..image_processing_flashsloth import NUM_HD_TILES
 from .weight_files import read_json
 
 PHI_2_ID = "microsoft/phi-2"
@@ -107,7 +108,7 @@ def build_model_card(
         eval_results=results or None,
         widget=[{"text": question, "src": picture} for picture, question in examples or ()] or None,
     )
-    num_tiles = 5 if high_definition else 1
+    num_tiles = NUM_HD_TILES if high_definition else 1
     return ModelCard(
         CARD.format(
             metadata=metadata.to_yaml(),

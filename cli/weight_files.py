@@ -9,7 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -195,7 +195,7 @@ def _load_bin(file: Path, *, map_location: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _stream_chunks(stream: Iterable, num_bytes: int) -> Iterator[memoryview]:
+def _stream_chunks(stream: BinaryIO, num_bytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(num_bytes, CHUNK_BYTES)))
     while num_bytes:
         count = stream.readinto(buffer[: min(num_bytes, CHUNK_BYTES)])

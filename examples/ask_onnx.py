@@ -88,7 +88,7 @@ def main() -> None:
         return_tensors="np",
     )
     answers = OnnxFlashSloth(args.folder).generate(inputs)
-    sys.stdout.write(processor.post_process_image_text_to_text(answers)[0].strip() + "\n")
+    sys.stdout.write(processor.post_process_image_text_to_text(answers)[0] + "\n")
 
 
 if __name__ == "__main__":

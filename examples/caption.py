@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
@@ -118,8 +118,7 @@ class Batches(Dataset):
 
     def _load(self, picture: Any) -> Image.Image:
         image_processor = self.processor.image_processor
-        picture = image_processor.process_image(image_processor.fetch_images(picture))
-        return ImageOps.exif_transpose(picture)
+        return image_processor.process_image(image_processor.fetch_images(picture))
 
     def _prepare(self, conversations: list) -> BatchFeature:
         return self.processor.apply_chat_template(

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def training():
+    sys.path.insert(0, str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("training_benchmark", BENCHMARKS / "training.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(BENCHMARKS))
     return module
 
 

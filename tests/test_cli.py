@@ -227,7 +227,7 @@ def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["--help"])
     assert error.value.code == 0
-    assert {"ask", "convert"} <= set(capsys.readouterr().out.split())
+    assert {"ask", "convert", "init", "export", "onnx"} <= set(capsys.readouterr().out.split())
 
 
 def test_a_picture_comes_from_standard_input(checkpoint, picture):

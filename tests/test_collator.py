@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from golden_checkpoint import GOLDEN, synthetic, write_golden_checkpoint
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
-from flashsloth.training import BadRowError, FlashSlothDataCollator, ModalityLengthSampler, load_rows, row_lengths
+from flashsloth.training import BadRowError, FlashSlothDataCollator, ModalityLengthSampler, load_rows
+from flashsloth.training.trainer import FlashSlothTrainer
 
 CHATML = r"""
 {%- for message in messages -%}
@@ -430,13 +432,14 @@ def test_embedded_pictures_reach_the_batch(collator, tmp_path, pictures):
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-class GroupingTrainer(Trainer):
-    """As `examples/train.py` groups rows."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        lengths, has_picture = row_lengths(self.train_dataset, tokens_per_image=4)
-        self.sampler = ModalityLengthSampler(lengths, has_picture, batch_size=self.args.train_batch_size)
-        return self.sampler
+def test_an_embedded_picture_is_turned_as_its_file_is(collator, tmp_path, pictures):
+    (exif := Image.Exif())[0x0112] = 6  # to be turned clockwise by a quarter
+    pictures[0].save(tmp_path / "turned.png", exif=exif)
+    forms = [str(tmp_path / "turned.png"), (tmp_path / "turned.png").as_uri()]
+    forms.append({"bytes": (tmp_path / "turned.png").read_bytes()})
+    expected = collator([{"image": pictures[0].transpose(Image.Transpose.ROTATE_270), "caption": "a cat"}])
+    for form in forms:
+        assert torch.equal(collator([{"image": form, "caption": "a cat"}])["pixel_values"], expected["pixel_values"])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -453,12 +456,14 @@ def test_the_trainer_takes_rows_and_collator(processor, make_model, file, tmp_pa
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        train_sampling_strategy="random" if streaming else "group_by_length",
     )
-    trainer = (Trainer if streaming else GroupingTrainer)(
+    trainer = (Trainer if streaming else FlashSlothTrainer)(
         model,
         arguments,
         data_collator=FlashSlothDataCollator(processor, on_bad_row="skip"),
         train_dataset=load_rows(file, streaming=streaming),
+        processing_class=processor,
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -466,4 +471,5 @@ def test_the_trainer_takes_rows_and_collator(processor, make_model, file, tmp_pa
     assert np.isfinite(losses).all()
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     if not streaming:
-        assert trainer.sampler.epoch == 1  # accelerate's loader told it
+        sampler = trainer.callback_handler.train_dataloader.batch_sampler.sampler
+        assert (type(sampler), sampler.epoch) == (ModalityLengthSampler, 1)

@@ -1,5 +1,7 @@
 """What the pages of docs/ show is what happens: their commands and their code are run, in order, in a clone."""
 
+import contextlib
+import io
 import os
 import re
 import runpy
@@ -66,7 +68,10 @@ def test_everything_on_a_page_runs(page, clone, monkeypatch):
     namespace = {}
     for language, block in blocks(page, "sh|python"):
         if language == "python":
-            exec(compile(block, page.name, "exec"), namespace)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(block, page.name, "exec"), namespace)
+            if said := re.findall(r"^# (.*)$", block, flags=re.MULTILINE):
+                assert printed.getvalue().splitlines() == said
         else:
             for command in filter(None, commands(block)):
                 run(command, monkeypatch)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from base_models import TOKENIZERS, make_decoder, make_tokenizer, make_tower
 from huggingface_hub import ModelCard
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -303,7 +304,7 @@ def test_a_text_conversation_is_rendered_as_by_the_decoders_own_template(adapted
 @pytest.mark.parametrize("family", ["gemma", "mistral"])
 def test_a_system_message_is_refused_where_the_format_has_none(adapted, family):
     _, tokenizer, template, _ = adapted[family]
-    with pytest.raises(Exception, match="found system"):
+    with pytest.raises(TemplateError, match="found system"):
         tokenizer.apply_chat_template([system(), question()], chat_template=template)
 
 

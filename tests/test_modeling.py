@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import DECODERS
-from transformers import AutoModel, PreTrainedModel
+from conftest import DECODERS, VISION
+from transformers import PreTrainedModel
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.modeling_flashsloth import SpatialAttentionPooling
@@ -251,11 +251,11 @@ def test_logits_to_keep_keeps_the_last(model, ask, pictures):
         torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, expected[:, -2:])
 
 
-def test_the_tower_has_no_unused_parts(model, make_config):
+def test_the_tower_has_no_unused_parts(model):
     names = [name for name, _ in model.model.vision_tower.named_parameters()]
     assert names
     assert not any(word in name for name in names for word in ("post_layernorm", "head"))
-    assert len(AutoModel.from_config(make_config().vision_config).encoder.layers) == 2
+    assert len(model.model.vision_tower.encoder.layers) == VISION["num_hidden_layers"]
 
 
 def test_a_tower_with_a_class_token_pools_patches_only(make_config, ask, pictures):

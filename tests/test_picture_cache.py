@@ -105,6 +105,17 @@ def test_a_batch_is_refused(model, ask, pictures):
         model.picture_cache()(ask([(pictures[:1], "What?")], [(pictures[:1], "Why?")]))
 
 
+def test_patch_features_of_another_shape_or_beside_pixels_are_refused(model, ask, pictures):
+    inputs = dict(ask([(pictures[:1], "What is it?")]))
+    features = model.get_image_features(inputs["pixel_values"]).last_hidden_state
+    with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\).*beside `pixel_values`; give `last_hidden_state`"):
+        model(**inputs, patch_features=features)
+    del inputs["pixel_values"]
+    for wrong in (features[0], features[:, 1:], features[..., 1:]):
+        with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\) and stand in the place of `pixel_values`, but"):
+            model(**inputs, patch_features=wrong)
+
+
 def test_patch_features_replace_pixels(any_model, ask, conversations):
     inputs = dict(ask(*conversations))
     expected = scores_of(any_model, inputs)

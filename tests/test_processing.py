@@ -6,7 +6,7 @@ import torch
 from transformers.processing_utils import ProcessorMixin
 
 from flashsloth import FlashSlothProcessor
-from flashsloth.processing_flashsloth import DEFAULT_SYSTEM_PROMPT, GUARD, build_chat_template
+from flashsloth.processing_flashsloth import DEFAULT_SYSTEM_PROMPT, GUARD, ConversationError, build_chat_template
 
 SYSTEM = DEFAULT_SYSTEM_PROMPT + " "
 
@@ -57,7 +57,7 @@ def test_an_answer_can_be_begun_for_the_model(processor):
 
 
 def test_unknown_roles_are_refused(processor):
-    with pytest.raises(Exception, match="found tool"):
+    with pytest.raises(ConversationError, match="found tool"):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
 
 

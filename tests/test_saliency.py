@@ -275,6 +275,8 @@ def test_what_does_not_belong_together_is_refused(model, ask, pictures):
         model.heat_maps(model(**inputs), ids, [(48, 40)] * 2)
     with pytest.raises(ValueError, match="3 pictures cannot have 2 tiles"):
         model.heat_maps(outputs, ids, [(48, 40)] * 3)
+    with pytest.raises(ValueError, match="0 pictures cannot have 2 tiles"):
+        model.heat_maps(outputs, ids, [])
     with pytest.raises(ValueError, match="attention of 2 questions, but `input_ids` has 1"):
         model.heat_maps(outputs, ids[:1], [(48, 40)] * 2)
     with pytest.raises(ValueError, match="Expected 1 tile of a picture, or 5, found 2"):

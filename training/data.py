@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 
 PLACEHOLDER = "<image>"
@@ -205,7 +205,7 @@ def row_lengths(rows: Sequence[dict[str, Any]] | Dataset, *, tokens_per_image: i
 
 def is_url(picture: str) -> bool:
     """Whether a picture's address is not a path."""
-    return picture.startswith(("http://", "https://", "data:"))
+    return picture.startswith(("http://", "https://", "file://", "data:"))
 
 
 def _import_datasets(source: str | Path) -> Any:
@@ -270,7 +270,7 @@ def _picture(value: Any, image_folder: str | Path | None) -> Any:
             raise TypeError(f"a picture must have `bytes` or `path`, but has {sorted(value)}")
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
-        return Image.open(io.BytesIO(value))
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(value)))  # as a file is read
     if isinstance(value, (str, Path)):
         return value if is_url(str(value)) else str(Path(image_folder or "") / value)
     if isinstance(value, Image.Image) or hasattr(value, "shape"):

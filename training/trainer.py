@@ -92,12 +92,15 @@ class FlashSlothTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate; see `Trainer.evaluate` and `num_eval_answers`."""
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.num_eval_answers:
-            exact_match = {"eval_exact_match": self._exact_match(rows)}
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        if self.num_eval_answers and not isinstance(rows, dict):  # of several sets, each comes here by itself
+            exact_match = {f"{metric_key_prefix}_exact_match": self._exact_match(rows)}
             self.log(exact_match)
             metrics |= exact_match
         return metrics

@@ -114,7 +114,7 @@ def evaluate(
     Args:
         model: The model, in evaluation mode.
         processor: Its processor.
-        num_pictures: Pictures of `SPLIT`.
+        num_pictures: How many pictures.
         batch_size: Questions answered at once.
         split: Where the pictures come from.
         with_second_turns: Whether every question is asked as a second one, too.

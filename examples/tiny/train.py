@@ -327,7 +327,6 @@ def main() -> None:
     trainer = train_in_parts(model, processor, work, args)
     if trainer.is_world_process_zero():
         model = model.to(torch.bfloat16).eval()
-        model.config.use_cache = True  # the Trainer turned it off
         model.save_pretrained(args.output)
         processor.save_pretrained(args.output)
         result = evaluate(model, processor, args.evaluation_pictures)
