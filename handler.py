@@ -9,6 +9,7 @@ The answer is `[{"generated_text": "..."}]`; what is wrong with a request is a `
 
 import base64
 import io
+import math
 from typing import Any
 
 import torch
@@ -21,20 +22,20 @@ DOWNLOAD_TIMEOUT = 30  # seconds
 PICTURE_TYPES = ("image", "image_url")
 PICTURE_KEYS = ("image", "url", "base64", "image_url")
 DEFAULTS = {"max_new_tokens": 512}
-PARAMETERS = frozenset(
-    {
-        "do_image_splitting",
-        "do_sample",
-        "max_new_tokens",
-        "min_new_tokens",
-        "num_beams",
-        "repetition_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-    }
-)
+PARAMETERS = {
+    "do_image_splitting": bool,
+    "do_sample": bool,
+    "max_new_tokens": int,
+    "min_new_tokens": int,
+    "num_beams": int,
+    "repetition_penalty": float,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+}
 """What a request may set: of `generate`, and `do_image_splitting`, which reads pictures as five tiles."""
+
+KINDS = {bool: "true or false", int: "a whole number from 0", float: "a number from 0"}
 
 
 class EndpointHandler:
@@ -62,6 +63,8 @@ class EndpointHandler:
         Raises:
             ValueError: If the request cannot be answered; says why.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f"a request should be an object with `inputs`, but is {_show(data)}.")
         parameters = DEFAULTS | _read_parameters(data.get("parameters"))
         images_kwargs = {"do_image_splitting": parameters.pop("do_image_splitting", None)}
         messages = _read_messages(data)
@@ -75,7 +78,7 @@ class EndpointHandler:
                 processor_kwargs={"images_kwargs": images_kwargs},
             ).to(self.model.device, self.model.dtype)
             generated = self.model.generate(**inputs, **parameters)
-        except TypeError as error:  # such as 0.5 for a count
+        except (ArithmeticError, RuntimeError, TypeError) as error:  # such as no beams, or more than memory holds
             raise ValueError(f"the request cannot be answered: {error}") from error
         answers = self.processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])
         return [{"generated_text": answer} for answer in answers]
@@ -85,14 +88,25 @@ def _read_parameters(parameters: Any) -> dict[str, Any]:
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, dict):
         raise ValueError(f"`parameters` should be an object, but is {_show(parameters)}.")
-    if unknown := set(parameters) - PARAMETERS:
+    if unknown := set(parameters) - set(PARAMETERS):
         raise ValueError(
             f"`parameters` has {', '.join(sorted(unknown))}, which nothing reads; it may have "
             f"{', '.join(sorted(PARAMETERS))}."
         )
-    if wrong := [name for name, value in parameters.items() if not isinstance(value, (int, float, type(None)))]:
-        raise ValueError(f"`{wrong[0]}` should be a number or a boolean, but is {_show(parameters[wrong[0]])}.")
-    return {name: value for name, value in parameters.items() if value is not None}
+    return {name: _read_parameter(name, value) for name, value in parameters.items() if value is not None}
+
+
+def _read_parameter(name: str, value: Any) -> Any:
+    """A parameter in the type that `generate` wants; JSON may write 2.0 as 2."""
+    kind = PARAMETERS[name]
+    if kind is bool:
+        fits = isinstance(value, bool)
+    else:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = is_number and 0 <= value < math.inf and kind(value) == value
+    if not fits:
+        raise ValueError(f"`{name}` should be {KINDS[kind]}, but is {_show(value)}.")
+    return kind(value)
 
 
 def _read_messages(data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -183,13 +183,13 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         if patches is None:
             with torch.no_grad():
                 patches = self.get_image_features(inputs["pixel_values"].to(self.device)).last_hidden_state
-        patches = patches.detach().requires_grad_()
         answers = sequences[:, prompts.shape[1] :]
         is_answer = answers != self.generation_config.pad_token_id
         mask = inputs.get("attention_mask", torch.ones_like(prompts)).to(self.device)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # copies: inference tensors have no gradients
+            patches, answers, is_answer = patches.detach().clone().requires_grad_(), answers.clone(), is_answer.clone()
             logits = self(
-                input_ids=sequences,
+                input_ids=sequences.clone(),
                 attention_mask=torch.cat([mask, torch.ones_like(answers)], dim=1),
                 patch_features=patches,
                 logits_to_keep=answers.shape[1] + 1,

@@ -6,6 +6,7 @@ Of the checkpoint's folder goes along what was loaded from it, and its licence: 
 """
 
 import contextlib
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from .weight_files import find_weight_files, read_json
 ADAPTER_CONFIG = "adapter_config.json"
 CARD, LICENSE, APACHE = "README.md", "LICENSE", "apache-2.0"
 EXAMPLES = "examples"
+LICENSE_ID = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 ORIGIN = "Exported by `flashsloth export`."
 UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
 
@@ -78,7 +80,8 @@ def export(
         What was written.
 
     Raises:
-        RepositoryError: If the checkpoint is broken, not complete, or no FlashSloth, or the output is in use.
+        RepositoryError: If the checkpoint is broken, not complete, or no FlashSloth, the output is in use, or the
+            licence is none by that name.
     """
     checkpoint, output = Path(checkpoint), unused_folder(output)
     try:
@@ -90,6 +93,8 @@ def export(
     except UNREADABLE as error:
         raise RepositoryError(f"{checkpoint} cannot be exported: {error}") from error
     known = _read_card(checkpoint)
+    if license_id and not LICENSE_ID.fullmatch(license_id):
+        raise RepositoryError(f"the Hub knows licences by names such as apache-2.0, mit or other, not {license_id!r}.")
     license_id = license_id or known.license
     summary = _summarise(model, checkpoint, output, license_id)
     with complete_or_absent(output, summary.num_bytes) as partial:

@@ -1,5 +1,6 @@
 """Model card of a FlashSloth checkpoint."""
 
+import math
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -147,7 +148,7 @@ def read_results(file: Path) -> list[EvalResult]:
                 (task, None, task, name.partition(",")[0], value)
                 for task, metrics in content["results"].items()
                 for name, value in metrics.items()
-                if isinstance(value, (int, float)) and not name.partition(",")[0].endswith("_stderr")
+                if isinstance(value, (int, float)) and "_stderr" not in name and math.isfinite(value)
             ]
         else:
             results = [

@@ -271,9 +271,9 @@ def _compare(
         ids, mask = expected[0].argmax(dim=-1, keepdim=True), nn.functional.pad(mask, (0, 1), value=1)
         found = _run_graph(folder / STEP, ids, mask, *expected[1:])
         expected = StepGraph(model)(ids, mask, list(expected[1:]))
-        differences[STEP] = max(differences[STEP], _difference(found, expected, mask))
+        differences[STEP] = float(np.maximum(differences[STEP], _difference(found, expected, mask)))
     if wrong := {name: difference for name, difference in differences.items() if not difference <= TOLERANCE}:
-        name, difference = max(wrong.items(), key=lambda item: item[1])
+        name, difference = next(iter(wrong.items()))
         raise RepositoryError(
             f"{name} gives other results than the model, by {difference:.1e} of the largest value, where "
             f"{TOLERANCE:.0e} is allowed: the exporter did not carry this model; nothing was written."
@@ -290,7 +290,10 @@ def _run_graph(file: Path, *inputs: torch.Tensor) -> list[np.ndarray]:
 
 
 def _difference(found: list[np.ndarray], expected: Iterable[torch.Tensor], mask: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value, where it matters: padding's keys and values do not."""
+    """The largest difference, as a share of the largest value, where it matters: padding's keys and values do not.
+
+    It is NaN if there is one.
+    """
     largest = 0.0
     for ours, tensor in zip(found, expected, strict=True):
         theirs = tensor.numpy()
@@ -298,5 +301,6 @@ def _difference(found: list[np.ndarray], expected: Iterable[torch.Tensor], mask:
             return float("inf")
         is_cache = ours.ndim == 4
         kept = mask.bool().numpy()[:, None, :, None] if is_cache else np.True_
-        largest = max(largest, float(np.where(kept, abs(ours - theirs), 0).max() / abs(theirs).max()))
-    return largest
+        difference = np.where(kept, abs(ours - theirs), 0).max() / max(abs(theirs).max(), np.finfo(np.float32).tiny)
+        largest = np.maximum(largest, difference)  # `max` would pass over NaN
+    return float(largest)

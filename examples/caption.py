@@ -22,7 +22,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from accelerate import PartialState
@@ -33,11 +33,12 @@ from transformers import BatchFeature
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.training import load_rows, normalize_row
-from flashsloth.training.data import Rows
+from flashsloth.training.data import PLACEHOLDER, Rows
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
+UNREADABLE_NAMES = "backslashreplace"  # a name of a file that is not UTF-8 becomes an escape, which JSON has as well
 SETTINGS = ("model", "question", "batch_size", "max_new_tokens", "hd")
 
 
@@ -111,7 +112,8 @@ class Batches(Dataset):
         if isinstance(record.get("image"), str):
             row["image"] = record["image"]
         wanted = {name: record[name] for name in ("image", "error") if name in record}
-        wanted["caption"] = row.get("question", self.options.question)
+        wanted["caption"] = row.get("question", self.options.question).replace(PLACEHOLDER, "").strip()
+        wanted["caption"].encode()  # raises for half a character, which no tokenizer takes
         asked = normalize_row(wanted, image_folder=self.folder)
         content = [{"type": "image", "image": self._load(picture)} for picture in asked["image"]]
         return [{"role": "user", "content": [*content, {"type": "text", "text": asked["caption"]}]}]
@@ -202,7 +204,7 @@ def answer(
 
 def append(part: Path, batches: Iterable[Batch]) -> None:
     """Write batches to a new file as they come, each on disk before the next one begins."""
-    with part.open("x", encoding="utf-8") as file:
+    with part.open("x", encoding="utf-8", errors=UNREADABLE_NAMES) as file:
         for batch in batches:
             file.write(json.dumps({"batch": batch.number, "rows": batch.rows}, ensure_ascii=False) + "\n")
             file.flush()
@@ -231,7 +233,7 @@ def merge(output: Path, places: dict[int, tuple[Path, int]]) -> tuple[int, int]:
     counts = {"answers": 0, "errors": 0}
     with contextlib.ExitStack() as stack:
         drafts = {name: output / f".{name}-{uuid.uuid4().hex}" for name in counts}
-        files = {name: stack.enter_context(draft.open("w", encoding="utf-8")) for name, draft in drafts.items()}
+        files = {name: stack.enter_context(_open_draft(draft)) for name, draft in drafts.items()}
         for _, (part, start) in sorted(places.items()):
             for row in _read_batch(part, start)["rows"]:
                 for name in ("answers", "errors") if "error" in row else ("answers",):
@@ -242,6 +244,10 @@ def merge(output: Path, places: dict[int, tuple[Path, int]]) -> tuple[int, int]:
     return counts["answers"], counts["errors"]
 
 
+def _open_draft(draft: Path) -> TextIO:
+    return draft.open("w", encoding="utf-8", errors=UNREADABLE_NAMES)
+
+
 def _read_batch(part: Path, start: int) -> dict[str, Any]:
     with part.open("rb") as lines:
         lines.seek(start)
@@ -250,11 +256,8 @@ def _read_batch(part: Path, start: int) -> dict[str, Any]:
 
 def _check_settings(options: argparse.Namespace, source: Rows) -> None:
     """Refuse to mix what different pictures, questions or models gave; batches are known by number only."""
-    if options.source.is_file():
-        identity = str(options.source.stat().st_size)
-    else:
-        identity = hashlib.sha256("\n".join(getattr(source.records, "names", [])).encode()).hexdigest()
-    settings = {"num_rows": len(source), "source": identity} | {name: getattr(options, name) for name in SETTINGS}
+    settings = {"num_rows": len(source), "source": _identify(options.source, source)}
+    settings |= {name: getattr(options, name) for name in SETTINGS}
     file = options.output / "settings.json"
     if not file.exists():
         draft = file.with_name(f".settings-{uuid.uuid4().hex}")
@@ -266,6 +269,16 @@ def _check_settings(options: argparse.Namespace, source: Rows) -> None:
             f"{options.output} has answers of a run with another {', '.join(changed)} (see {file}); name another "
             "output folder, or go on with what it says."
         )
+
+
+def _identify(path: Path, source: Rows) -> str:
+    """What tells a source from others: where it is, the names of its pictures, or when its files changed."""
+    names = getattr(source.records, "names", None)
+    known = [str(path.resolve() if path.exists() else path), *(names or [])]
+    if names is None:
+        for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+            known.append(f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}")
+    return hashlib.sha256("\n".join(known).encode(errors="surrogateescape")).hexdigest()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -32,6 +32,7 @@ except ImportError as error:
 SHIPPED_CHECKPOINT = Path(flashsloth.__file__).parent
 MAX_NEW_TOKENS = 512
 SHOWN_SIDE = 640  # pixels of the longer side of a heat map
+DELETE_FILES = (600, 3600)  # seconds: how often, and how old an upload or a map must be
 SYSTEM_FONTS = ("system-ui", "sans-serif")
 VIEWS = ("What the answer depends on", "Where the queries looked", "How patches were pooled")
 EXPLANATION = """
@@ -145,7 +146,10 @@ class Demo:
             gr.Warning(missing)
             yield tuple(gr.skip() for _ in range(4 + len(VIEWS)))
             return
-        inputs = self.pictures(self._inputs(picture, question, splitting, turns))
+        try:
+            inputs = self.pictures(self._inputs(picture, question, splitting, turns))
+        except ValueError as error:  # such as a picture of 70000 x 1 pixels
+            raise gr.Error(str(error)) from error
         answering = Answering(
             self.model,
             self.processor.tokenizer,
@@ -158,9 +162,10 @@ class Demo:
         answer = ""
         try:
             answering.start()
+            yield (_chat(turns, question), "", *(gr.skip() for _ in range(2 + len(VIEWS))))
             for piece in answering.streamer:
                 answer += piece
-                yield (_chat(turns, question, answer), "", *(gr.skip() for _ in range(2 + len(VIEWS))))
+                yield (_chat(turns, question, answer), *(gr.skip() for _ in range(3 + len(VIEWS))))
         finally:  # also if the visitor went away
             answering.stop.set()
             answering.join()
@@ -170,7 +175,7 @@ class Demo:
         turns = [*turns, Turn(question, answer.strip(), self._views(picture, inputs, answering.output))]
         names = [f"{number}. {turn.question}" for number, turn in enumerate(turns, start=1)]
         choice = gr.Dropdown(choices=names, value=names[-1], visible=len(turns) > 1)
-        yield (_chat(turns), "", turns, choice, *turns[-1].views)
+        yield (_chat(turns), gr.skip(), turns, choice, *turns[-1].views)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that a visitor is waiting for."""
@@ -211,7 +216,7 @@ class Demo:
     def build(self) -> gr.Blocks:
         """Lay out the page."""
         splitting = self.processor.image_processor.do_image_splitting
-        with gr.Blocks(title="FlashSloth", analytics_enabled=False) as page:
+        with gr.Blocks(title="FlashSloth", analytics_enabled=False, delete_cache=DELETE_FILES) as page:
             turns = gr.State([])
             gr.Markdown("# FlashSloth\nAsk about a picture, and see what the model looked at.")
             with gr.Row():
@@ -263,12 +268,13 @@ class Demo:
                 gr.Examples(examples, [picture, question])
 
             outputs = [chat, question, turns, choice, *views]
-            for event in (send.click, question.submit):
-                event(self.ask, [picture, question, high, turns], outputs, show_progress="hidden")
+            asked = [send.click, question.submit]
+            asking = gr.on(asked, self.ask, [picture, question, high, turns], outputs, show_progress="hidden")
             stop.click(self.stop, queue=False)
             nothing = [[], [], gr.Dropdown([], visible=False), *(None for _ in VIEWS)]
             for event in (picture.change, clear.click, chat.clear):
-                event(lambda: nothing, None, [chat, turns, choice, *views], show_progress="hidden")
+                event(self.stop, queue=False)
+                event(lambda: nothing, None, [chat, turns, choice, *views], show_progress="hidden", cancels=[asking])
             picture.upload(lambda picture: None, picture, None, show_progress="hidden")  # refuses what is no picture
             choice.input(lambda index, turns: turns[index].views, [choice, turns], views, show_progress="hidden")
         return page

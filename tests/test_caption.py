@@ -188,6 +188,53 @@ def test_a_listing_may_have_broken_lines_and_turned_pictures(scenes, tmp_path):
     assert [row["row"] for row in read(tmp_path / "answers" / "errors.jsonl")] == [1, 2, 3, 4]
 
 
+def test_sources_that_look_alike_are_told_apart(scenes, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for day, scene in zip(("monday", "tuesday"), scenes, strict=False):
+        (tmp_path / day / "tables").mkdir(parents=True)
+        (tmp_path / day / "pictures").mkdir()
+        draw(scene, 96).save(file := tmp_path / day / "pictures" / "1.png")
+        table = datasets.Dataset.from_dict({"image": [{"bytes": file.read_bytes(), "path": None}]})
+        table.to_parquet(tmp_path / day / "tables" / "1.parquet")
+    for kind in ("pictures", "tables"):
+        run(tmp_path / "monday" / kind, tmp_path / kind)
+        with pytest.raises(ValueError, match="another source"):
+            run(tmp_path / "tuesday" / kind, tmp_path / kind)
+    listing = tmp_path / "listing.jsonl"
+    listing.write_text('{"image": "monday/pictures/1.png", "question": "What?"}')
+    run(listing, tmp_path / "listed")
+    listing.write_text('{"image": "monday/pictures/1.png", "question": "Why??"}')
+    with pytest.raises(ValueError, match="another source"):
+        run(listing, tmp_path / "listed")
+
+
+def test_what_is_not_unicode_stops_nothing(scenes, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9.png")
+    draw(scenes[0], 96).save(buffer := io.BytesIO(), format="PNG")
+    (folder / name).write_bytes(buffer.getvalue())
+    (row,) = run(folder, tmp_path / "answers")
+    assert (row["image"], row["answer"]) == (name, describe(scenes[0]))
+    half = r'"\ud83d"'
+    lines = ['{"image": "%s"}', '{"image": "%s", "question": ' + half + "}", '{"image": "%s", "id": ' + half + "}"]
+    draw(scenes[0], 96).save(tmp_path / "1.png")
+    (tmp_path / "listing.jsonl").write_text("\n".join(lines).replace("%s", "1.png"))
+    rows = run(tmp_path / "listing.jsonl", tmp_path / "listed")
+    assert [row.get("answer") for row in rows] == [describe(scenes[0]), None, describe(scenes[0])]
+    assert "surrogates not allowed" in rows[1]["error"]
+    assert rows[2]["id"] == "\ud83d"
+
+
+def test_a_placeholder_in_a_question_is_where_the_picture_stands(scenes, tmp_path):
+    draw(scenes[0], 96).save(tmp_path / "1.png")
+    (tmp_path / "listing.jsonl").write_text(
+        json.dumps({"image": "1.png", "question": "<image>\nDescribe the picture."})
+    )
+    (row,) = run(tmp_path / "listing.jsonl", tmp_path / "answers")
+    assert row["answer"] == describe(scenes[0])
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no pictures in"):

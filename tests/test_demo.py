@@ -204,6 +204,49 @@ def test_the_stop_button_ends_an_answer(page, demo):
         demo.model.generation_config.min_new_tokens = None
 
 
+def test_a_new_chat_begins_while_an_answer_is_being_given(page, demo):
+    demo.model.generation_config.min_new_tokens = 400
+    try:
+        for leave in (lambda: page.all("#clear")[0].click(), lambda: page.show("scene.png")):
+            page.show("shapes.png")
+            page.ask("Describe the picture.")
+            page.wait.until(lambda _: page.answers() and len(page.answers()[0]) > 30)
+            leave()
+            page.wait.until(lambda _: not demo.answering and not page.answers())
+            time.sleep(1)  # nothing of the old answer comes after
+            assert (page.answers(), page.views()) == ([], [])
+            page.browser.refresh()
+            page.wait.until(lambda _: page.all("#picture input[type=file]"))
+    finally:
+        demo.model.generation_config.min_new_tokens = None
+
+
+def test_what_is_typed_during_an_answer_stays(page, demo):
+    demo.model.generation_config.min_new_tokens = 400
+    try:
+        page.show("shapes.png")
+        page.ask("Describe the picture.")
+        page.wait.until(lambda _: page.answers() and len(page.answers()[0]) > 30)
+        (box,) = page.all("#question textarea")
+        box.send_keys("Read the sign.")
+        shown = len(page.answers()[0])
+        page.wait.until(lambda _: len(page.answers()[0]) > shown + 30)
+        page.all("#stop")[0].click()
+        page.wait_for_views()
+        assert box.get_attribute("value") == "Read the sign."
+    finally:
+        demo.model.generation_config.min_new_tokens = None
+
+
+def test_a_picture_that_the_model_refuses_is_explained(page, tmp_path):
+    Image.new("RGB", (70000, 4)).save(tmp_path / "long.png")
+    page.upload(tmp_path / "long.png")
+    page.wait.until(lambda _: page.all("#picture img"))
+    time.sleep(0.5)
+    page.ask("What is it?")
+    assert "70000" in page.warning()
+
+
 def test_what_is_missing_is_said(page, tmp_path):
     page.ask("Read the sign.")
     assert "choose a picture first" in page.warning()

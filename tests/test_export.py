@@ -123,7 +123,16 @@ def test_weights_are_those_of_the_checkpoint(run, trained, tmp_path):
 
 
 def test_the_card_says_what_is_known(run, trained, tmp_path):
-    lmms = {"results": {"mme": {"alias": "mme", "mme_score,none": 1502.5, "mme_score_stderr,none": 3.0}}}
+    lmms = {
+        "results": {
+            "mme": {
+                "alias": "mme",
+                "mme_score,none": 1502.5,
+                "mme_score_stderr_clt,none": 3.0,
+                "gpt,none": float("nan"),
+            }
+        }
+    }
     (tmp_path / "lmms.json").write_text(json.dumps(lmms))
     options = ["--name", "someone/sloth", "--license", "mit", "--base-model", "microsoft/phi-2"]
     options += ["--evaluation", tmp_path / "lmms.json", "--evaluation", ROOT / "examples/tiny/evaluation.json"]
@@ -142,7 +151,7 @@ def test_the_card_says_what_is_known(run, trained, tmp_path):
     counts = json.loads((ROOT / "examples/tiny/evaluation.json").read_text())["all"]
     assert values["mme", "mme_score"] == 1502.5
     assert values["drawn-scenes: all", "exact_match"] == counts["right"] / counts["asked"]
-    assert not any("stderr" in metric for _, metric in values)
+    assert {metric for _, metric in values} == {"mme_score", "exact_match"}  # no standard error, nothing that is NaN
     assert not (tmp_path / "out" / "LICENSE").exists()  # ours is not the MIT licence
 
 
@@ -152,6 +161,10 @@ def test_what_the_checkpoints_own_card_says_is_kept(run, trained, tmp_path):
     assert run(trained, tmp_path / "out")[0] == 0
     assert (card_of(tmp_path / "out").license, card_of(tmp_path / "out").base_model) == ("mit", ["someone/base"])
     assert (tmp_path / "out" / "LICENSE").read_text() == "My licence"
+
+
+def test_a_licence_by_another_name_is_refused(refused, trained):
+    assert "such as apache-2.0, mit or other, not 'Apache 2.0'" in refused(trained, "--license", "Apache 2.0")
 
 
 def test_a_missing_licence_is_said(run, trained, tmp_path):

@@ -67,6 +67,11 @@ ANSWERED = {
         {"inputs": [user({"type": "image", "base64": encoded(SCENE)}, text("Read the sign."))]},
         "PULL",
     ),
+    "short": (
+        {"inputs": {"image": encoded(SHAPES), "text": "Describe the picture."}, "parameters": {"max_new_tokens": 3}},
+        "a yellow star",
+    ),
+    "whole numbers": ({"inputs": SIGN, "parameters": {"repetition_penalty": 1, "temperature": 2}}, "PULL"),
     "parameters": ({"inputs": SIGN, "parameters": {"num_beams": 2, "max_new_tokens": 20, "top_k": None}}, "PULL"),
 }
 REFUSED = {
@@ -84,11 +89,19 @@ REFUSED = {
     "unknown parameter": ({"inputs": "Hi", "parameters": {"max_tokens": 5}}, "max_tokens, which nothing reads"),
     "wrong parameter": (
         {"inputs": SIGN, "parameters": {"max_new_tokens": "many"}},
-        "`max_new_tokens` should be a number",
+        "`max_new_tokens` should be a whole number",
     ),
-    "half a beam": ({"inputs": SIGN, "parameters": {"num_beams": 1.5}}, "the request cannot be answered"),
+    "half a beam": ({"inputs": SIGN, "parameters": {"num_beams": 1.5}}, "`num_beams` should be a whole number"),
+    "no beams": ({"inputs": SIGN, "parameters": {"num_beams": 0}}, "the request cannot be answered"),
+    "no flag": ({"inputs": SIGN, "parameters": {"do_image_splitting": 1}}, "should be true or false, but is 1"),
+    "endless": ({"inputs": SIGN, "parameters": {"temperature": 1e999}}, "`temperature` should be a number from 0"),
+    "too cold": (
+        {"inputs": SIGN, "parameters": {"do_sample": True, "temperature": 1e-40}},
+        "the request cannot be answered",
+    ),
+    "list of requests": ([{"inputs": SIGN}], "a request should be an object with `inputs`"),
     "wrong parameters": ({"inputs": SIGN, "parameters": [1]}, "should be an object, but is [1]"),
-    "no tokens": ({"inputs": SIGN, "parameters": {"max_new_tokens": -1}}, "max_new_tokens"),
+    "no tokens": ({"inputs": SIGN, "parameters": {"max_new_tokens": -1}}, "`max_new_tokens` should be a whole number"),
 }
 
 

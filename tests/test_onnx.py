@@ -99,6 +99,15 @@ def test_graphs_that_differ_from_the_model_are_refused(exported, model, processo
             graphs._compare(other, inputs, exported.output)
 
 
+def test_not_a_number_is_a_difference():
+    ones, mask = torch.ones(1, 2), torch.ones(1, 2)
+    for place in range(3):
+        found = [np.ones((1, 2), np.float32) for _ in range(3)]
+        found[place][0, 1] = np.nan
+        assert np.isnan(graphs._difference(found, [ones] * 3, mask))
+    assert graphs._difference([np.ones((1, 2), np.float32)], [ones], mask) == 0
+
+
 class ReadsValues(nn.Module):
     """What no exporter can carry: which way it goes depends on the numbers."""
 

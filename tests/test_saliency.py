@@ -265,6 +265,10 @@ def test_answer_maps_are_the_gradient_of_the_answer(model, ask, conversations):
     cached = model.picture_cache()(ask(conversations[0]))
     (known,) = model.answer_maps(cached, model.generate(**cached, max_new_tokens=3), sizes[:1])
     torch.testing.assert_close(known, alone, atol=1e-5, rtol=1e-3)
+    with torch.inference_mode():
+        inputs = ask(*conversations)
+        again = model.answer_maps(inputs, model.generate(**inputs, max_new_tokens=3, min_new_tokens=3), sizes)
+    torch.testing.assert_close(torch.stack(again), torch.stack(maps))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -193,6 +193,8 @@ def test_broken_and_missing_clips_are_refused(tmp_path, clip):
             video_frames(broken)
     with pytest.raises(ValueError, match="Expected the path or http"):
         video_frames(tmp_path / "nowhere.mp4")
+    with pytest.raises(ValueError, match=r"Expected the path or http.{0,200}$"):
+        video_frames("data:image/gif;base64," + "R0lGOD" * 10_000)
     for empty in ([], np.zeros((0, 4, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match="found none in a"):
             video_frames(empty)
