@@ -10,6 +10,7 @@ import torch
 from original_checkpoint import write_tokenizer, write_weights
 
 GOLDEN = Path(__file__).parent / "golden"
+CASES = ["single", "batch", "mixed", "turns", "hd"]
 
 
 def synthetic(name, shape):
@@ -32,3 +33,22 @@ def write_golden_checkpoint(folder):
     write_weights(folder, {name: torch.from_numpy(synthetic_weight(name, shape)) for name, shape in shapes.items()})
     write_tokenizer(folder)
     return folder
+
+
+def read_case(name, config):
+    """The prompts with their placeholders expanded, padded on the right, and the pictures."""
+    case = json.loads((GOLDEN / f"{name}.json").read_text())
+    shape = case["images"]["shape"]
+    pixels = torch.from_numpy(np.clip(synthetic(case["images"]["synthetic"], shape), -1, 1)).view(-1, *shape[-3:])
+    num_tiles = shape[1] if len(shape) == 5 else 1
+    if name == "mixed":  # row 2 has no picture
+        pixels = pixels[:1]
+    repeats = {config.image_token_id: num_tiles * config.image_seq_length, config.query_token_id: 9}
+    rows = [[i for i in row for _ in range(repeats.get(i, 1))] for row in case["input_ids"]]
+    length = max(map(len, rows))
+    pad = config.text_config.pad_token_id
+    return case, {
+        "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+        "pixel_values": pixels,
+    }

@@ -274,22 +274,31 @@ def test_preprocessing_is_timed_on_pictures_and_on_files():
 def test_eight_and_four_bits_are_timed_at_every_number_of_threads():
     peer = shrink(PEERS[0])
     peer.config["text_config"]["intermediate_size"] = 64  # four bits come in groups of 32
-    assert {type(weight).__name__ for weight in quantized_weights(peer, "bfloat16")} == {"Parameter"}
+    assert {type(weight).__name__ for weight in decoder_weights(peer, "bfloat16")} == {"Parameter"}
     for precision in ("int8", "int4"):
-        kinds = {type(weight).__name__.lower() for weight in quantized_weights(peer, precision)}
-        assert all(precision in kind for kind in kinds)
+        assert all(precision in type(weight).__name__.lower() for weight in decoder_weights(peer, precision))
     num_threads = torch.get_num_threads()
-    rows = list(quantization.measure(peer, [1, 2], new_tokens=2, rounds=1, batch_size=2))
+    rows = list(quantization.compare_times(peer, [1, 2], new_tokens=2, rounds=1))
     assert torch.get_num_threads() == num_threads
     precisions = ("bfloat16", "int8", "int4")
     assert [row[:2] for row in rows] == [(name, threads) for threads in (1, 2) for name in precisions]
     assert all(row.first_token_s > 0 and row.token_s > 0 for row in rows)
-    lines = [line.split(" | ") for line in quantization.table(rows).splitlines()]
+    lines = [line.strip("| ").split(" | ") for line in quantization.times_table(rows).splitlines()]
     assert lines[2][3:5] == ["1.00", "1.00"]  # bfloat16 with one thread, beside itself
     assert float(lines[6][3]) == pytest.approx(rows[4].first_token_s / rows[3].first_token_s, abs=0.005)
-    assert float(lines[6][7].rstrip(" |")) == pytest.approx(rows[4].token_s / rows[1].token_s, abs=0.005)
+    assert float(lines[6][7]) == pytest.approx(rows[4].token_s / rows[1].token_s, abs=0.005)
 
 
-def quantized_weights(peer, precision):
+def decoder_weights(peer, precision):
     layers = quantization.build(peer, precision).model.model.language_model.layers
     return [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def test_answers_with_eight_and_four_bits_are_compared():
+    rows = list(quantization.compare_answers(num_pictures=2))
+    assert [row.recipe for row in rows] == list(quantization.RECIPES)
+    assert all(row.num_asked == rows[0].num_asked >= row.num_right > row.num_asked / 2 for row in rows)
+    assert all(row.num_layer_bytes < 0.6 * rows[0].num_layer_bytes for row in rows[1:])
+    plain, *others = (row.golden_difference for row in rows)
+    assert all(0 < plain < other < 0.5 for other in others)
+    assert len(quantization.answers_table(rows).splitlines()) == 2 + len(rows)

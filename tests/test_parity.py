@@ -3,13 +3,11 @@
 `golden/` holds what the original implementation gave in float32 on a small checkpoint with synthetic weights.
 """
 
-import json
 import re
 
-import numpy as np
 import pytest
 import torch
-from golden_checkpoint import GOLDEN, synthetic, write_golden_checkpoint
+from golden_checkpoint import CASES, GOLDEN, read_case, write_golden_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
 
@@ -17,7 +15,6 @@ from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
 from flashsloth.cli.convert import convert
 from flashsloth.original_flashsloth import ORIGINAL_KEY_MAPPING
 
-CASES = ["single", "batch", "mixed", "turns", "hd"]
 TOLERANCE = 1e-4
 ASSISTANT = [24994, 8808, 8643, 25]  # " ASSISTANT:"
 END = 50296  # "</s>"
@@ -33,25 +30,6 @@ def golden_model(request, tmp_path_factory):
     model = FlashSlothForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
     model.model.vision_tower.requires_grad_(False)  # as it was when the gradients were recorded
     return model
-
-
-def read_case(name, config):
-    """The prompts with their placeholders expanded, padded on the right, and the pictures."""
-    case = json.loads((GOLDEN / f"{name}.json").read_text())
-    shape = case["images"]["shape"]
-    pixels = torch.from_numpy(np.clip(synthetic(case["images"]["synthetic"], shape), -1, 1)).view(-1, *shape[-3:])
-    num_tiles = shape[1] if len(shape) == 5 else 1
-    if name == "mixed":  # row 2 has no picture
-        pixels = pixels[:1]
-    repeats = {config.image_token_id: num_tiles * config.image_seq_length, config.query_token_id: 9}
-    rows = [[i for i in row for _ in range(repeats.get(i, 1))] for row in case["input_ids"]]
-    length = max(map(len, rows))
-    pad = config.text_config.pad_token_id
-    return case, {
-        "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-        "pixel_values": pixels,
-    }
 
 
 def answer_labels(input_ids):
