@@ -125,7 +125,6 @@ def training_arguments(
         logging_steps=50,
         save_total_limit=2,
         dataloader_num_workers=1,
-        dataloader_persistent_workers=True,
         remove_unused_columns=False,
         label_names=["labels"],
         use_cache=True,  # else the Trainer turns the cache off in the config that is saved
@@ -317,6 +316,7 @@ def main() -> None:
     parser.add_argument("--evaluation-pictures", type=int, default=500)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.multiprocessing.set_start_method("spawn")  # forked loaders would keep the memory that earlier parts took
     work = args.work or args.output.with_name(f"{args.output.name}-work")
 
     tokenizer = build_tokenizer()
