@@ -33,6 +33,7 @@ SHIPPED_CHECKPOINT = Path(flashsloth.__file__).parent
 MAX_NEW_TOKENS = 512
 SHOWN_SIDE = 640  # pixels of the longer side of a heat map
 DELETE_FILES = (600, 3600)  # seconds: how often, and how old an upload or a map must be
+SECONDS_TO_STOP = 30
 SYSTEM_FONTS = ("system-ui", "sans-serif")
 VIEWS = ("What the answer depends on", "Where the queries looked", "How patches were pooled")
 EXPLANATION = """
@@ -93,19 +94,31 @@ class StopWhen(StoppingCriteria):
 class Answering(threading.Thread):
     """Generates in a thread of its own, while `streamer` is read."""
 
-    def __init__(self, model: FlashSlothForConditionalGeneration, tokenizer: Any, inputs: dict, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: FlashSlothForConditionalGeneration,
+        tokenizer: Any,
+        picture: Image.Image,
+        inputs: dict,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(daemon=True)
         self.streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop = threading.Event()
-        self.model, self.arguments = model, {**inputs, **kwargs}
+        self.model, self.picture, self.inputs, self.settings = model, picture, inputs, kwargs
         self.output: Any = None
         self.error: Exception | None = None
+        self.is_unwanted = False
+        self.is_shown = threading.Event()
 
     def run(self) -> None:
         """Generate; what goes wrong is kept for whoever reads."""
         try:
             self.output = self.model.generate(
-                **self.arguments, streamer=self.streamer, stopping_criteria=StoppingCriteriaList([StopWhen(self.stop)])
+                **self.inputs,
+                **self.settings,
+                streamer=self.streamer,
+                stopping_criteria=StoppingCriteriaList([StopWhen(self.stop)]),
             )
         except Exception as error:
             self.error = error
@@ -153,26 +166,36 @@ class Demo:
         answering = Answering(
             self.model,
             self.processor.tokenizer,
+            picture,
             inputs,
             max_new_tokens=self._room(inputs),
             output_attentions=True,
             return_dict_in_generate=True,
         )
         self.answering[request.session_hash] = answering
-        answer = ""
         try:
-            answering.start()
-            yield (_chat(turns, question), "", *(gr.skip() for _ in range(2 + len(VIEWS))))
-            for piece in answering.streamer:
-                answer += piece
-                yield (_chat(turns, question, answer), *(gr.skip() for _ in range(3 + len(VIEWS))))
+            yield from self._show(question, turns, answering)
         finally:  # also if the visitor went away
             answering.stop.set()
             answering.join()
             self.answering.pop(request.session_hash, None)
+            answering.is_shown.set()
+
+    def _show(self, question: str, turns: list[Turn], answering: Answering) -> Iterator[tuple]:
+        answer = ""
+        answering.start()
+        yield (_chat(turns, question), "", *(gr.skip() for _ in range(2 + len(VIEWS))))
+        for piece in answering.streamer:
+            if answering.is_unwanted:
+                return
+            answer += piece
+            yield (_chat(turns, question, answer), *(gr.skip() for _ in range(3 + len(VIEWS))))
+        answering.join()
+        if answering.is_unwanted:
+            return
         if answering.error is not None:
             raise gr.Error(f"The model could not answer: {answering.error}") from answering.error
-        turns = [*turns, Turn(question, answer.strip(), self._views(picture, inputs, answering.output))]
+        turns = [*turns, Turn(question, answer.strip(), self._views(answering))]
         names = [f"{number}. {turn.question}" for number, turn in enumerate(turns, start=1)]
         choice = gr.Dropdown(choices=names, value=names[-1], visible=len(turns) > 1)
         yield (_chat(turns), gr.skip(), turns, choice, *turns[-1].views)
@@ -182,6 +205,22 @@ class Demo:
         answering = self.answering.get(request.session_hash)
         if answering is not None:
             answering.stop.set()
+
+    def begin_anew(self, request: gr.Request) -> list[Any]:
+        """Forget the answer that a visitor is waiting for, if any; gives an empty chat, when nothing of it can come."""
+        answering = self.answering.get(request.session_hash)
+        if answering is not None:
+            answering.is_unwanted = True
+            answering.stop.set()
+            answering.is_shown.wait(timeout=SECONDS_TO_STOP)
+        return [[], [], gr.Dropdown([], visible=False), *(None for _ in VIEWS)]
+
+    def look_at(self, picture: Image.Image | None, request: gr.Request) -> list[Any]:
+        """Begin anew with another picture; a visitor may be quicker, and have asked about it before this is called."""
+        answering = self.answering.get(request.session_hash)
+        if answering is not None and answering.picture == picture:
+            return [gr.skip() for _ in range(3 + len(VIEWS))]
+        return self.begin_anew(request)
 
     def _inputs(self, picture: Image.Image, question: str, splitting: bool, turns: list[Turn]) -> dict[str, Any]:
         messages = []
@@ -205,8 +244,9 @@ class Demo:
             raise gr.Error("This conversation is longer than the model can read. Please start a new one.")
         return min(room, self.max_new_tokens)
 
-    def _views(self, picture: Image.Image, inputs: dict[str, Any], output: Any) -> list[Image.Image]:
-        shown = picture.convert("RGB")
+    def _views(self, answering: Answering) -> list[Image.Image]:
+        inputs, output = answering.inputs, answering.output
+        shown = answering.picture.convert("RGB")
         shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         sizes = [(shown.height, shown.width)]
         looked = self.model.heat_maps(output, inputs["input_ids"], sizes)
@@ -269,12 +309,11 @@ class Demo:
 
             outputs = [chat, question, turns, choice, *views]
             asked = [send.click, question.submit]
-            asking = gr.on(asked, self.ask, [picture, question, high, turns], outputs, show_progress="hidden")
+            gr.on(asked, self.ask, [picture, question, high, turns], outputs, show_progress="hidden")
             stop.click(self.stop, queue=False)
-            nothing = [[], [], gr.Dropdown([], visible=False), *(None for _ in VIEWS)]
-            for event in (picture.change, clear.click, chat.clear):
-                event(self.stop, queue=False)
-                event(lambda: nothing, None, [chat, turns, choice, *views], show_progress="hidden", cancels=[asking])
+            for event in (clear.click, chat.clear):
+                event(self.begin_anew, None, [chat, turns, choice, *views], show_progress="hidden")
+            picture.change(self.look_at, picture, [chat, turns, choice, *views], show_progress="hidden")
             picture.upload(lambda picture: None, picture, None, show_progress="hidden")  # refuses what is no picture
             choice.input(lambda index, turns: turns[index].views, [choice, turns], views, show_progress="hidden")
         return page

@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of huggingface is imported
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -42,11 +42,12 @@ VISION = {
 
 
 @pytest.fixture(autouse=True)
-def _undo_what_the_command_line_sets():
+def _undo_what_a_test_sets():
     verbosity = logging.get_verbosity()
     yield
     logging.set_verbosity(verbosity)
     logging.enable_progress_bar()
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval turns it on
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ def check_options(script, arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
     if script == "lmms_eval":
         module = pytest.importorskip("lmms_eval.__main__")
-    elif script == "examples/demo.py":
+    if script == "examples/demo.py":
         pytest.importorskip("gradio")
     with pytest.raises(SystemExit) as left:
         module.parse_eval_args() if script == "lmms_eval" else runpy.run_path(str(ROOT / script), run_name="__main__")
