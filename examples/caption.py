@@ -22,7 +22,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -38,7 +38,7 @@ from flashsloth.training.data import PLACEHOLDER, Rows
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
-UNREADABLE_NAMES = "backslashreplace"  # a name of a file that is not UTF-8 becomes an escape, which JSON has as well
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # a name that is not UTF-8 becomes an escape, as in JSON
 SETTINGS = ("model", "question", "batch_size", "max_new_tokens", "hd")
 
 
@@ -204,7 +204,7 @@ def answer(
 
 def append(part: Path, batches: Iterable[Batch]) -> None:
     """Write batches to a new file as they come, each on disk before the next one begins."""
-    with part.open("x", encoding="utf-8", errors=UNREADABLE_NAMES) as file:
+    with part.open("x", **TEXT) as file:
         for batch in batches:
             file.write(json.dumps({"batch": batch.number, "rows": batch.rows}, ensure_ascii=False) + "\n")
             file.flush()
@@ -233,7 +233,7 @@ def merge(output: Path, places: dict[int, tuple[Path, int]]) -> tuple[int, int]:
     counts = {"answers": 0, "errors": 0}
     with contextlib.ExitStack() as stack:
         drafts = {name: output / f".{name}-{uuid.uuid4().hex}" for name in counts}
-        files = {name: stack.enter_context(_open_draft(draft)) for name, draft in drafts.items()}
+        files = {name: stack.enter_context(draft.open("w", **TEXT)) for name, draft in drafts.items()}
         for _, (part, start) in sorted(places.items()):
             for row in _read_batch(part, start)["rows"]:
                 for name in ("answers", "errors") if "error" in row else ("answers",):
@@ -242,10 +242,6 @@ def merge(output: Path, places: dict[int, tuple[Path, int]]) -> tuple[int, int]:
     for name, draft in drafts.items():
         draft.replace(output / f"{name}.jsonl")
     return counts["answers"], counts["errors"]
-
-
-def _open_draft(draft: Path) -> TextIO:
-    return draft.open("w", encoding="utf-8", errors=UNREADABLE_NAMES)
 
 
 def _read_batch(part: Path, start: int) -> dict[str, Any]:

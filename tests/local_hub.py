@@ -22,7 +22,6 @@ class LocalHub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
-        self.unknown: list[str] = []  # requests that no answer is known for
 
     @property
     def environment(self) -> dict[str, str]:
@@ -36,7 +35,8 @@ class LocalHub(ThreadingHTTPServer):
         """Add or replace files; returns the sha of the commit."""
         commits = self.repositories.setdefault(repository, {})
         tree = {**(list(commits.values())[-1] if commits else {}), **files}
-        sha = hashlib.sha1(f"{len(commits)} {sorted(tree)}".encode()).hexdigest()
+        known = sorted((path, _etag(content)) for path, content in tree.items())
+        sha = hashlib.sha1(f"{list(commits)} {known}".encode()).hexdigest()
         commits[sha] = tree
         return sha
 
@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         elif parts[2:3] == ["resolve"]:
             self._send_file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
-            self._unknown()
+            self._fail(404, "EntryNotFound")
 
     def do_POST(self) -> None:
         """Create a repository, or commit to one."""
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             url = f"{self._address()}/{repository}/commit/{sha}"
             self._answer({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
         else:
-            self._unknown()
+            self._fail(404, "EntryNotFound")
 
     def _tell(self, repository: str, rest: list[str]) -> None:
         what, revision, *path = [*rest, "revision", "main"][:2] + rest[2:]
@@ -111,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self._answer(entries) if entries else self._fail(404, "EntryNotFound")
         else:
-            self._unknown()
+            self._fail(404, "EntryNotFound")
 
     def _send_file(self, repository: str, revision: str, name: str) -> None:
         found = self._tree(repository, revision)
@@ -152,10 +152,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def _fail(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         self._send(status, b"", {"X-Error-Code": code, **(headers or {})})
-
-    def _unknown(self) -> None:
-        self.server.unknown.append(f"{self.command} {self.path}")
-        self._fail(404, "EntryNotFound")
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

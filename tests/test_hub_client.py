@@ -90,7 +90,6 @@ output = model.generate(**inputs, max_new_tokens=20)
 print(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0])
 print(type(model).__module__)
 """
-UNPINNED = "processor, model = (c.from_pretrained({id!r}, trust_remote_code=True) for c in (AutoProcessor, {model}))"
 
 
 def test_a_commit_that_was_read_is_what_runs(run, hub, published, tmp_path):
