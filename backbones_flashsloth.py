@@ -6,7 +6,31 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+CACHE_NAME = CACHE_NAMES[0] if hasattr(BaseModelOutputWithPast, "cache") else CACHE_NAMES[1]
+"""What the installed transformers calls the keys and values of what came before, in arguments and in outputs."""
+
+BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # of x86, and of Arm
+
+
+def has_bfloat16(device: torch.device | str) -> bool:
+    """Whether a device multiplies bfloat16 matrices by instructions of its own.
+
+    A CPU that has none emulates them, several times slower than float32. A PyTorch that cannot tell (before
+    `torch.cpu.get_capabilities`) counts as one of those.
+    """
+    if torch.device(device).type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
+
+
+def working_dtype(device: torch.device | str) -> torch.dtype | str:
+    """The `dtype` in which to load a model that is to answer on a device: "auto", the checkpoint's, or float32."""
+    return "auto" if has_bfloat16(device) else torch.float32
 
 
 def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 
+from .backbones_flashsloth import CACHE_NAME
 from .prompt_flashsloth import PromptSpans, instruction_starts
 
 
@@ -20,7 +21,6 @@ class FlashSlothGenerationMixin(GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         pixel_values: torch.Tensor | None = None,
@@ -31,7 +31,6 @@ class FlashSlothGenerationMixin(GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
@@ -74,7 +73,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
                 pictures[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])
         if expand_size > 1:
             rows = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
-            _repeat_cached_rows(model_kwargs.get("past_key_values"), len(rows), expand_size)
+            _repeat_cached_rows(model_kwargs.get(CACHE_NAME), len(rows), expand_size)
         # By name: a static method in transformers 5.17, an ordinary one since.
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -157,7 +156,8 @@ class PictureCache:
 
         Returns:
             Arguments for `generate`: `input_ids`, `attention_mask`, and, if there is a picture before the first
-            question, `patch_features` and a copy of the cache, `past_key_values`, instead of `pixel_values`.
+            question, `patch_features` and a copy of the cache, under the name that the installed transformers gives it,
+            instead of `pixel_values`.
 
         Raises:
             ValueError: If there are several rows, or padding; or a static cache cannot hold what is known.
@@ -178,7 +178,7 @@ class PictureCache:
         known = self._lookup(key.digest(), prefix, pixel_values)
         return rest | {
             "patch_features": known.patch_features,
-            "past_key_values": self._copy(known.key_values),  # generate writes on into it
+            CACHE_NAME: self._copy(known.key_values),  # generate writes on into it
         }
 
     def _copy(self, key_values: Cache) -> Cache:
@@ -219,5 +219,5 @@ class PictureCache:
         patches = self.model.get_image_features(pixel_values).last_hidden_state
         num_tiles = int((prefix == self.model.config.image_token_id).sum()) // self.model.config.image_seq_length
         cache = DynamicCache(config=self.model.config.get_text_config())
-        self.model.model(prefix, patch_features=patches[:num_tiles], past_key_values=cache, use_cache=True)
+        self.model.model(prefix, patch_features=patches[:num_tiles], cache=cache, use_cache=True)
         return KnownPictures(patches, cache)

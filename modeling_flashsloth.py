@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from .backbones_flashsloth import build_decoder, build_vision_tower
+from .backbones_flashsloth import CACHE_NAME, CACHE_NAMES, build_decoder, build_vision_tower
 from .configuration_flashsloth import FlashSlothConfig
 from .generation_flashsloth import FlashSlothGenerationMixin
 from .original_flashsloth import ORIGINAL_KEY_MAPPING, leave_original_layout
@@ -250,7 +250,7 @@ class FlashSlothPreTrainedModel(FlashSlothTrainingMixin):
     config_class = FlashSlothConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -386,6 +386,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         num_cached_tiles: torch.LongTensor | None = None,
         begins_instruction: torch.BoolTensor | None = None,
         patch_features: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> FlashSlothModelOutputWithPast:
         """Run the model.
@@ -407,6 +408,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 `generate` sets it.
             patch_features: Instead of `pixel_values`, what the vision tower made of them: `last_hidden_state` of
                 `get_image_features`, `(num_tiles, num_patches, vision_hidden_size)`.
+            cache: Another name of `past_key_values`, that of transformers since 5.24.
             **kwargs: Passed on to the decoder.
 
         Returns:
@@ -418,6 +420,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
+        cache = past_key_values if cache is None else cache
         is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -434,7 +437,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             inputs_embeds, image_tokens, context = self._embed_prompt(inputs_embeds, patch_features, spans, sizes)
             # The decoder would read the mask to see that it is not needed. Without a cache, it needs one beside
             # `position_ids`, from which it would guess at packed sequences otherwise.
-            if is_plain_mask and not sizes.is_padded and (position_ids is None or past_key_values is not None):
+            if is_plain_mask and not sizes.is_padded and (position_ids is None or cache is not None):
                 attention_mask = None
         is_recorded = bool(kwargs.get("output_attentions")) and image_tokens is not None
         recorder = QueryRecorder(spans.query_mask, self.config.num_query_tokens) if is_recorded else None
@@ -444,18 +447,18 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             query_context=context._replace(recorder=recorder) if is_recorded else context,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return FlashSlothModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_tokens,
             pooling_attentions=self.spatial_attention_pooling.window_weights(patch_features) if is_recorded else None,
             query_attentions=recorder.weights if is_recorded else None,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _embed_prompt(
@@ -542,6 +545,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         patch_features: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> FlashSlothCausalLMOutputWithPast:
         """Run the model and its head; see `FlashSlothModel.forward` for what both take.
@@ -554,6 +558,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
             past_key_values: Cache of what came before.
             inputs_embeds: `(batch, seq_length, hidden_size)`, instead of `input_ids`.
             patch_features: `(num_tiles, num_patches, vision_hidden_size)`, instead of `pixel_values`.
+            cache: Another name of `past_key_values`.
             labels: Ids to predict, `(batch, seq_length)`, -100 where nothing is to be learned; not shifted.
             logits_to_keep: Number of last positions whose logits are wanted, or their indices; 0: all.
             **kwargs: Passed on to the decoder and to the loss, such as `num_items_in_batch`.
@@ -569,6 +574,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             patch_features=patch_features,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -50,6 +50,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.initialization import no_init_weights
 
+from flashsloth.backbones_flashsloth import CACHE_NAME
+
 logger = logging.getLogger(__name__)
 
 PICTURES = (1344, 336)
@@ -135,7 +137,7 @@ def count(peer: Peer, side: int) -> dict[str, Any]:
     decoder, total, cache = _count_flops(model, **inputs)
     prompt_tokens = inputs["input_ids"].shape[1]
     kv_token_bytes = _cache_bytes(cache, prompt_tokens) / prompt_tokens
-    token, _, _ = _count_flops(model, input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+    token, _, _ = _count_flops(model, input_ids=inputs["input_ids"][:, -1:], **{CACHE_NAME: cache})
     return {
         "visual_tokens": peer.layout(model.config, side).num_image_tokens,
         "prompt_tokens": prompt_tokens,
@@ -164,7 +166,7 @@ def _count_flops(model: PreTrainedModel, **inputs: Any) -> tuple[int, int, Any]:
     flops = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
     parts = (model.get_decoder(), model.get_output_embeddings())
     names = [f"{type(model).__name__}.{name}" for name, module in model.named_modules() if module in parts]
-    return sum(flops.get(name, 0) for name in names), flops["Global"], outputs.past_key_values
+    return sum(flops.get(name, 0) for name in names), flops["Global"], outputs[CACHE_NAME]
 
 
 def _cache_bytes(cache: Any, length: int) -> int:

@@ -78,7 +78,7 @@ def test_the_only_read_before_the_first_token_is_behind_the_vision_tower(any_mod
     events = []
     hook = any_model.model.vision_tower.register_forward_hook(lambda *_: events.append("vision tower"))
     with ReadOperations(events), ReadMethods(events):
-        any_model(**inputs, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        any_model(**inputs, position_ids=positions, cache=cache, logits_to_keep=1)
     hook.remove()
     assert events == ["vision tower", "tolist"]
 

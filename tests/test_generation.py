@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
 
+from flashsloth.backbones_flashsloth import CACHE_NAME, CACHE_NAMES
+
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
@@ -137,12 +139,22 @@ def test_embeddings_instead_of_ids_answer_the_same(any_model, ask, conversations
 CACHES = {"dynamic": DynamicCache, "static": functools.partial(StaticCache, max_cache_len=256)}
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_has_the_name_that_transformers_gives_it_now_or_gave_it_before(any_model, ask, pictures, name):
+    inputs = ask([(pictures[:1], "What is it?")])
+    cache = DynamicCache(config=any_model.config.get_text_config())
+    with torch.no_grad():
+        output = any_model(**inputs, **{name: cache}, use_cache=True)
+    assert output[CACHE_NAME] is cache
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+
+
 @pytest.mark.parametrize("new_picture", [False, True])
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_chat_goes_on_on_its_cache(any_model, ask, pictures, processor, new_picture, kind):
     first = ask([(pictures[:1], "First?")])
     cache = CACHES[kind](config=any_model.config.get_text_config())
-    sequence = any_model.generate(**first, **GREEDY, past_key_values=cache, disable_compile=True)
+    sequence = any_model.generate(**first, **GREEDY, **{CACHE_NAME: cache}, disable_compile=True)
     answer = sequence[:, first["input_ids"].shape[1] :]
     turn = ([pictures[1]] if new_picture else [], "And the second one?")
     rest = ask([(pictures[:1], "First?", "@"), turn])
@@ -155,7 +167,7 @@ def test_a_chat_goes_on_on_its_cache(any_model, ask, pictures, processor, new_pi
     inputs = {"input_ids": full, "attention_mask": torch.ones_like(full), "pixel_values": rest["pixel_values"]}
     afresh = scores_of(any_model, inputs)
     assert 0 < cache.get_seq_length() < full.shape[1]
-    continued = scores_of(any_model, inputs, past_key_values=cache, disable_compile=True)
+    continued = scores_of(any_model, inputs, **{CACHE_NAME: cache}, disable_compile=True)
     torch.testing.assert_close(continued, afresh, atol=1e-4, rtol=0)
 
 
@@ -170,19 +182,19 @@ def test_a_batch_of_chats_with_different_pictures_goes_on_on_its_cache(any_model
     cache = DynamicCache(config=any_model.config.get_text_config())
     positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     with torch.no_grad():
-        any_model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
-    continued = scores_of(any_model, whole, past_key_values=cache)
+        any_model(**inputs, position_ids=positions, cache=cache, use_cache=True)
+    continued = scores_of(any_model, whole, **{CACHE_NAME: cache})
     torch.testing.assert_close(continued, scores_of(any_model, whole), atol=1e-4, rtol=0)
 
 
 def test_a_cached_picture_without_its_pixels_is_refused(model, ask, pictures):
     first = ask([(pictures[:1], "First?")])
     cache = DynamicCache(config=model.config.get_text_config())
-    model.generate(**first, **GREEDY, past_key_values=cache)
+    model.generate(**first, **GREEDY, **{CACHE_NAME: cache})
     rest = dict(ask([(pictures[:1], "First?", "yes, that is so"), ([], "Second?")]))
     del rest["pixel_values"]
     with pytest.raises(ValueError, match=r"1 tiles in the cache.*pixels of all pictures again"):
-        model.generate(**rest, **GREEDY, past_key_values=cache)
+        model.generate(**rest, **GREEDY, **{CACHE_NAME: cache})
 
 
 @pytest.mark.parametrize("chunk_size", [5, 60, 152, 160])

@@ -91,9 +91,7 @@ def test_nothing_waits_for_the_device_before_the_first_token(inputs, num_tiles):
     def first_token(**changes):
         positions = torch.arange(prompt["input_ids"].shape[1], device="cuda").unsqueeze(0)
         cache = DynamicCache(config=model.config.get_text_config())
-        logits = model(
-            **prompt | changes, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
+        logits = model(**prompt | changes, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1).logits
         return logits.argmax(dim=-1)
 
     expected = first_token()  # libraries and memory are set up, which may wait

@@ -9,6 +9,7 @@ from PIL import Image
 from scenes import SHAPES, draw, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
+from flashsloth.backbones_flashsloth import CACHE_NAME
 from flashsloth.saliency_flashsloth import heat_map, overlay
 
 ROOT = Path(__file__).parents[1]
@@ -138,9 +139,9 @@ def test_a_chat_on_its_cache_maps_its_last_question(model, ask, pictures):
     first, turn = ask([(pictures[:1], "Which?")]), (pictures[:1], "Which?", "That.")
     output = model.generate(**first, **LOOK)
     inputs = ask([turn, (pictures[1:2], "And now?")])
-    known = output.past_key_values.get_seq_length()
+    known = output[CACHE_NAME].get_seq_length()
     inputs["input_ids"][:, :known] = output.sequences[:, :known]  # what was generated instead of "That."
-    on_cache = model.generate(**inputs, **LOOK, past_key_values=output.past_key_values)
+    on_cache = model.generate(**inputs, **LOOK, **{CACHE_NAME: output[CACHE_NAME]})
     assert len(on_cache.query_attentions) == 1
     sizes = [(48, 40), (48, 40)]
     ((first_picture, second_picture),) = model.heat_maps(on_cache, inputs["input_ids"], sizes).questions
