@@ -17,9 +17,10 @@ CHECKPOINT = [
     "chat_template.jinja",
 ]
 DEMO = ["gradio>=6"]
-EVALUATION = ["Levenshtein", "lmms-eval>=0.7.3"]
+FILELOCK = "filelock<4"  # lmms-eval 0.7.3 imports a module that 4 no longer has
+EVALUATION = ["Levenshtein", FILELOCK, "lmms-eval>=0.7.3"]
 # What lmms-eval needs to run without its torchvision, which is not built for a CPU's torch: see .ci/run.
-EVALUATION_TESTS = ["evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"]
+EVALUATION_TESTS = ["evaluate", FILELOCK, "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"]
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 QUANTIZATION = ["bitsandbytes", "torchao>=0.18"]
 SERVING = ["accelerate", "fastapi", "openai>=1.98", "requests", "uvicorn"]
