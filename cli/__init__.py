@@ -99,6 +99,12 @@ def _add_ask(commands: Any) -> None:
         const=True,
         help="read the picture as five tiles (default: as the checkpoint says)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="type of the weights (default: the checkpoint's; float32 on CPUs without bfloat16 instructions)",
+    )
     parser.set_defaults(run=_ask)
 
 
@@ -213,7 +219,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert, _add_init
 
 def _ask(options: argparse.Namespace) -> None:
     image = _read_image(options.image)
-    model, processor = _load_model(str(SHIPPED_CHECKPOINT if options.model is None else options.model))
+    model, processor = _load_model(str(SHIPPED_CHECKPOINT if options.model is None else options.model), options.dtype)
     content = [{"type": "image", "image": image}, {"type": "text", "text": options.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -338,23 +344,27 @@ def _read_bytes(source: str) -> bytes:
         raise CommandError(f"{source} cannot be read: {first_line(reason)}") from error
 
 
-def _load_model(source: str) -> tuple[Any, Any]:
+def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
     """Load model and processor, onto the accelerator if there is one."""
     import torch
     from safetensors import SafetensorError
 
     from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
+    from ..backbones_flashsloth import working_dtype
 
     _silence_transformers()
     _check_model_type(source)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    dtype = working_dtype(device) if dtype == "auto" else dtype
     try:
         processor = FlashSlothProcessor.from_pretrained(source)
-        model, report = FlashSlothForConditionalGeneration.from_pretrained(source, output_loading_info=True)
+        model, report = FlashSlothForConditionalGeneration.from_pretrained(
+            source, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
     if missing := report["missing_keys"]:
         raise CommandError(f"{source} is not complete: {len(missing)} tensors are missing, such as {min(missing)}.")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), processor
 
 

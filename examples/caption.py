@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.backbones_flashsloth import working_dtype
 from flashsloth.training import load_rows, normalize_row
 from flashsloth.training.data import PLACEHOLDER, Rows
 
@@ -151,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     mine = range(state.process_index, num_batches, state.num_processes)
     if numbers := [number for number in mine if number not in done]:
         processor = FlashSlothProcessor.from_pretrained(options.model)
-        model = FlashSlothForConditionalGeneration.from_pretrained(options.model).to(state.device).eval()
+        dtype = working_dtype(state.device)
+        model = FlashSlothForConditionalGeneration.from_pretrained(options.model, dtype=dtype).to(state.device).eval()
         batches = Batches(source, folder, processor, options, numbers)
         loader = DataLoader(batches, batch_size=None, num_workers=options.loaders)
         bar = tqdm(loader, unit="batch", disable=not state.is_local_main_process)

@@ -21,6 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 import flashsloth
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.backbones_flashsloth import working_dtype
 from flashsloth.image_processing_flashsloth import PICTURE_ERRORS
 from flashsloth.saliency_flashsloth import overlay
 
@@ -340,8 +341,8 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="ask Gradio for a public address")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer")
     options = parser.parse_args()
-    model = FlashSlothForConditionalGeneration.from_pretrained(options.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = FlashSlothForConditionalGeneration.from_pretrained(options.model, dtype=working_dtype(device)).to(device)
     demo = Demo(model, FlashSlothProcessor.from_pretrained(options.model), options.max_new_tokens)
     launch(demo, server_name=options.host, server_port=options.port, share=options.share)
 

@@ -6,7 +6,7 @@ from torch.profiler import profile
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 
-from flashsloth.backbones_flashsloth import build_decoder, build_vision_tower
+from flashsloth.backbones_flashsloth import build_decoder, build_vision_tower, has_bfloat16, working_dtype
 
 
 def layer_inputs(tower, pixel_values):
@@ -40,3 +40,18 @@ def test_phis_activation_is_the_same_function_in_one_kernel(make_config):
     with profile() as kernels:
         fused(states)
     assert [event.name for event in kernels.events() if event.name.startswith("aten::")] == ["aten::gelu"]
+
+
+@pytest.mark.parametrize("instruction", ["avx512_bf16", "amx_bf16", "bf16"])
+def test_a_cpu_that_has_bfloat16_works_in_the_type_of_the_checkpoint(monkeypatch, instruction):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, instruction: True}, raising=False)
+    assert has_bfloat16("cpu")
+    assert working_dtype(torch.device("cpu")) == "auto"
+
+
+def test_a_cpu_without_bfloat16_works_in_float32_and_a_gpu_does_not(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False}, raising=False)
+    assert working_dtype("cpu") == torch.float32
+    assert working_dtype("cuda") == "auto"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch
+    assert working_dtype("cpu") == torch.float32

@@ -238,6 +238,15 @@ def test_a_picture_comes_from_standard_input(checkpoint, picture):
     assert result.stdout.decode().strip() == expected_answer(checkpoint, picture)
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_the_type_of_the_weights_is_the_one_asked_for_or_the_one_that_the_cpu_multiplies(monkeypatch, has_bfloat16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16}, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    shipped = str(cli.SHIPPED_CHECKPOINT)
+    assert cli._load_model(shipped, "auto")[0].dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    assert cli._load_model(shipped, "bfloat16")[0].dtype == torch.bfloat16
+
+
 def test_an_error_is_one_line_and_exit_code_2_of_the_process(checkpoint):
     command = [PROGRAM, "ask", "-", QUESTION, "--model", str(checkpoint)]
     result = subprocess.run(command, input=b"no picture", capture_output=True)

@@ -20,6 +20,7 @@ from PIL import Image
 from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, draw, questions, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.backbones_flashsloth import working_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.setLevel(logging.DEBUG if args.verbose else logging.INFO)
-    model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=working_dtype("cpu")).eval()
     result = evaluate(model, FlashSlothProcessor.from_pretrained(args.model), args.pictures, split=args.split)
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

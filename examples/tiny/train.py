@@ -56,11 +56,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.backbones_flashsloth import has_bfloat16
 from flashsloth.training import FlashSlothDataCollator
 
 logger = logging.getLogger(__name__)
 
 SEED = 0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH_SIZE = 64
 NUMBERS_START = 500_000  # number of a picture that no other part of the training comes to
 
@@ -118,9 +120,9 @@ def training_arguments(
         weight_decay=0.02,
         adam_beta2=0.98,
         optim="adamw_torch_fused",
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if "WORLD_SIZE" in os.environ and not torch.cuda.is_available() else None,
+        bf16=has_bfloat16(DEVICE),
+        use_cpu=DEVICE == "cpu",
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ and DEVICE == "cpu" else None,
         ddp_find_unused_parameters=False,
         logging_steps=50,
         save_total_limit=2,
@@ -222,7 +224,7 @@ class LearningCurve(TrainerCallback):
         if not state.is_world_process_zero or not self.num_pictures:
             return
         model.eval()
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             result = evaluate(model, self.processor, self.num_pictures, split="evaluation", with_second_turns=False)
         model.train()
         with (Path(args.output_dir) / "learning_curve.jsonl").open("a", encoding="utf-8") as file:
