@@ -50,7 +50,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.initialization import no_init_weights
 
-from flashsloth.backbones_flashsloth import CACHE_NAME
+from flashsloth.backbones_flashsloth import CACHE_NAME, has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -600,7 +600,8 @@ def hardware(device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     name = found[1] if found else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads; {versions()}"
+    lacks = "" if has_bfloat16("cpu") else ", without bfloat16 instructions"
+    return f"{name}{lacks}, {torch.get_num_threads()} threads; {versions()}"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

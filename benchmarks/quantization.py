@@ -1,6 +1,7 @@
-"""What eight and four bits do to the answers, and they and threads to the speed, on a CPU.
+"""What eight and four bits do to the answers, and they, float32 and threads to the speed, on a CPU.
 
     python benchmarks/quantization.py --output benchmarks/results/quantization_cpu.md
+    python benchmarks/quantization.py --pictures 0 --precisions bfloat16 float32 --output float32_cpu.md
 
 The decoder's layers are quantised as docs/converting.md does.
 
@@ -9,7 +10,8 @@ The decoder's layers are quantised as docs/converting.md does.
   implementation in float32: root of the mean squared difference, as a share of that of the logits.
 - Speed: FlashSloth-3.2B with random weights answers a question of 40 tokens about one picture by `generate`. Precisions
   take turns, at every number of threads, after a round that is not counted. Figures are medians; ratios are to bfloat16
-  with as many threads, and to one thread at the same precision.
+  with as many threads, and to one thread at the same precision. All of them are in memory at once: 6.4 GB in bfloat16,
+  12.8 GB in float32, which is compared only if it is asked for.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 SKIPPED = list(UNQUANTIZED_MODULES)
 TORCHAO = {"int8": Int8WeightOnlyConfig(version=2), "int4": PrototypeInt4WeightOnlyConfig(group_size=32)}
+PRECISIONS = ("bfloat16", *TORCHAO)
 RECIPES = {
     "bfloat16": None,
     **{f"torchao {name}": TorchAoConfig(config, modules_to_not_convert=SKIPPED) for name, config in TORCHAO.items()},
@@ -122,16 +125,20 @@ def golden_difference(recipe: Any) -> float:
 
 
 def build(peer: Peer, precision: str) -> Candidate:
-    """The model with random weights, its decoder's layers in a precision."""
+    """The model with random weights: all in float32, or its decoder's layers in another precision than bfloat16."""
     candidate = Candidate(peer, build_filled(peer, "cpu"))
+    if precision == "float32":
+        candidate.model.float()
     if precision in TORCHAO:
         quantize_(candidate.model.model.language_model.layers, TORCHAO[precision])
     return candidate
 
 
-def compare_times(peer: Peer, threads: list[int], new_tokens: int, rounds: int) -> Iterator[Times]:
-    """Let all precisions answer in turns."""
-    candidates = {precision: build(peer, precision) for precision in ("bfloat16", *TORCHAO)}
+def compare_times(
+    peer: Peer, threads: list[int], new_tokens: int, rounds: int, precisions: Sequence[str] = PRECISIONS
+) -> Iterator[Times]:
+    """Let precisions, of which one is bfloat16, answer in turns."""
+    candidates = {precision: build(peer, precision) for precision in precisions}
     inputs = candidates["bfloat16"].inputs(SIDE, batch_size=1)
     before = torch.get_num_threads()
     try:
@@ -197,22 +204,32 @@ def main() -> None:
     """Compare answers and times, and write tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="with about seven questions each")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="with about seven questions each; 0: no answers")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=(*PRECISIONS, "float32"),
+        default=PRECISIONS,
+        help="of the speed's comparison",
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()
+    if "bfloat16" not in args.precisions:
+        parser.error("the others are compared with bfloat16; name it among the --precisions")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    machine = hardware("cpu")
-    times = list(_logged(compare_times(PEERS[0], args.threads, args.new_tokens, args.rounds)))
-    answers = list(_logged(compare_answers(args.pictures)))
-    parts = (
-        f"{machine}; made by benchmarks/quantization.py.",
-        f"## Answers of the small checkpoint to questions about {args.pictures} pictures",
-        answers_table(answers),
+    times = list(_logged(compare_times(PEERS[0], args.threads, args.new_tokens, args.rounds, args.precisions)))
+    parts = [f"{hardware('cpu')}; made by benchmarks/quantization.py."]
+    if args.pictures:
+        parts += [
+            f"## Answers of the small checkpoint to questions about {args.pictures} pictures",
+            answers_table(list(_logged(compare_answers(args.pictures)))),
+        ]
+    parts += [
         f"## Speed of {PEERS[0].name}, batch 1, {args.new_tokens} tokens, medians of {args.rounds} rounds",
         times_table(times),
-    )
+    ]
     args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

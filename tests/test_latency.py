@@ -289,6 +289,13 @@ def test_eight_and_four_bits_are_timed_at_every_number_of_threads():
     assert float(lines[6][7]) == pytest.approx(rows[4].token_s / rows[1].token_s, abs=0.005)
 
 
+def test_float32_is_timed_if_it_is_asked_for():
+    peer = shrink(PEERS[0])
+    assert {weight.dtype for weight in decoder_weights(peer, "float32")} == {torch.float32}
+    rows = list(quantization.compare_times(peer, [1], 2, 1, ["bfloat16", "float32"]))
+    assert [row.precision for row in rows] == ["bfloat16", "float32"]
+
+
 def decoder_weights(peer, precision):
     layers = quantization.build(peer, precision).model.model.language_model.layers
     return [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
