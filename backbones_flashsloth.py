@@ -66,3 +66,12 @@ def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
             if isinstance(child, NewGELUActivation):  # Phi's: the same function in one kernel instead of eight
                 setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
     return decoder
+
+
+def scale_logits(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """What some decoders' own heads do behind the matrix: Granite divides, Gemma 2 squashes."""
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from .backbones_flashsloth import CACHE_NAME, CACHE_NAMES, build_decoder, build_vision_tower
+from .backbones_flashsloth import CACHE_NAME, CACHE_NAMES, build_decoder, build_vision_tower, scale_logits
 from .configuration_flashsloth import FlashSlothConfig
 from .generation_flashsloth import FlashSlothGenerationMixin
 from .original_flashsloth import ORIGINAL_KEY_MAPPING, leave_original_layout
@@ -181,14 +181,16 @@ class QueryContext(NamedTuple):
     Attributes:
         patch_features: Of all tiles of all rows, `(num_tiles, num_patches, vision_hidden_size)`.
         tiles: Which tiles belong to a row, `(batch, tiles_per_row)`.
-        patch_mask: True where a position may read a patch, `(batch, seq_length, tiles_per_row * num_patches)`.
-        instruction_mask: True where a query may read a token, `(batch, seq_length, seq_length)`.
-        update_mask: True at the queries that have a picture before them, `(batch, seq_length)`.
+        query_positions: Where a row's queries are, and other tokens if it has fewer, `(batch, queries_per_row)`.
+        patch_mask: True where a query may read a patch, `(batch, queries_per_row, tiles_per_row * num_patches)`.
+        instruction_mask: True where a query may read a token, `(batch, queries_per_row, seq_length)`.
+        update_mask: True at the queries that have a picture before them, `(batch, queries_per_row)`.
         recorder: Takes down where the queries look, if somebody asked.
     """
 
     patch_features: torch.Tensor
     tiles: torch.LongTensor
+    query_positions: torch.LongTensor
     patch_mask: torch.Tensor
     instruction_mask: torch.Tensor
     update_mask: torch.Tensor
@@ -196,11 +198,7 @@ class QueryContext(NamedTuple):
 
 
 class EmbeddedQuery(nn.Module):
-    """The Embedded Query module (paper, section 3.3): queries read their question, then the patches of its pictures.
-
-    It computes every position of the sequence and keeps the queries': that is below 1 % of the model's arithmetic,
-    and needs neither loops nor shapes that depend on the ids.
-    """
+    """The Embedded Query module (paper, section 3.3): queries read their question, then the patches of its pictures."""
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__()
@@ -223,12 +221,13 @@ class EmbeddedQuery(nn.Module):
             context: Which positions are queries, and what they may read.
 
         Returns:
-            The hidden states, changed at `context.update_mask` only; a new tensor.
+            The hidden states, changed at the queries of `context.update_mask` only; a new tensor.
         """
+        positions = context.query_positions.unsqueeze(-1)  # (batch, queries_per_row, 1)
         text = self.text_proj(hidden_states)
         instruction = self.text_norm(text)
         guided = self.text_attention(
-            self.query_norm(text),
+            self.query_norm(text.gather(1, positions.expand(-1, -1, text.shape[-1]))),
             self.text_attention.k_proj(instruction),
             self.text_attention.v_proj(instruction),
             context.instruction_mask,
@@ -241,7 +240,10 @@ class EmbeddedQuery(nn.Module):
         if context.recorder is not None:
             num_heads = self.image_attention.num_heads
             context.recorder.record(self.image_attention.q_proj(guided), keys, context.patch_mask, num_heads)
-        return torch.where(context.update_mask.unsqueeze(-1), hidden_states + self.out_proj(seen), hidden_states)
+        positions = positions.expand(-1, -1, hidden_states.shape[-1])
+        queries = hidden_states.gather(1, positions)
+        queries = torch.where(context.update_mask.unsqueeze(-1), queries + self.out_proj(seen), queries)
+        return hidden_states.scatter(1, positions, queries)
 
 
 class FlashSlothPreTrainedModel(FlashSlothTrainingMixin):
@@ -440,14 +442,16 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             if is_plain_mask and not sizes.is_padded and (position_ids is None or cache is not None):
                 attention_mask = None
         is_recorded = bool(kwargs.get("output_attentions")) and image_tokens is not None
-        recorder = QueryRecorder(spans.query_mask, self.config.num_query_tokens) if is_recorded else None
+        if is_recorded:
+            is_query = spans.query_mask.gather(1, context.query_positions)
+            context = context._replace(recorder=QueryRecorder(is_query, self.config.num_query_tokens))
         if self.language_model.config._attn_implementation != "eager":
             kwargs.pop("output_attentions", None)  # fused attention has none to give, and warns
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            query_context=context._replace(recorder=recorder) if is_recorded else context,
+            query_context=context,
             **{CACHE_NAME: cache},
             **kwargs,
         )
@@ -457,7 +461,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_tokens,
             pooling_attentions=self.spatial_attention_pooling.window_weights(patch_features) if is_recorded else None,
-            query_attentions=recorder.weights if is_recorded else None,
+            query_attentions=context.recorder.weights if is_recorded else None,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
@@ -466,16 +470,15 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None, QueryContext | None]:
         """Put query and image tokens in their places, and gather what the Embedded Query module needs."""
         inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
-        tiles_per_row = sizes.tiles_per_row
-        is_blank = not tiles_per_row
+        is_blank = not sizes.tiles_per_row
         if is_blank:
             if not self.touches_every_module():
                 return inputs_embeds, None, None
             # A picture that no token stands for and no query reads: all its gradients are zero.
-            patch_features, tiles_per_row = self._encode(self._blank_tile(inputs_embeds)), 1
+            patch_features, sizes = self._encode(self._blank_tile(inputs_embeds)), sizes._replace(tiles_per_row=1)
         image_tokens = self._pool(patch_features).to(inputs_embeds)
         inputs_embeds = self._insert_image_tokens(inputs_embeds, image_tokens, spans)
-        context = self._query_context(patch_features, spans, tiles_per_row)
+        context = self._query_context(patch_features, spans, sizes)
         return inputs_embeds, None if is_blank else image_tokens, context
 
     def _blank_tile(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -499,20 +502,23 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         image_tokens = image_tokens[ranks.clamp(0, image_tokens.shape[0] - 1)]  # (batch, seq_length, hidden_size)
         return torch.where(spans.image_mask.unsqueeze(-1), image_tokens, inputs_embeds)
 
-    def _query_context(self, patches: torch.Tensor, spans: PromptSpans, tiles_per_row: int) -> QueryContext:
-        slots = torch.arange(tiles_per_row, device=spans.query_mask.device)
+    def _query_context(self, patches: torch.Tensor, spans: PromptSpans, sizes: PromptSizes) -> QueryContext:
+        slots = torch.arange(sizes.tiles_per_row, device=spans.query_mask.device)
         tiles = (spans.first_tile.unsqueeze(1) + slots).clamp(max=patches.shape[0] - 1)  # (batch, tiles_per_row)
-        visible = slots < spans.num_tiles_before.unsqueeze(-1)  # (batch, seq_length, tiles_per_row)
-        positions = torch.arange(spans.query_mask.shape[1], device=spans.query_mask.device)
-        instruction = (positions >= spans.instruction_start.unsqueeze(-1)) & (
-            positions < spans.query_start.unsqueeze(-1)
+        query_positions = spans.query_positions(sizes.queries_per_row)
+        is_query, num_tiles, instruction_start, instruction_end = (
+            fact.gather(1, query_positions).unsqueeze(-1)  # (batch, queries_per_row, 1)
+            for fact in (spans.query_mask, spans.num_tiles_before, spans.instruction_start, spans.query_start)
         )
+        tokens = torch.arange(spans.query_mask.shape[1], device=spans.query_mask.device)
+        instruction = (tokens >= instruction_start) & (tokens < instruction_end)
         return QueryContext(
             patch_features=patches,
             tiles=tiles,
-            patch_mask=visible.repeat_interleave(patches.shape[1], dim=-1),
-            instruction_mask=instruction & spans.query_mask.unsqueeze(-1),
-            update_mask=spans.query_mask & (spans.num_tiles_before > 0),
+            query_positions=query_positions,
+            patch_mask=(slots < num_tiles).repeat_interleave(patches.shape[1], dim=-1),
+            instruction_mask=instruction & is_query,
+            update_mask=(is_query & (num_tiles > 0)).squeeze(-1),
         )
 
 
@@ -578,22 +584,13 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]))
+        logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         kept_outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return FlashSlothCausalLMOutputWithPast(loss=loss, logits=logits, **kept_outputs)
-
-    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What some decoders' own heads do behind the matrix: Granite divides, Gemma 2 squashes."""
-        text_config = self.config.text_config
-        if (scaling := getattr(text_config, "logits_scaling", None)) is not None:
-            logits = logits / scaling
-        if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
 
 
 __all__ = ["FlashSlothForConditionalGeneration", "FlashSlothModel", "FlashSlothPreTrainedModel"]

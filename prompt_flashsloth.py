@@ -93,7 +93,21 @@ class PromptSpans(NamedTuple):
         """
         if self.is_complete:
             num_tiles = min(num_tiles, self.image_mask.shape[1] // config.image_seq_length)
-        return PromptSizes(tiles_per_row=num_tiles, is_padded=True)
+        return PromptSizes(num_tiles, queries_per_row=self.query_mask.shape[1], is_padded=True)
+
+    def query_positions(self, queries_per_row: int) -> torch.LongTensor:
+        """Where the queries of every row are, in order, and behind them positions of other tokens.
+
+        Args:
+            queries_per_row: How many positions of a row are wanted, at least as many as it has queries.
+
+        Returns:
+            `(batch, queries_per_row)`; no position comes twice.
+        """
+        batch_size, length = self.query_mask.shape
+        if queries_per_row == length:  # a traced graph, which cannot know how many there are
+            return torch.arange(length, device=self.query_mask.device).expand(batch_size, -1)
+        return self.query_mask.int().argsort(dim=1, descending=True, stable=True)[:, :queries_per_row]
 
     def count(self, attention_mask: torch.Tensor | None = None) -> "PromptCounts":
         """Begin to copy to the host what tells whether the prompts can be answered.
@@ -114,10 +128,12 @@ class PromptSizes(NamedTuple):
 
     Attributes:
         tiles_per_row: How many tiles the row with most of them reads; 0 if there are neither image nor query tokens.
+        queries_per_row: How many query tokens the row with most of them has, but at least 1.
         is_padded: Whether there may be padding.
     """
 
     tiles_per_row: int
+    queries_per_row: int
     is_padded: bool
 
 
@@ -171,7 +187,8 @@ class PromptCounts:
         _check_tile_count(rows, config, num_tiles)
         is_used = any(row[0] or row[2] for row in rows)
         tiles_per_row = max(row[0] // config.image_seq_length + row[1] for row in rows) if is_used else 0
-        return PromptSizes(tiles_per_row, is_padded=any(row[-1] for row in rows))
+        queries_per_row = max(1, *(row[2] for row in rows))
+        return PromptSizes(tiles_per_row, queries_per_row, is_padded=any(row[-1] for row in rows))
 
 
 def _check_tile_count(rows: list[list[int]], config: FlashSlothConfig, num_tiles: int) -> None:

@@ -32,7 +32,7 @@ class QueryRecorder:
     """Takes down where the queries of one call look. It lives as long as the call.
 
     Args:
-        query_mask: True at query tokens, `(batch, seq_length)`.
+        query_mask: True where `record` gets a query, `(batch, queries_per_row)`.
         num_query_tokens: Query tokens of a question.
 
     Attributes:
@@ -45,12 +45,12 @@ class QueryRecorder:
         self.weights: torch.Tensor | None = None
 
     def record(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, num_heads: int) -> None:
-        """Compute the weights that fused attention keeps to itself, at the queries only.
+        """Compute the weights that fused attention keeps to itself.
 
         Args:
-            queries: Projected, `(batch, seq_length, width)`.
+            queries: Projected, `(batch, queries_per_row, width)`.
             keys: Projected, `(batch, num_keys, width)`.
-            mask: True where a position may look, `(batch, seq_length, num_keys)`.
+            mask: True where a query may look, `(batch, queries_per_row, num_keys)`.
             num_heads: Heads into which the width is divided.
         """
         rows = self.query_mask.nonzero()[:: self.num_query_tokens, 0]

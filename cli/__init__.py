@@ -298,7 +298,7 @@ def _export(options: argparse.Namespace) -> None:
 def _onnx(options: argparse.Namespace) -> None:
     from .repository import RepositoryError
 
-    model, processor = _load_model(options.checkpoint)
+    model, processor = _load_model(options.checkpoint, "float32")
     try:
         from .onnx import export_onnx
 

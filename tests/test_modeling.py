@@ -98,6 +98,15 @@ def test_rows_without_pictures_keep_their_queries(model, ask, pictures):
     torch.testing.assert_close(before[1], after[1], atol=0, rtol=0)
 
 
+def test_the_module_computes_the_queries_and_nothing_else(model, ask, pictures):
+    shapes = []
+    norm = model.model.embedded_query.query_norm
+    hook = norm.register_forward_hook(lambda _, args, output: shapes.append(tuple(output.shape[:2])))
+    logits_of(model, ask([(pictures[:1], "First?", "yes"), ([], "Second?")], [(pictures[:1], "What is it?")]))
+    hook.remove()
+    assert shapes == [(2, 2 * model.config.num_query_tokens)]
+
+
 def test_an_empty_question_gives_finite_answers(any_model, ask, pictures):
     inputs = ask([(pictures[:1], "")])
     assert logits_of(any_model, inputs).isfinite().all()

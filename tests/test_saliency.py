@@ -34,7 +34,9 @@ def weights_by_definition(model, inputs):
     text = module.text_proj(hidden_states)
     instruction = module.text_norm(text)
     guided = module.text_attention(
-        module.query_norm(text),
+        torch.stack(
+            [module.query_norm(row)[queries] for row, queries in zip(text, context.query_positions, strict=True)]
+        ),
         module.text_attention.k_proj(instruction),
         module.text_attention.v_proj(instruction),
         context.instruction_mask,
@@ -44,13 +46,14 @@ def weights_by_definition(model, inputs):
     for row, ids in enumerate(inputs["input_ids"]):
         num_tiles = int((ids == config.image_token_id).sum()) // config.image_seq_length
         blocks = (ids == config.query_token_id).nonzero()[:, 0].view(-1, config.num_query_tokens)
-        for block in blocks:
+        for number, block in enumerate(blocks):
+            queries = slice(number * len(block), (number + 1) * len(block))
             before = int((ids[: block[0]] == config.image_token_id).sum()) // config.image_seq_length
             question = torch.zeros(heads, len(block), context.tiles.shape[1] * config.num_patches)
             if before:
                 k = keys[first_tile : first_tile + before].flatten(0, 1)
                 for head, (q_head, k_head) in enumerate(
-                    zip(attention.q_proj(guided[row, block]).chunk(heads, -1), k.chunk(heads, -1), strict=True)
+                    zip(attention.q_proj(guided[row, queries]).chunk(heads, -1), k.chunk(heads, -1), strict=True)
                 ):
                     scores = q_head @ k_head.T / q_head.shape[-1] ** 0.5
                     question[head, :, : k_head.shape[0]] = scores.softmax(dim=-1)
