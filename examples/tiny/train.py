@@ -1,4 +1,4 @@
-"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores in less than three hours.
+"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores with bfloat16 in less than three hours.
 
     torchrun --nproc_per_node 2 examples/tiny/train.py --output tiny-flashsloth
 
