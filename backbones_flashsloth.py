@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -66,6 +67,20 @@ def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
             if isinstance(child, NewGELUActivation):  # Phi's: the same function in one kernel instead of eight
                 setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
     return decoder
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, by whichever of its two names it came.
+
+    Raises:
+        ValueError: If it came by both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            "`cache` and `past_key_values` are two names of one thing, but both were given; pass one of them, and to "
+            f"`generate` of the installed transformers `{CACHE_NAME}`."
+        )
+    return past_key_values if cache is None else cache
 
 
 def scale_logits(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:

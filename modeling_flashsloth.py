@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from .backbones_flashsloth import CACHE_NAME, CACHE_NAMES, build_decoder, build_vision_tower, scale_logits
+from .backbones_flashsloth import CACHE_NAME, CACHE_NAMES, build_decoder, build_vision_tower, one_cache, scale_logits
 from .configuration_flashsloth import FlashSlothConfig
 from .generation_flashsloth import FlashSlothGenerationMixin
 from .original_flashsloth import ORIGINAL_KEY_MAPPING, leave_original_layout
@@ -417,12 +417,12 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             Last hidden state `(batch, seq_length, hidden_size)`, cache, image tokens.
 
         Raises:
-            ValueError: If ids and pictures contradict each other, or a prompt was cut between a question and its
-                queries.
+            ValueError: If ids and pictures contradict each other, a prompt was cut between a question and its queries,
+                or there are two caches.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
-        cache = past_key_values if cache is None else cache
+        cache = one_cache(cache, past_key_values)
         is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

@@ -46,7 +46,7 @@ MODELS = ("FlashSloth", "all patches")
 STAGES = (1, 2)
 TEXT_TOKENS = {1: 40, 2: 256}  # a caption; a short conversation
 TOTAL_ROWS = 8
-ONE_TILE = PromptSizes(tiles_per_row=1, queries_per_row=9, is_padded=False)
+ONE_TILE = PromptSizes(tiles_per_row=1, queries_per_row=FlashSlothConfig.num_query_tokens, is_padded=False)
 ROWS = {"cpu": (64, 128), "cuda": (8, 16)}  # with few rows the peak may be that of the gradients, with many none fits
 SMALL = {  # every width a tenth of the released one, or nearly
     "text_config": {

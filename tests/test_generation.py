@@ -149,6 +149,12 @@ def test_a_cache_has_the_name_that_transformers_gives_it_now_or_gave_it_before(a
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
+def test_two_caches_are_refused(model, ask, pictures):
+    first, second = (DynamicCache(config=model.config.get_text_config()) for _ in range(2))
+    with pytest.raises(ValueError, match=r"two names of one thing.*pass one of them"):
+        model(**ask([(pictures[:1], "What is it?")]), cache=first, past_key_values=second)
+
+
 @pytest.mark.parametrize("new_picture", [False, True])
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_chat_goes_on_on_its_cache(any_model, ask, pictures, processor, new_picture, kind):
