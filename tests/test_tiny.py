@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversations import BALANCED, BROAD, END, FINAL, RELATIONS, conversation
+from conversations import CAPTIONS, END, QUESTIONS, ConversationDataset, conversation
 from evaluate import evaluation_set
-from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, draw, scene_at
+from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, WORDINGS, describe, draw, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.training import FlashSlothDataCollator
@@ -30,7 +30,7 @@ def test_training_never_sees_the_held_out_pairs():
     assert pairs("evaluation") >= HELD_OUT_PAIRS
 
 
-@pytest.mark.parametrize("mix", [BROAD, RELATIONS, BALANCED, FINAL])
+@pytest.mark.parametrize("mix", [CAPTIONS, QUESTIONS])
 def test_answers_and_their_end_are_the_only_labels(mix):
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     rows = [conversation(index, 96, mix) for index in (3, 4)]
@@ -41,9 +41,34 @@ def test_answers_and_their_end_are_the_only_labels(mix):
         assert learned == "".join(f" {answer}{END}" for answer in answers)
 
 
-def test_the_mix_of_relations_asks_where_things_stand():
-    asked = [m["content"][-1]["text"] for i in range(50) for m in conversation(i, 96, RELATIONS) if m["role"] == "user"]
+def test_captions_are_descriptions_and_nothing_else():
+    for index in range(20):
+        (question, _), (answer, _) = ((m["content"][-1]["text"], m["role"]) for m in conversation(index, 96, CAPTIONS))
+        assert question in WORDINGS["describe"]
+        assert answer == describe(scene_at("train", index))
+
+
+def test_questions_ask_also_where_things_stand():
+    asked = [m["content"][-1]["text"] for i in range(50) for m in conversation(i, 96, QUESTIONS) if m["role"] == "user"]
     assert any(question.startswith("Where is the") for question in asked)
+    assert any(question.endswith(" left or right?") for question in asked)
+
+
+def test_blocks_of_conversations_are_sorted_and_lose_none():
+    plain, sorted_ = (ConversationDataset(5, 10, 96, QUESTIONS, block=block) for block in (1, 4))
+    texts = [
+        [str(row["messages"][1:]) for row in rows]
+        for rows in (map(plain.__getitem__, range(10)), map(sorted_.__getitem__, range(10)))
+    ]
+    for start in range(0, 10, 4):
+        assert set(texts[0][start : start + 4]) == set(texts[1][start : start + 4])
+        lengths = [len(processed(sorted_[row])) for row in range(start, min(start + 4, 10))]
+        assert lengths == sorted(lengths)
+    assert str(sorted_[7]["messages"][1:]) == texts[1][7]  # in whatever order they are asked for
+
+
+def processed(row):
+    return "".join(content.get("text", "") for message in row["messages"] for content in message["content"])
 
 
 def test_every_question_has_another_one_before_it_as_a_second_turn():
@@ -59,12 +84,8 @@ def test_every_question_has_another_one_before_it_as_a_second_turn():
 def test_the_script_trains_a_checkpoint_that_loads(tmp_path):
     counts = (
         "--tower-steps",
+        "--caption-steps",
         "--steps",
-        "--joint-steps",
-        "--relation-steps",
-        "--balanced-steps",
-        "--number-steps",
-        "--last-steps",
         "--curve-pictures",
         "--evaluation-pictures",
     )
@@ -78,5 +99,5 @@ def test_the_script_trains_a_checkpoint_that_loads(tmp_path):
     trained = json.loads((tmp_path / "tiny" / "config.json").read_text())
     assert trained["text_config"]["hidden_size"] == shipped["text_config"]["hidden_size"]
     assert json.loads((tmp_path / "tiny" / "evaluation.json").read_text())["all"]["asked"] > 0
-    curve = (tmp_path / "tiny-work" / "last" / "learning_curve.jsonl").read_text().splitlines()
+    curve = (tmp_path / "tiny-work" / "conversations" / "learning_curve.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in curve] == [2]

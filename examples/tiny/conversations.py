@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from scenes import Scene, draw, names_of, questions, scene_at
+from scenes import Scene, Thing, draw, names_of, questions, scene_at
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +16,7 @@ PAD, END, IMAGE, QUERY, USER, ASSISTANT = "<|endoftext|>", "</s>", "<image>", "<
 VOCABULARY_SIZE = 512
 NUM_TOKENIZER_SCENES = 2000
 WHERE = "Where is the {0}?"
+SIDES = ("Is the {0} {1}?", "Does the {0} stand {1}?")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Mix:
     Attributes:
         num_questions: How many are drawn; the same one is asked once.
         weights: How often a kind of question is drawn; 1 if it is not named. If they are named, questions of a kind
-            with the answers yes and no are a kind of their own, and so is "where", which only training asks.
+            with the answers yes and no are a kind of their own, and so are "where" and "side", which only training
+            asks: whoever knows whether the star is left or right soon knows whether it is left or right of the circle.
         described_first: Share of the conversations that begin with a description.
         described_last: Share of the conversations that end with one.
         num_wordings: How many wordings there are to choose from.
@@ -43,56 +45,25 @@ class Mix:
     num_scenes: int = 1
 
 
-BROAD = Mix(5, {"count": 2.0, "left of": 2.0, "above": 2.0}, 0.15, 0.35)  # twice what is the slowest to be learned
-RELATIONS = Mix(
-    8,
-    {
-        "left of": 3.0,
-        "left of, yes or no": 4.0,
-        "above": 2.0,
-        "above, yes or no": 2.0,
-        "where": 2.0,
-        "read number": 2.0,
-        "colour": 0.5,
-    },
-    0.05,
-    0.25,
-    num_wordings=3,
-    num_scenes=3,
-)
-BALANCED = Mix(
-    10,
-    {
-        "count": 4.0,
-        "shape": 3.0,
-        "left of": 2.0,
-        "left of, yes or no": 2.5,
-        "above": 2.0,
-        "above, yes or no": 1.5,
-        "where": 1.5,
-        "read number": 2.0,
-        "read word": 0.5,
-        "colour": 0.5,
-    },
-    0.05,
-    0.25,
-    num_wordings=3,
-    num_scenes=2,
-)
-FINAL = Mix(
-    10,
+CAPTIONS = Mix(0, {}, 1.0, 0.0)
+QUESTIONS = Mix(
+    9,
     {
         "count": 3.0,
+        "shape": 2.0,
+        "colour": 0.7,
         "left of": 3.5,
-        "left of, yes or no": 3.0,
-        "above": 3.5,
-        "above, yes or no": 2.5,
-        "read word": 0.5,
-        "colour": 0.5,
+        "left of, yes or no": 4.0,
+        "above": 3.0,
+        "above, yes or no": 3.0,
+        "where": 1.5,
+        "side": 5.0,
+        "read number": 1.2,
+        "read word": 0.7,
     },
     0.05,
     0.2,
-    num_wordings=3,
+    num_wordings=2,
     num_scenes=2,
 )
 
@@ -146,7 +117,7 @@ def build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerFast
     )
 
 
-def conversation(index: int, size: int, mix: Mix = BROAD) -> list[dict]:
+def conversation(index: int, size: int, mix: Mix = QUESTIONS) -> list[dict]:
     """A training conversation: a picture, questions about it and their answers.
 
     Args:
@@ -157,6 +128,11 @@ def conversation(index: int, size: int, mix: Mix = BROAD) -> list[dict]:
     Returns:
         Messages for `apply_chat_template`.
     """
+    return _messages(*_plan(index, mix), size)
+
+
+def _plan(index: int, mix: Mix) -> tuple[Scene, list[tuple[str, str]]]:
+    """A scene, and questions about it with their answers."""
     rng = random.Random(f"conversation:{index}")
     scene = _choose_scene(index, mix.num_scenes)
     (_, describe, description), *others = questions(scene, rng)
@@ -174,7 +150,10 @@ def conversation(index: int, size: int, mix: Mix = BROAD) -> list[dict]:
         turns.insert(0, (describe, description))
     elif described < mix.described_first + mix.described_last:
         turns.append((describe, description))
+    return scene, turns
 
+
+def _messages(scene: Scene, turns: list[tuple[str, str]], size: int) -> list[dict]:
     messages = []
     for question, answer in turns:
         content: list[dict] = [{"type": "text", "text": question}]
@@ -201,21 +180,48 @@ def _by_kind(asked: list[tuple[str, str, str]], scene: Scene, mix: Mix) -> dict[
         confirmed = f"{kind}, yes or no"
         is_apart = answer in ("yes", "no") and confirmed in mix.weights
         by_kind.setdefault(confirmed if is_apart else kind, []).append((question, answer))
-    if "where" in mix.weights:
-        found = [(WHERE.format(name), thing.place) for thing in scene.things for name in names_of(thing, scene)]
-        if found:
-            by_kind["where"] = found
+    named = [(name, thing) for thing in scene.things for name in names_of(thing, scene)]
+    if "where" in mix.weights and named:
+        by_kind["where"] = [(WHERE.format(name), thing.place) for name, thing in named]
+    if "side" in mix.weights and named:
+        by_kind["side"] = [turn for name, thing in named for turn in _sides(name, thing)]
     return by_kind
 
 
-class ConversationDataset(Dataset):
-    """Training conversations from number `start` on, drawn when asked for, as rows for `FlashSlothDataCollator`."""
+def _sides(name: str, thing: Thing) -> Iterator[tuple[str, str]]:
+    """Questions on which side of the picture a thing stands; they are worded as those on two things are."""
+    for place, words in ((thing.column, ("left", "right")), (thing.row, ("above", "below"))):
+        if place is not None:
+            for wording in SIDES:
+                yield wording.format(name, " or ".join(words)), words[place]
+                for number, word in enumerate(words):
+                    yield wording.format(name, word), "yes" if number == place else "no"
 
-    def __init__(self, start: int, length: int, size: int, mix: Mix) -> None:
-        self.start, self.length, self.size, self.mix = start, length, size, mix
+
+class ConversationDataset(Dataset):
+    """Training conversations from number `start` on, drawn when asked for, as rows for `FlashSlothDataCollator`.
+
+    Batches hold rows of like length if each block is read in order: it begins with its shortest conversation.
+
+    Args:
+        start: Number of the first conversation.
+        length: How many there are.
+        size: Side of a picture in pixels.
+        mix: Which questions they ask.
+        block: So many conversations are sorted by length, and so on.
+    """
+
+    def __init__(self, start: int, length: int, size: int, mix: Mix, *, block: int = 1) -> None:
+        self.start, self.length, self.size, self.mix, self.block = start, length, size, mix, block
+        self._sorted: tuple[int, list[tuple[Scene, list[tuple[str, str]]]]] = (-1, [])  # number and plans of a block
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, list[dict]]:
-        return {"messages": conversation(self.start + index, self.size, self.mix)}
+        block, place = divmod(index, self.block)
+        if block != self._sorted[0]:
+            rows = range(block * self.block, min((block + 1) * self.block, self.length))
+            plans = [_plan(self.start + row, self.mix) for row in rows]
+            self._sorted = block, sorted(plans, key=lambda plan: len("".join(map("".join, plan[1]))))
+        return {"messages": _messages(*self._sorted[1][place], self.size)}

@@ -1,14 +1,11 @@
-"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores with bfloat16 in less than three hours.
+"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores in less than three hours.
 
     torchrun --nproc_per_node 2 examples/tiny/train.py --output tiny-flashsloth
 
-1. a tokenizer; 2. the vision tower, on what the drawing program knows of every patch; 3. on broad conversations, the
-whole model but the tower, then with the tower; 4. everything but the tower on conversations that are mostly about
-relations, then on balanced ones; 5. the tower once more, on numbers, and the rest on balanced conversations; 6. exact
-match on pictures that training never sees. A run that was stopped goes on where it was.
-
-There is no stage of captions: it would align pictures with a language model that knows something, and this one begins
-with nothing.
+1. a tokenizer; 2. the vision tower, on what the drawing program knows of every patch; then, with the tower frozen,
+3. captions, which bring pictures and words together, and 4. conversations, the two stages of the paper, but for a
+language model that knows nothing yet and so is trained in both; 5. exact match on pictures that training never sees. A
+run that was stopped goes on where it was.
 
 One process with one thread a core suffers less from other work on the machine than one process with many threads; plain
 `python` does the same with one process.
@@ -23,14 +20,12 @@ from typing import Any
 
 import torch
 from conversations import (
-    BALANCED,
-    BROAD,
+    CAPTIONS,
     END,
-    FINAL,
     IMAGE,
     PAD,
     QUERY,
-    RELATIONS,
+    QUESTIONS,
     USER,
     ConversationDataset,
     Mix,
@@ -38,6 +33,7 @@ from conversations import (
     build_tokenizer,
 )
 from evaluate import as_table, evaluate
+from muon import Muon
 from safetensors.torch import load_file, save_file
 from tower import PatchDataset, TowerForPatches, TowerTrainer
 from transformers import (
@@ -53,7 +49,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.backbones_flashsloth import has_bfloat16
@@ -63,8 +58,9 @@ logger = logging.getLogger(__name__)
 
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH_SIZE = 64
-NUMBERS_START = 500_000  # number of a picture that no other part of the training comes to
+BATCH_SIZE = 64  # pictures; half as many conversations
+LEARNING_RATE = 2e-3
+NUM_SORTED_BATCHES = 4
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
@@ -108,33 +104,37 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
 
 
 def training_arguments(
-    folder: Path, num_steps: int, *, batch_size: int = BATCH_SIZE, learning_rate: float = 1e-3, **kwargs: Any
+    folder: Path, num_steps: int, *, batch_size: int = BATCH_SIZE, learning_rate: float = LEARNING_RATE, **kwargs: Any
 ) -> TrainingArguments:
     """What all stages have in common."""
-    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "save_steps": 250, **kwargs}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
         per_device_train_batch_size=batch_size // int(os.environ.get("WORLD_SIZE", "1")),
         learning_rate=learning_rate,
-        weight_decay=0.02,
-        adam_beta2=0.98,
-        optim="adamw_torch_fused",
+        warmup_steps=min(40, num_steps // 2),
         bf16=has_bfloat16(DEVICE),
         use_cpu=DEVICE == "cpu",
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ and DEVICE == "cpu" else None,
         ddp_find_unused_parameters=False,
         logging_steps=50,
+        save_steps=100,
         save_total_limit=2,
         dataloader_num_workers=1,
+        train_sampling_strategy="sequential",
         remove_unused_columns=False,
         label_names=["labels"],
         use_cache=True,  # else the Trainer turns the cache off in the config that is saved
         report_to=[],
         disable_tqdm=True,
         seed=SEED,
-        **schedule,
+        **kwargs,
     )
+
+
+def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> Muon:
+    """What all stages are trained with."""
+    return Muon(model, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
 
 
 def pretrain_tower(
@@ -151,37 +151,13 @@ def pretrain_tower(
     set_seed(SEED)
     tower = TowerForPatches(config.vision_config)
     pictures = PatchDataset("train", num_steps * BATCH_SIZE, config.vision_config, processor.image_processor)
-    trainer = TowerTrainer(tower, training_arguments(folder, num_steps), train_dataset=pictures)
+    args = training_arguments(folder, num_steps, learning_rate=2 * LEARNING_RATE, lr_scheduler_type="cosine")
+    optimizers = (build_optimizer(tower, args), None)
+    trainer = TowerTrainer(tower, args, train_dataset=pictures, optimizers=optimizers)
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     if trainer.is_world_process_zero():
         save_file(tower.vision_tower.state_dict(), weights)
     return tower.vision_tower.state_dict()
-
-
-def sharpen_tower(
-    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, work: Path, num_steps: int
-) -> None:
-    """Train the vision tower of a model once more on what every patch should say, mostly of pictures with a number."""
-    folder, config = work / "numbers", model.config.vision_config
-    weights = folder / "vision_tower.safetensors"
-    if not weights.exists():
-        set_seed(SEED)
-        tower = TowerForPatches(config)
-        tower.load_state_dict(load_file(Path(_last_checkpoint(work / "tower")) / SAFE_WEIGHTS_NAME))
-        tower.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
-        pictures = PatchDataset(
-            "train", num_steps * BATCH_SIZE, config, processor.image_processor, start=NUMBERS_START, num_scenes=3
-        )
-        arguments = training_arguments(
-            folder, num_steps, learning_rate=4e-4, train_sampling_strategy="sequential", save_steps=100
-        )
-        trainer = TowerTrainer(tower, arguments, train_dataset=pictures)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-        if trainer.is_world_process_zero():
-            save_file(tower.vision_tower.state_dict(), weights)
-        model.model.vision_tower.load_state_dict(tower.vision_tower.state_dict())
-    else:
-        model.model.vision_tower.load_state_dict(load_file(weights))
 
 
 def build_model(config: FlashSlothConfig, tower_weights: dict[str, torch.Tensor]) -> FlashSlothForConditionalGeneration:
@@ -190,8 +166,6 @@ def build_model(config: FlashSlothConfig, tower_weights: dict[str, torch.Tensor]
     model = FlashSlothForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower_weights)
     model.model.vision_tower.requires_grad_(False)
-    for part in (model.model.vision_tower, model.model.language_model):
-        part.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
     model.generation_config = GenerationConfig(
         eos_token_id=config.text_config.eos_token_id,
         pad_token_id=config.text_config.pad_token_id,
@@ -246,44 +220,51 @@ def train_on_conversations(
     Returns:
         The Trainer.
     """
-    size = model.config.vision_config.image_size
-    num_conversations = args.max_steps * args.per_device_train_batch_size * args.world_size
+    batch_size = args.per_device_train_batch_size * args.world_size
+    conversations = ConversationDataset(
+        first_conversation,
+        args.max_steps * batch_size,
+        model.config.vision_config.image_size,
+        mix,
+        block=NUM_SORTED_BATCHES * batch_size,
+    )
     trainer = Trainer(
         model,
         args,
-        train_dataset=ConversationDataset(first_conversation, num_conversations, size, mix),
+        train_dataset=conversations,
         data_collator=FlashSlothDataCollator(processor),
         processing_class=processor,
         callbacks=[LearningCurve(processor, num_curve_pictures)],
+        optimizers=(build_optimizer(model, args), None),
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(Path(args.output_dir)))
     return trainer
 
 
-def train_in_parts(
+def train_in_stages(
     model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, work: Path, args: argparse.Namespace
 ) -> Trainer:
-    """Train on one mix of questions after the other, and on numbers before the last.
+    """Train on captions, then on conversations.
 
     Returns:
-        The last part's Trainer.
+        The last stage's Trainer.
     """
-    steady = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 50}
-    cut_cosine = {"warmup_steps": 75, "lr_scheduler_kwargs": {"num_cycles": 0.3246}}  # ends at a quarter of its rate
-    half = {"batch_size": BATCH_SIZE // 2, "train_sampling_strategy": "sequential", "save_steps": 100}
-    fast = {"learning_rate": 5e-4, **half}
-    parts = {
-        "conversations": (BROAD, training_arguments(work / "conversations", args.steps)),
-        "together": (BROAD, training_arguments(work / "together", args.joint_steps, learning_rate=2e-4)),
-        "relations": (RELATIONS, training_arguments(work / "relations", args.relation_steps, **fast, **steady)),
-        "balanced": (BALANCED, training_arguments(work / "balanced", args.balanced_steps, **fast, **cut_cosine)),
-        "last": (FINAL, training_arguments(work / "last", args.last_steps, learning_rate=3e-4, **half)),
+    decay = {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": round(0.4 * args.steps), "decay_type": "linear"},
+    }
+    stages = {
+        "captions": (
+            CAPTIONS,
+            training_arguments(work / "captions", args.caption_steps, lr_scheduler_type="constant_with_warmup"),
+        ),
+        "conversations": (
+            QUESTIONS,
+            training_arguments(work / "conversations", args.steps, batch_size=BATCH_SIZE // 2, **decay),
+        ),
     }
     first_conversation = 0
-    for name, (mix, arguments) in parts.items():
-        if name == "last":
-            sharpen_tower(model, processor, work, args.number_steps)
-        model.model.vision_tower.requires_grad_(name == "together")
+    for mix, arguments in stages.values():
         trainer = train_on_conversations(
             model,
             processor,
@@ -305,13 +286,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint")
     parser.add_argument("--work", type=Path, help="folder for unfinished training (default: OUTPUT-work)")
-    parser.add_argument("--tower-steps", type=int, default=3600, help=f"steps of {BATCH_SIZE} pictures")
-    parser.add_argument("--steps", type=int, default=2600, help=f"steps of {BATCH_SIZE} conversations")
-    parser.add_argument("--joint-steps", type=int, default=750, help="the same, with the vision tower")
-    parser.add_argument("--relation-steps", type=int, default=400, help=f"steps of {BATCH_SIZE // 2} conversations")
-    parser.add_argument("--balanced-steps", type=int, default=1000, help="the same, with all kinds of questions")
-    parser.add_argument("--number-steps", type=int, default=600, help=f"steps of {BATCH_SIZE} pictures with numbers")
-    parser.add_argument("--last-steps", type=int, default=900, help="the same as --balanced-steps, behind the numbers")
+    parser.add_argument("--tower-steps", type=int, default=2000, help=f"steps of {BATCH_SIZE} pictures")
+    parser.add_argument("--caption-steps", type=int, default=200, help=f"steps of {BATCH_SIZE} captions")
+    parser.add_argument("--steps", type=int, default=1600, help=f"steps of {BATCH_SIZE // 2} conversations")
     parser.add_argument(
         "--curve-pictures", type=int, default=60, help="pictures behind every point of a learning curve"
     )
@@ -326,7 +303,7 @@ def main() -> None:
     processor = build_processor(config, tokenizer)
     tower_weights = pretrain_tower(config, processor, work / "tower", args.tower_steps)
     model = build_model(config, tower_weights)
-    trainer = train_in_parts(model, processor, work, args)
+    trainer = train_in_stages(model, processor, work, args)
     if trainer.is_world_process_zero():
         model = model.to(torch.bfloat16).eval()
         model.save_pretrained(args.output)

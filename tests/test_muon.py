@@ -1,0 +1,105 @@
+"""The tiny recipe's optimizer: orthogonal steps for matrices, torch's AdamW for the rest, in one process or two."""
+
+import copy
+
+import pytest
+import torch
+from muon import Muon, orthogonalize
+from torch import distributed, multiprocessing, nn
+
+NUM_STEPS = 4
+
+
+def build_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 16, bias=False), nn.LayerNorm(16))
+    model.add_module("embed_tokens", nn.Embedding(30, 16))
+    return model
+
+
+def train(model, optimizer, num_steps=NUM_STEPS, *, start=0):
+    for step in range(start, start + num_steps):
+        generator = torch.Generator().manual_seed(step)
+        inputs, ids = torch.randn(8, 24, generator=generator), torch.randint(30, (8,), generator=generator)
+        hidden = model[:4](inputs)
+        (hidden * model.embed_tokens(ids)).sum(1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (32, 64)])
+def test_singular_values_come_near_one_and_their_vectors_stay(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(matrix))
+    assert values.min() > 0.6 and values.max() < 1.3
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    turned = left.mT @ orthogonalize(matrix) @ right.mT
+    torch.testing.assert_close(turned, turned.diagonal().diag(), atol=1e-4, rtol=0)
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    assert not orthogonalize(torch.zeros(4, 8)).any()
+
+
+def test_a_first_step_is_as_long_as_one_of_adamw():
+    model = build_model()
+    before = model[0].weight.detach().clone()
+    train(model, Muon(model, 0.01, weight_decay=0.0), 1)
+    length = (model[0].weight.detach() - before).square().mean().sqrt()
+    assert 0.1 < length / 0.01 < 0.3  # Liu and others: 0.2
+
+
+def test_embeddings_and_vectors_are_stepped_by_torch_adamw():
+    model = build_model()
+    vectors = [model[0].bias, *model[3].parameters(), model.embed_tokens.weight]
+    gradients = [torch.randn_like(vector) for vector in vectors]
+    ours = Muon(model, 0.01, weight_decay=0.1)
+    twins = [nn.Parameter(vector.detach().clone()) for vector in vectors]
+    theirs = torch.optim.AdamW(twins, 0.01, weight_decay=0.1)
+    for _ in range(NUM_STEPS):
+        for vector, twin, gradient in zip(vectors, twins, gradients, strict=True):
+            vector.grad, twin.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        theirs.step()
+    for vector, twin in zip(vectors, twins, strict=True):
+        assert torch.equal(vector, twin)
+
+
+def test_frozen_weights_are_left_out():
+    model = build_model()
+    model[0].requires_grad_(False)
+    taken = {id(weight) for group in Muon(model, 0.01).param_groups for weight in group["params"]}
+    assert taken == {id(weight) for weight in model.parameters() if weight.requires_grad}
+
+
+def test_a_saved_optimizer_goes_on_as_if_nothing_had_happened(tmp_path):
+    model = build_model()
+    optimizer = Muon(model, 0.01)
+    train(model, optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    copied = copy.deepcopy(model)
+    resumed = Muon(copied, 0.01)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    train(model, optimizer, start=NUM_STEPS)
+    train(copied, resumed, start=NUM_STEPS)
+    for weight, other in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+def _train_in_a_group(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = build_model()
+    train(model, Muon(model, 0.01))
+    torch.save(model.state_dict(), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_step_as_one(tmp_path):
+    alone = build_model()
+    train(alone, Muon(alone, 0.01))
+    multiprocessing.spawn(_train_in_a_group, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, weight in alone.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight, atol=1e-6, rtol=0)
