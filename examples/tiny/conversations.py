@@ -49,7 +49,7 @@ CAPTIONS = Mix(0, {}, 1.0, 0.0)
 QUESTIONS = Mix(
     9,
     {
-        "count": 3.0,
+        "count": 4.0,
         "shape": 2.0,
         "colour": 0.7,
         "left of": 3.5,
@@ -59,7 +59,7 @@ QUESTIONS = Mix(
         "where": 1.5,
         "side": 5.0,
         "read number": 1.2,
-        "read word": 0.7,
+        "read word": 1.0,
     },
     0.05,
     0.2,

@@ -136,7 +136,6 @@ class TowerForPatches(nn.Module):
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
         self.vision_tower = SiglipVisionModel(config)
-        self.vision_tower.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes twice as long
         self.vision_tower.post_layernorm = nn.Identity()
         positions = self.vision_tower.embeddings.position_embedding.weight
         positions.data.copy_(0.5 * sine_positions(config.image_size // config.patch_size, config.hidden_size))
