@@ -75,8 +75,6 @@ class PatchDataset(Dataset):
         length: Number of pictures.
         config: Says how large a picture and a patch are.
         preprocess: Makes pixel values of a picture.
-        start: Number of the first picture.
-        num_scenes: Of so many scenes, the first with a number is taken.
     """
 
     def __init__(
@@ -85,11 +83,8 @@ class PatchDataset(Dataset):
         length: int,
         config: SiglipVisionConfig,
         preprocess: BaseImageProcessor,
-        *,
-        start: int = 0,
-        num_scenes: int = 1,
     ) -> None:
-        self.split, self.length, self.start, self.num_scenes = split, length, start, num_scenes
+        self.split, self.length = split, length
         self.size, self.grid = config.image_size, config.image_size // config.patch_size
         self.preprocess = preprocess
 
@@ -97,11 +92,7 @@ class PatchDataset(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        index += self.start
-        for number in range(index * self.num_scenes, (index + 1) * self.num_scenes):
-            scene = scene_at(self.split, number)
-            if any(thing.name == "number" for thing in scene.things):
-                break
+        scene = scene_at(self.split, index)
         picture = draw(scene, self.size)
         labels, weights = patch_targets(scene, self.grid)
         if random.Random(f"grey:{index}").random() < SHARE_GREY:

@@ -1,4 +1,4 @@
-"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores in less than three hours.
+"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores.
 
     torchrun --nproc_per_node 2 examples/tiny/train.py --output tiny-flashsloth
 
@@ -258,18 +258,10 @@ def train_in_stages(
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {"num_decay_steps": round(0.4 * args.steps), "decay_type": "linear"},
     }
-    stages = {
-        "captions": (
-            CAPTIONS,
-            training_arguments(work / "captions", args.caption_steps, lr_scheduler_type="constant_with_warmup"),
-        ),
-        "conversations": (
-            QUESTIONS,
-            training_arguments(work / "conversations", args.steps, batch_size=BATCH_SIZE // 2, **decay),
-        ),
-    }
+    captions = training_arguments(work / "captions", args.caption_steps, lr_scheduler_type="constant_with_warmup")
+    conversations = training_arguments(work / "conversations", args.steps, batch_size=BATCH_SIZE // 2, **decay)
     first_conversation = 0
-    for mix, arguments in stages.values():
+    for mix, arguments in ((CAPTIONS, captions), (QUESTIONS, conversations)):
         trainer = train_on_conversations(
             model,
             processor,
