@@ -79,6 +79,7 @@ setup(
             *SERVING,
             *TRAINING,
             *VIDEO,
+            "optimum-quanto",
             "pytest",
             "pytest-xdist",
             "ruff",

@@ -233,17 +233,17 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated()
         elif (reset := Path("/proc/self/clear_refs")).exists():
             reset.write_text("5")  # the peak becomes what is in use now
-            self.before = _kernel_bytes("/proc/self/status", "VmRSS")
+            self.before = kernel_bytes("/proc/self/status", "VmRSS")
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self.device == "cuda":
             self.above = torch.cuda.max_memory_allocated() - self.before
-        elif (peak := _kernel_bytes("/proc/self/status", "VmHWM")) is not None:
+        elif (peak := kernel_bytes("/proc/self/status", "VmHWM")) is not None:
             self.above = peak - self.before
 
 
-def _kernel_bytes(file: str, field: str) -> int | None:
+def kernel_bytes(file: str, field: str) -> int | None:
     """A field of a file in which Linux reports memory, in bytes."""
     if not Path(file).exists():
         return None
@@ -450,7 +450,7 @@ class Benchmark:
 
 
 def _free_bytes(device: str) -> int | None:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else _kernel_bytes("/proc/meminfo", "MemAvailable")
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else kernel_bytes("/proc/meminfo", "MemAvailable")
 
 
 def _slug(name: str) -> str:

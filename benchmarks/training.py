@@ -22,17 +22,15 @@ import json
 import logging
 import statistics
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from latency import hardware
+from memory import CountedMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers.initialization import no_init_weights
 
@@ -164,35 +162,6 @@ class Training:
         return sum(p.nbytes * (3 if p.requires_grad else 1) for p in parameters)
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is active, and are alive at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.storages = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run an operation, and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.storages:
-            return
-        self.storages.add(storage)
-        size = storage.nbytes()
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, size)
-
-    def _forget(self, size: int) -> None:
-        self.alive -= size
-
-
 def peak_memory(case: Case, size: str, batch_size: int, device: str) -> tuple[int, int]:
     """Bytes of weights and optimiser, and those that forward and backward pass take beside them at their peak."""
     if device == "cuda":
@@ -205,7 +174,7 @@ def peak_memory(case: Case, size: str, batch_size: int, device: str) -> tuple[in
     # Fake tensors have no values to begin with or to count; a row of this benchmark has one tile.
     with FakeTensorMode(), no_init_weights(), mock.patch.object(PromptSpans, "bounds", return_value=ONE_TILE):
         training = Training(case, size, batch_size, device)
-        with PeakMemory() as memory:
+        with CountedMemory() as memory:
             training.compute_gradients()
     return training.state_bytes(), memory.peak
 

@@ -7,17 +7,31 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def training():
+    return load("training")
+
+
+def load(name):
+    before = list(sys.path)
     sys.path.insert(0, str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("training_benchmark", BENCHMARKS / "training.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.path.remove(str(BENCHMARKS))
+    sys.path[:] = before
     return module
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=torch.float32).eval()
+    return model, FlashSlothProcessor.from_pretrained(ROOT)
 
 
 def test_both_models_have_the_same_size_and_other_lengths(training):
@@ -41,7 +55,7 @@ def test_a_step_trains_what_the_stage_trains(training, stage):
 
 
 def test_counted_memory_is_that_of_the_tensors_alive_at_once(training):
-    with training.PeakMemory() as memory:
+    with training.CountedMemory() as memory:
         a = torch.zeros(1000)
         del a
         b = torch.zeros(1000).view(10, 100)
@@ -55,7 +69,7 @@ def test_fake_tensors_take_as_much_as_real_ones(training, checkpointing):
     case = training.Case("FlashSloth", 2, checkpointing)
     _, counted = training.peak_memory(case, "small", 2, "cpu")
     run = training.Training(case, "small", 2, "cpu")
-    with training.PeakMemory() as memory:
+    with training.CountedMemory() as memory:
         run.compute_gradients()
     assert memory.peak == pytest.approx(counted, rel=0.02)
 
@@ -70,3 +84,41 @@ def test_the_table_compares_all_cases(training, monkeypatch):
     lines = training.as_table(rows).splitlines()[2:]
     ratios = [line.split("|")[7].strip() for line in lines if "| FlashSloth |" in line]
     assert ratios == ["1.00"] * len(rows[::2])
+
+
+def test_maps_are_held_against_the_things_of_a_scene(shipped):
+    maps = load("maps")
+    for wording, attribute, names in maps.QUESTIONS:
+        scene, thing, text = next(maps.questions_about_one_thing(wording, attribute, names))
+        assert thing.name in names
+        assert "{" not in text
+        assert len(scene.things) > 1
+        left, top, right, bottom = (max(0, round(200 * edge)) for edge in thing.box)
+        heat = torch.zeros(200, 200)
+        heat[top:bottom, left:right] = 1
+        assert maps.most_of(heat, scene) is thing
+    hits, held = maps.maps_tables(*shipped, num_scenes=2)
+    assert [line.count("|") for line in (hits + "\n" + held).splitlines()] == [5] * 18
+    assert hits.splitlines()[-1].startswith("| What is the number? | 1 | ")  # two scenes of two things
+
+
+def test_the_module_is_switched_off_for_comparison(shipped):
+    rows = load("maps").ablation_table(*shipped, num_pictures=12).splitlines()[2:]
+    asked, right, without = (int(part) for part in rows[-1].strip("| ").split(" | ")[1:])
+    assert asked >= right > without > 0
+
+
+def test_caches_are_compared_with_exact_keys_and_values(shipped):
+    pytest.importorskip("optimum.quanto", reason="quantised caches need optimum-quanto")
+    caches = load("quantized_cache")
+    model, processor = shipped
+    questions = list(caches.evaluation_set(2))
+    table = caches.compare(model, processor, questions, ["bfloat16", "4 bits, quanto"])
+    exact, rounded = (line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+    assert exact[2] == "100.0%"
+    sizes = [int(row[3].replace(",", "")) for row in (exact, rounded)]
+    # Six layers of keys and values, of 256 numbers in four bytes; in four bits, and in groups of 64 two numbers more.
+    num_tokens = int(table.split(" tokens")[0].split(", ")[-1])
+    assert sizes[0] == num_tokens * 6 * 2 * 256 * 4
+    assert sizes[1] < 0.3 * sizes[0]
+    assert float(rounded[1].rstrip("%")) > 50

@@ -12,8 +12,8 @@ import torch
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
-latency, preprocessing, quantization, second_question = (
-    importlib.import_module(name) for name in ("latency", "preprocessing", "quantization", "second_question")
+latency, memory, preprocessing, quantization, second_question = (
+    importlib.import_module(name) for name in ("latency", "memory", "preprocessing", "quantization", "second_question")
 )
 PEERS = latency.PEERS
 sys.path.remove(BENCHMARKS)
@@ -259,6 +259,30 @@ def test_a_second_question_is_timed_without_the_picture():
     assert num_tiles == [5, 5] * (num_rounds + 1)  # without a cache, and for the first question
     assert all(value > 0 for value in seconds)
     assert num_bytes > 5 * 729 * VISION["hidden_size"] * 2
+
+
+def test_counted_prefill_equals_that_of_real_tensors():
+    peer = shrink(PEERS[0])
+    prompts = memory.Prompts("two rows, two pictures each", 2, 2)
+    real = memory.count_prefill(latency.build_filled(peer, "cpu"), prompts)
+    with memory.FakeTensorMode(), memory.no_init_weights():
+        counted = memory.count_prefill(peer.build_model().eval(), prompts)
+    # Two layers of keys and values, of two heads of 16 numbers in two bytes, for each token of the two rows.
+    assert real["kept"] == counted["kept"] == 2 * 2 * 32 * 2 * 2 * (2 * 81 + 1 + memory.QUESTION_TOKENS + 9)
+    assert counted == pytest.approx(real, rel=0.02)
+    assert counted["tower"] > 4 * 729 * VISION["hidden_size"] * 2
+    assert max(counted["tower"], counted["behind"]) <= counted["peak"]
+
+
+def test_new_processes_tell_what_loading_takes(tmp_path):
+    model = latency.build_filled(shrink(PEERS[0]), "cpu")
+    model.save_pretrained(tmp_path)
+    lines = memory.loading_table(tmp_path, rounds=1).splitlines()
+    figures = dict(line.strip("| ").split(" | ") for line in lines[2:])
+    seconds = [float(value) for name, value in figures.items() if name.startswith("seconds")]
+    assert seconds[-1] >= max(seconds[:-1]) > 0
+    size = sum(weight.nbytes for weight in model.parameters())
+    assert float(figures["size of the files"].split()[0]) == pytest.approx(size / 1e9, abs=0.01)
 
 
 def test_preprocessing_is_timed_on_pictures_and_on_files():

@@ -13,11 +13,12 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, draw, questions, scene_at
+from transformers import BatchFeature
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.backbones_flashsloth import working_dtype
@@ -66,19 +67,13 @@ def evaluation_set(num_pictures: int, split: str = SPLIT) -> Iterator[Question]:
             yield Question(kind, picture, *by_kind[kind], is_held_out, before)
 
 
-@torch.inference_mode()
-def answer(
-    model: FlashSlothForConditionalGeneration,
-    processor: FlashSlothProcessor,
-    batch: list[Question],
-    *,
-    is_second_turn: bool = False,
-) -> list[str]:
-    """Answer questions, each on its own picture, by greedy decoding.
+def build_inputs(
+    processor: FlashSlothProcessor, batch: list[Question], *, is_second_turn: bool = False
+) -> BatchFeature:
+    """Prompts of questions, each with its own picture.
 
     Args:
-        model: The model.
-        processor: Its processor.
+        processor: The model's processor.
         batch: The questions.
         is_second_turn: Whether `before` and its answer precede every question.
     """
@@ -89,15 +84,36 @@ def answer(
         contents = [[{"type": "image", "image": question.picture}, first], *([part] for part in others)]
         roles = ("user", "assistant") * len(contents)
         conversations.append([{"role": role, "content": part} for role, part in zip(roles, contents, strict=False)])
-    inputs = processor.apply_chat_template(
+    return processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True},
-    ).to(model.device)
-    generated = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+    )
+
+
+@torch.inference_mode()
+def answer(
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    batch: list[Question],
+    *,
+    is_second_turn: bool = False,
+    **kwargs: Any,
+) -> list[str]:
+    """Answer questions, each on its own picture, by greedy decoding.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        batch: The questions.
+        is_second_turn: Whether `before` and its answer precede every question.
+        **kwargs: Passed on to `generate`.
+    """
+    inputs = build_inputs(processor, batch, is_second_turn=is_second_turn).to(model.device)
+    generated = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, **kwargs)
     return processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])
 
 
