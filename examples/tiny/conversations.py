@@ -51,7 +51,7 @@ QUESTIONS = Mix(
     {
         "count": 4.0,
         "shape": 2.0,
-        "colour": 0.7,
+        "colour": 2.5,
         "left of": 3.5,
         "left of, yes or no": 4.0,
         "above": 3.0,

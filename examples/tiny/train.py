@@ -32,6 +32,7 @@ from conversations import (
     build_processor,
     build_tokenizer,
 )
+from curve import LearningCurve
 from evaluate import as_table, evaluate
 from muon import Muon
 from safetensors.torch import load_file, save_file
@@ -42,9 +43,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -180,37 +178,6 @@ def build_model(config: FlashSlothConfig, tower_weights: dict[str, torch.Tensor]
     return model
 
 
-class LearningCurve(TrainerCallback):
-    """Writes down how many questions a model answers right whenever it is saved, on pictures that tuning may look at.
-
-    Args:
-        processor: The model's processor.
-        num_pictures: Pictures of the split "evaluation".
-    """
-
-    def __init__(self, processor: FlashSlothProcessor, num_pictures: int) -> None:
-        self.processor, self.num_pictures = processor, num_pictures
-
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: FlashSlothForConditionalGeneration,
-        **kwargs: Any,
-    ) -> None:
-        """See `TrainerCallback`."""
-        if not state.is_world_process_zero or not self.num_pictures:
-            return
-        model.eval()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            result = evaluate(model, self.processor, self.num_pictures, split="evaluation", with_second_turns=False)
-        model.train()
-        with (Path(args.output_dir) / "learning_curve.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **result}) + "\n")
-        logger.info("step %d:\n%s", state.global_step, as_table(result))
-
-
 def train_on_conversations(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
@@ -285,7 +252,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for unfinished training (default: OUTPUT-work)")
     parser.add_argument("--tower-steps", type=int, default=1500, help=f"steps of {BATCH_SIZE} pictures")
     parser.add_argument("--caption-steps", type=int, default=200, help=f"steps of {BATCH_SIZE} captions")
-    parser.add_argument("--steps", type=int, default=1300, help=f"steps of {BATCH_SIZE // 2} conversations")
+    parser.add_argument("--steps", type=int, default=2200, help=f"steps of {BATCH_SIZE // 2} conversations")
     parser.add_argument(
         "--curve-pictures", type=int, default=60, help="pictures behind every point of a learning curve"
     )
