@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import curve
 import pytest
 import torch
 from conversations import CAPTIONS, END, QUESTIONS, ConversationDataset, conversation
 from evaluate import evaluation_set
+from PIL import Image
 from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, WORDINGS, describe, draw, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -80,6 +82,18 @@ def test_every_question_has_another_one_before_it_as_a_second_turn():
         assert question.before in [(other.text, other.answer) for other in others]
 
 
+def test_a_curve_goes_on_from_stage_to_stage(tmp_path):
+    right = {kind: [1, 2] for kind in (*QUESTION_KINDS, "all")}
+    for stage, pictures in (("captions", [10, 20]), ("conversations", [5, 10, 10])):
+        points = [{"stage": stage, "step": n, "pictures": n, "right": right} for n in pictures]
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / curve.FILE_NAME).write_text("".join(json.dumps(point) + "\n" for point in points))
+    points = curve.read_curve(tmp_path, ("captions", "conversations"))
+    assert [point["pictures"] for point in points] == [10, 20, 25, 30]
+    curve.plot(points, tmp_path / "curve.png")
+    assert Image.open(tmp_path / "curve.png").width == 900
+
+
 @pytest.mark.slow
 def test_the_script_trains_a_checkpoint_that_loads(tmp_path):
     counts = (
@@ -99,5 +113,8 @@ def test_the_script_trains_a_checkpoint_that_loads(tmp_path):
     trained = json.loads((tmp_path / "tiny" / "config.json").read_text())
     assert trained["text_config"]["hidden_size"] == shipped["text_config"]["hidden_size"]
     assert json.loads((tmp_path / "tiny" / "evaluation.json").read_text())["all"]["asked"] > 0
-    curve = (tmp_path / "tiny-work" / "conversations" / "learning_curve.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in curve] == [2]
+    points = curve.read_curve(tmp_path / "tiny-work", ("captions", "conversations"))
+    assert [(point["stage"], point["step"], point["pictures"]) for point in points] == [
+        ("captions", 2, 128),
+        ("conversations", 2, 128 + 64),
+    ]
