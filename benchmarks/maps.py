@@ -1,6 +1,6 @@
 """Do the maps of docs/inference.md show what a question is about? And what does the Embedded Query module do?
 
-    python benchmarks/maps.py --output benchmarks/results/maps.md
+    python benchmarks/maps.py --output benchmarks/results/maps.md --picture docs/saliency.png
 
 The small checkpoint answers questions that are about one thing, in scenes of two to four things, which training never
 saw, of `examples/tiny`.
@@ -8,6 +8,8 @@ saw, of `examples/tiny`.
 - A thing holds most of a map if the sum of the map over its box is greater than over any other thing's. *By chance* is
   what a map would reach that has nothing to do with scene and question.
 - The queries' map once more: which kind of thing holds most of it, of the scenes that have such a thing.
+- The picture shows `examples/scene.png`, and what the answer to "Read the sign." depends on, where its queries looked, and
+  how its patches were pooled.
 - With the Embedded Query module switched off, queries pass through it unchanged; the questions are those of
   `examples/tiny/evaluate.py`, each asked alone.
 """
@@ -24,9 +26,11 @@ from unittest import mock
 
 import torch
 from latency import hardware
+from PIL import Image
 from tqdm import tqdm
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.saliency_flashsloth import overlay
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
@@ -36,6 +40,7 @@ from scenes import SHAPES, Scene, Thing, draw, scene_at  # noqa: E402
 logger = logging.getLogger(__name__)
 
 SCENES, PICTURES, BATCH_SIZE = 180, 500, 30
+PANEL_SIDE, PANEL_GAP = 192, 8  # pixels
 
 
 # A question, the attribute of a thing that goes into it, and the things that it may be about, if no other shape has the
@@ -131,6 +136,22 @@ def maps_tables(
     return "\n".join(hits), "\n".join(held)
 
 
+def panels(
+    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, picture: Image.Image, text: str
+) -> Image.Image:
+    """A picture beside its maps: of the answer to a question, of the question's queries, of pooling."""
+    inputs = build_inputs(processor, [Question("", picture, text, "", False, ("", ""))])
+    output = model.generate(**inputs, max_new_tokens=20, output_attentions=True, return_dict_in_generate=True)
+    sizes = [(picture.height, picture.width)]
+    looked = model.heat_maps(output, inputs["input_ids"], sizes)
+    maps = [*model.answer_maps(inputs, output.sequences, sizes), looked.questions[0][0], looked.pooling[0]]
+    shown = [picture.convert("RGB"), *(overlay(picture, heat) for heat in maps)]
+    strip = Image.new("RGB", (len(shown) * (PANEL_SIDE + PANEL_GAP) - PANEL_GAP, PANEL_SIDE), "white")
+    for place, panel in enumerate(shown):
+        strip.paste(panel.resize((PANEL_SIDE, PANEL_SIDE)), (place * (PANEL_SIDE + PANEL_GAP), 0))
+    return strip
+
+
 def ablation_table(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, num_pictures: int) -> str:
     """Markdown: exact answers with the Embedded Query module, and without."""
     module = model.model.embedded_query
@@ -150,12 +171,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--model", default=str(ROOT), help="a tiny checkpoint's folder (default: the one in the root)")
+    parser.add_argument("--picture", type=Path, help="picture to write")
     parser.add_argument("--scenes", type=int, default=SCENES, help="for each question")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="with about seven questions each")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     processor = FlashSlothProcessor.from_pretrained(args.model)
+    if args.picture:
+        panels(model, processor, Image.open(ROOT / "examples" / "scene.png"), "Read the sign.").save(args.picture)
     hits, held = maps_tables(model, processor, args.scenes)
     parts = [
         f"{hardware('cpu').replace('bfloat16', 'float32')}; made by benchmarks/maps.py.",

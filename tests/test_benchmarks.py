@@ -100,6 +100,8 @@ def test_maps_are_held_against_the_things_of_a_scene(shipped):
     hits, held = maps.maps_tables(*shipped, num_scenes=2)
     assert [line.count("|") for line in (hits + "\n" + held).splitlines()] == [5] * 18
     assert hits.splitlines()[-1].startswith("| What is the number? | 1 | ")  # two scenes of two things
+    strip = maps.panels(*shipped, maps.draw(scene, 96), "What is the number?")
+    assert strip.size == (4 * 192 + 3 * 8, 192)
 
 
 def test_the_module_is_switched_off_for_comparison(shipped):
