@@ -8,8 +8,8 @@ saw, of `examples/tiny`.
 - A thing holds most of a map if the sum of the map over its box is greater than over any other thing's. *By chance* is
   what a map would reach that has nothing to do with scene and question.
 - The queries' map once more: which kind of thing holds most of it, of the scenes that have such a thing.
-- The picture shows `examples/scene.png`, and what the answer to "Read the sign." depends on, where its queries looked, and
-  how its patches were pooled.
+- The picture shows `examples/scene.png`, and what the answer to "Read the sign." depends on, where its queries looked,
+  and how its patches were pooled.
 - With the Embedded Query module switched off, queries pass through it unchanged; the questions are those of
   `examples/tiny/evaluate.py`, each asked alone.
 """

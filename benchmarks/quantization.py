@@ -214,22 +214,23 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the speed's comparison; 0: no speed")
     args = parser.parse_args()
     if "bfloat16" not in args.precisions:
         parser.error("the others are compared with bfloat16; name it among the --precisions")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    times = list(_logged(compare_times(PEERS[0], args.threads, args.new_tokens, args.rounds, args.precisions)))
     parts = [f"{hardware('cpu')}; made by benchmarks/quantization.py."]
     if args.pictures:
         parts += [
             f"## Answers of the small checkpoint to questions about {args.pictures} pictures",
             answers_table(list(_logged(compare_answers(args.pictures)))),
         ]
-    parts += [
-        f"## Speed of {PEERS[0].name}, batch 1, {args.new_tokens} tokens, medians of {args.rounds} rounds",
-        times_table(times),
-    ]
+    if args.rounds:
+        times = compare_times(PEERS[0], args.threads, args.new_tokens, args.rounds, args.precisions)
+        parts += [
+            f"## Speed of {PEERS[0].name}, batch 1, {args.new_tokens} tokens, medians of {args.rounds} rounds",
+            times_table(list(_logged(times))),
+        ]
     args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
