@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from fsdp2 import divide, load_checkpoint, save_checkpoint, save_model, start_processes
 
 from flashsloth import FlashSlothForConditionalGeneration
 
@@ -24,11 +24,7 @@ MOMENTUM = 0.9
 
 
 def sharded_model(folder):
-    model = FlashSlothForConditionalGeneration.from_pretrained(folder / "model").train()
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
-            fully_shard(module)
-    fully_shard(model)
+    model = divide(FlashSlothForConditionalGeneration.from_pretrained(folder / "model").train())
     return model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
 
 
@@ -46,21 +42,16 @@ def train(model, optimizer, folder, steps):
 
 def main():
     folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
+    start_processes()
     model, optimizer = sharded_model(folder)
     losses = train(model, optimizer, folder, range(NUM_STEPS // 2))
-    dcp.save(
-        dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder / "dcp"
-    )
+    save_checkpoint(folder, NUM_STEPS // 2, model, optimizer)
     losses += train(model, optimizer, folder, range(NUM_STEPS // 2, NUM_STEPS))
     evaluate(model, folder)
-    model.save_pretrained(folder / "trained", state_dict=whole_state(model), is_main_process=dist.get_rank() == 0)
+    save_model(folder / "trained", model)
 
     model, optimizer = sharded_model(folder)
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(state, checkpoint_id=folder / "dcp")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    resumed = train(model, optimizer, folder, range(NUM_STEPS // 2, NUM_STEPS))
+    resumed = train(model, optimizer, folder, range(load_checkpoint(folder, model, optimizer), NUM_STEPS))
     if dist.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps({"straight": losses, "resumed": resumed}))
     dist.destroy_process_group()
@@ -71,10 +62,6 @@ def evaluate(model, folder):
     batch = torch.load(folder / f"batch_0_{dist.get_rank()}.pt")
     with torch.no_grad():
         assert model.eval()(**batch).logits.isfinite().all()
-
-
-def whole_state(model):
-    return {name: tensor.full_tensor().detach() for name, tensor in model.state_dict().items()}
 
 
 if __name__ == "__main__":

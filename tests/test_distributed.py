@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,9 @@ TESTS = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
-def run_two_processes(script, *args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def run_processes(script, *args, number=2):
+    """Returns what they wrote to stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     done = subprocess.run(
         [*command, str(script), *map(str, args)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -27,6 +30,7 @@ def run_two_processes(script, *args):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def trained_alone(prepared):
 
 def test_sharded_training_equals_that_of_one_process(prepared, trained_alone):
     model, losses = trained_alone
-    run_two_processes(TESTS / "sharded_training.py", prepared)
+    run_processes(TESTS / "sharded_training.py", prepared)
     found = json.loads((prepared / "losses.json").read_text())
     assert found["straight"] == pytest.approx(losses, abs=1e-5)
     assert found["resumed"] == found["straight"][NUM_STEPS // 2 :]
@@ -87,10 +91,40 @@ def test_what_sharded_training_saves_loads_without_the_package(prepared, tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_the_plain_loop_trains_as_one_process_does_and_goes_on_where_it_was(prepared, processor, pictures, tmp_path):
+    processor.save_pretrained(prepared / "model")
+    rows = []
+    for number, (picture, answer) in enumerate(zip(pictures[:3], ("red", "a green one", "blue it is"), strict=True)):
+        picture.convert("RGB").save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": answer})
+    rows.append(
+        {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello to you."}]}
+    )
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(rows))
+
+    def losses(name, number, *args):
+        arguments = (prepared / "model", data, tmp_path / name, "--num_steps", 4, "--save_steps", 2, *args)
+        said = run_processes(TESTS.parent / "examples" / "fsdp2.py", *arguments, "--learning_rate", 1e-3, number=number)
+        return [float(loss) for loss in re.findall(r"step \d: loss (.*)", said)]
+
+    expected = losses("one", 1, "--batch_size", 4)
+    assert len(expected) == 4
+    assert expected[-1] < expected[0]
+    found = losses("two", 2, "--batch_size", 2)
+    assert found == pytest.approx(expected, abs=1e-4)
+    shutil.copytree(tmp_path / "two" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    assert losses("resumed", 2, "--batch_size", 2) == found[2:]
+    straight, resumed = (
+        FlashSlothForConditionalGeneration.from_pretrained(tmp_path / name).state_dict() for name in ("two", "resumed")
+    )
+    assert all(torch.equal(straight[name], tensor) for name, tensor in resumed.items())
+
+
 def test_data_parallel_training_equals_one_process_with_the_whole_batch(prepared, processor, tmp_path):
     processor.save_pretrained(prepared / "model")
     script = TESTS / "parallel_training.py"
-    run_two_processes(script, prepared / "model", tmp_path / "two")
+    run_processes(script, prepared / "model", tmp_path / "two")
     subprocess.run([sys.executable, str(script), str(prepared / "model"), str(tmp_path / "one")], check=True)
     one, two = (FlashSlothForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("one", "two"))
     before = FlashSlothForConditionalGeneration.from_pretrained(prepared / "model")
