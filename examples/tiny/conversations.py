@@ -56,7 +56,7 @@ QUESTIONS = Mix(
         "left of, yes or no": 4.0,
         "above": 3.0,
         "above, yes or no": 3.0,
-        "where": 1.5,
+        "where": 3.0,
         "side": 5.0,
         "read number": 1.2,
         "read word": 1.0,

@@ -1,7 +1,7 @@
 """Pretraining of the tiny vision tower on what the drawing program knows of every patch.
 
 It plays the part that SigLIP's pretraining plays for the released checkpoints. Each patch under a thing predicts that
-thing's name and colour; each patch under a text predicts its characters one by one and the one that it lies on.
+thing's name, colour and place; each patch under a text predicts its characters one by one and the one that it lies on.
 """
 
 import logging
@@ -21,10 +21,11 @@ IGNORED = -100
 SHARE_GREY = 0.2
 NAMES = ("nothing", *SHAPES, "sign", "number")
 COLOUR_NAMES = ("nothing", *COLOURS)
+PLACES = ("top left", "top right", "bottom left", "bottom right", "top", "bottom")
 END = len(CHARACTERS)  # the class of a position behind a text's last character
-NUM_CLASSES = (len(NAMES), len(COLOUR_NAMES), *(MAX_CHARACTERS + 1) * (len(CHARACTERS) + 1,))
-TARGET_WEIGHTS = (4.0, 2.0, *(MAX_CHARACTERS + 1) * (1.0,))
-TARGET_NAMES = ("name", "colour", *(f"character {i + 1}" for i in range(MAX_CHARACTERS)), "character on patch")
+NUM_CLASSES = (len(NAMES), len(COLOUR_NAMES), len(PLACES), *(MAX_CHARACTERS + 1) * (len(CHARACTERS) + 1,))
+TARGET_WEIGHTS = (4.0, 2.0, 1.0, *(MAX_CHARACTERS + 1) * (1.0,))
+TARGET_NAMES = ("name", "colour", "place", *(f"character {i + 1}" for i in range(MAX_CHARACTERS)), "character on patch")
 
 
 def patch_targets(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,21 +36,23 @@ def patch_targets(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
         grid: Patches along a side.
 
     Returns:
-        Class indices `(grid * grid, 2 + MAX_CHARACTERS + 1)`: name, colour, the text's characters in order, the
-        character on the patch; `IGNORED` for the characters of a patch without a text. And the weight of every patch,
-        `(grid * grid,)`: those of a thing add up to 1, however large it is, and so do those of the background.
+        Class indices `(grid * grid, 3 + MAX_CHARACTERS + 1)`: name, colour, place, the text's characters in order, the
+        character on the patch; `IGNORED` for the place of nothing, and for the characters of a patch without a text.
+        And the weight of every patch, `(grid * grid,)`: those of a thing add up to 1, however large it is, and so do
+        those of the background.
     """
     targets = np.full((grid, grid, len(NUM_CLASSES)), IGNORED, np.int64)
     targets[..., :2] = 0
     weights = np.full((grid, grid), np.nan, np.float32)
     for thing in scene.things:
         rows, columns = _covered(thing.box, grid)
-        targets[rows, columns, :2] = NAMES.index(thing.name), COLOUR_NAMES.index(thing.colour)
+        properties = NAMES.index(thing.name), COLOUR_NAMES.index(thing.colour), PLACES.index(thing.place)
+        targets[rows, columns, :3] = properties
         weights[rows, columns] = 1 / weights[rows, columns].size
         if thing.text:
             rows, columns = _covered(text_box(thing), grid)
             characters = [CHARACTERS.index(character) for character in thing.text]
-            targets[rows, columns, 2:-1] = characters + [END] * (MAX_CHARACTERS - len(characters))
+            targets[rows, columns, 3:-1] = characters + [END] * (MAX_CHARACTERS - len(characters))
             centres = (np.arange(grid)[columns] + 0.5) / grid
             under = np.searchsorted(character_edges(thing)[1:-1], centres)
             targets[rows, columns, -1] = np.array(characters)[under]
@@ -147,14 +150,13 @@ class TowerForPatches(nn.Module):
         features = self.vision_tower(pixel_values=pixel_values).last_hidden_state
         logits = self.head(self.norm(features)).float().flatten(0, 1)
         labels, weights = labels.flatten(0, 1), weights.flatten()
-        on_text = labels[:, -1] != IGNORED
         loss, hits = logits.new_zeros(()), torch.full_like(labels, IGNORED)
         for target, part in enumerate(logits.split(NUM_CLASSES, dim=-1)):
-            asked = slice(None) if target < 2 else on_text
+            asked = labels[:, target] != IGNORED
             part, right, weight = part[asked], labels[asked, target], weights[asked]
             losses = weight * nn.functional.cross_entropy(part, right, reduction="none")
             loss = loss + TARGET_WEIGHTS[target] * losses.sum() / weight.sum().clamp(min=1e-6)  # a batch without texts
-            hits[asked, target] = (part.argmax(-1) == right).long().masked_fill(right == IGNORED, IGNORED)
+            hits[asked, target] = (part.argmax(-1) == right).long()
         return ModelOutput(loss=loss, hits=hits.view(*features.shape[:2], -1))
 
 
