@@ -26,7 +26,7 @@ from flashsloth.backbones_flashsloth import working_dtype
 logger = logging.getLogger(__name__)
 
 PICTURE_SIZE = 96
-SPLIT = "untouched"  # neither trained on, nor looked at while the recipe was made; "evaluation" was
+SPLIT = "untouched"  # training never sees it; learning curves are drawn on "evaluation"
 MAX_ANSWER_TOKENS = 64
 
 
