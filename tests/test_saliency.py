@@ -317,13 +317,13 @@ def shipped():
     ), FlashSlothProcessor.from_pretrained(ROOT)
 
 
-def scenes_with(is_wanted, count):
-    """Scenes with at least two things of which exactly one is wanted, and that one."""
+def scenes_with(is_wanted, count, beside=frozenset()):
+    """Scenes with at least two things of which exactly one is wanted, and that one, beside things of these names."""
     found, index = [], 0
     while len(found) < count:
         scene, index = scene_at("saliency", index), index + 1
         wanted = [thing for thing in scene.things if is_wanted(thing)]
-        if len(wanted) == 1 and len(scene.things) > 1:
+        if len(wanted) == 1 and len(scene.things) > 1 and beside <= {thing.name for thing in scene.things}:
             found.append((scene, wanted[0]))
     return found
 
@@ -363,7 +363,7 @@ def num_hottest(maps, scenes):
     ],
 )
 def test_the_answer_depends_most_on_the_thing_that_was_asked_for(shipped, question, is_wanted, at_least):
-    """Measured on 180 scenes each: 148, 178 and 177; by chance it would be 64, 66 and 72."""
+    """Measured on 180 scenes each (`benchmarks/maps.py`): 172, 179 and 180; by chance it would be 67, 67 and 76."""
     model, processor = shipped
     scenes = scenes_with(is_wanted, 40)
     inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], question)
@@ -371,10 +371,11 @@ def test_the_answer_depends_most_on_the_thing_that_was_asked_for(shipped, questi
     assert num_hottest(model.answer_maps(inputs, sequences, [(96, 96)] * 40), scenes) >= at_least
 
 
-def test_queries_look_at_what_the_image_tokens_cannot_tell(shipped):
-    """Without its queries this checkpoint reads most numbers wrong, and little else; they look at numbers, always."""
+@pytest.mark.parametrize(("question", "name"), [("Read the sign.", "sign"), ("What is the number?", "number")])
+def test_queries_look_at_what_is_to_be_read(shipped, question, name):
+    """In scenes that hold both a sign and a number, so the question decides; measured on 180: 179 and 180."""
     model, processor = shipped
-    scenes = scenes_with(lambda thing: thing.name == "number", 40)
-    inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], "What is the number?")
+    scenes = scenes_with(lambda thing: thing.name == name, 40, beside={"sign", "number"} - {name})
+    inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], question)
     maps = model.heat_maps(look(model, inputs), inputs["input_ids"], [(96, 96)] * 40)
     assert num_hottest([heat for (heat,) in maps.questions], scenes) >= 38
