@@ -55,6 +55,7 @@ def run(command, monkeypatch):
         assert flashsloth(command[1:]) == 0, command
     elif command[0] == "python":
         monkeypatch.setattr(sys, "argv", command[1:])
+        monkeypatch.setattr(sys, "path", [str(Path(command[1]).resolve().parent), *sys.path])  # as Python itself does
         runpy.run_path(command[1], run_name="__main__")
     else:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

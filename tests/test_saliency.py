@@ -373,7 +373,7 @@ def test_the_answer_depends_most_on_the_thing_that_was_asked_for(shipped, questi
 
 @pytest.mark.parametrize(("question", "name"), [("Read the sign.", "sign"), ("What is the number?", "number")])
 def test_queries_look_at_what_is_to_be_read(shipped, question, name):
-    """In scenes that hold both a sign and a number, so the question decides; measured on 180: 179 and 180."""
+    """In scenes that hold both a sign and a number, so the question decides."""
     model, processor = shipped
     scenes = scenes_with(lambda thing: thing.name == name, 40, beside={"sign", "number"} - {name})
     inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], question)
