@@ -1,5 +1,6 @@
 """The checkpoint in the repository's root: small, right, and the same in every mode of generation, in bfloat16."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,13 @@ def test_a_batch_answers_like_its_rows_in_bf16(shipped, prompts, alone):
 )
 def test_every_cache_answers_the_same_in_bf16(shipped, prompts, alone, mode):
     assert answers(shipped[0], prompts(range(NUM_QUESTIONS)), **mode) == alone
+
+
+@pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_unfused_attention_in_the_decoder_answers_the_same_in_bf16(shipped, prompts, alone, mode):
+    model = copy.deepcopy(shipped[0])
+    model.set_attn_implementation({"text_config": "eager"})
+    assert answers(model, prompts(range(NUM_QUESTIONS)), **mode) == alone
 
 
 def test_compiled_decoding_answers_the_same_in_bf16(shipped, prompts, alone):

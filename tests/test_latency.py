@@ -12,8 +12,9 @@ import torch
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
-latency, memory, preprocessing, quantization, second_question = (
-    importlib.import_module(name) for name in ("latency", "memory", "preprocessing", "quantization", "second_question")
+decoder_attention, latency, memory, preprocessing, quantization, second_question = (
+    importlib.import_module(name)
+    for name in ("decoder_attention", "latency", "memory", "preprocessing", "quantization", "second_question")
 )
 PEERS = latency.PEERS
 sys.path.remove(BENCHMARKS)
@@ -259,6 +260,21 @@ def test_a_second_question_is_timed_without_the_picture():
     assert num_tiles == [5, 5] * (num_rounds + 1)  # without a cache, and for the first question
     assert all(value > 0 for value in seconds)
     assert num_bytes > 5 * 729 * VISION["hidden_size"] * 2
+
+
+def test_decoding_is_timed_with_both_attentions_and_both_caches():
+    peer = shrink(named("FlashSloth-3.2B"))
+    model = latency.build_filled(peer, "cpu")
+    decoder, seen = model.model.language_model, set()
+
+    def note(_: torch.nn.Module, __: tuple, kwargs: dict) -> None:
+        seen.add((decoder.config._attn_implementation, type(kwargs[latency.CACHE_NAME]).__name__))
+
+    decoder.register_forward_pre_hook(note, with_kwargs=True)
+    measured = decoder_attention.measure(latency.Candidate(peer, model), batch_size=2, new_tokens=3, rounds=1)
+    assert seen == {(attention, cache) for attention in ("sdpa", "eager") for cache in ("DynamicCache", "StaticCache")}
+    assert list(measured) == list(decoder_attention.WAYS)
+    assert all(value > 0 for times in measured.values() for value in times)
 
 
 def test_counted_prefill_equals_that_of_real_tensors():
