@@ -55,7 +55,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     lines = [
-        f"{hardware('cpu')}; {args.new_tokens} tokens, medians of {args.rounds} rounds; made by "
+        f"{hardware('cpu')}; {args.new_tokens} tokens, "
+        f"{'one round' if args.rounds == 1 else f'medians of {args.rounds} rounds'}; made by "
         "benchmarks/decoder_attention.py.",
         "",
         "| model | batch | decoder | first token, ms | ratio | ms a token | ratio |",
