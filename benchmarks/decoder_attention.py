@@ -1,11 +1,11 @@
-"""What the decoder's attention and cache cost on a CPU, and what is faster there than transformers' defaults.
+"""What plain attention and a static cache in the decoder are worth on a CPU, beside transformers' defaults.
 
     python benchmarks/decoder_attention.py --output benchmarks/results/decoder_attention_cpu.md
 
 The same work as in `latency.py`, by `generate`: FlashSloth-3.2B with random weights in bfloat16, a question of 40
 tokens. PyTorch's fused attention reads the cache slowly there when it has a single query, as in a step of decoding, and
 transformers' default cache is copied at every step. Medians of rounds in which the ways to do it take turns; ratios are
-to the defaults. That the answers do not depend on it is tested in `tests/test_generation.py` and `test_checkpoint.py`.
+to the defaults. That the answers do not depend on it is tested in `tests/test_checkpoint.py`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from latency import Candidate, answer, build_filled, hardware
+from latency import Candidate, answer, build_filled, count_rounds, hardware
 from peers import PEERS
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     lines = [
-        f"{hardware('cpu')}; {args.new_tokens} tokens, "
-        f"{'one round' if args.rounds == 1 else f'medians of {args.rounds} rounds'}; made by "
+        f"{hardware('cpu')}; {args.new_tokens} tokens, {count_rounds(args.rounds)}; made by "
         "benchmarks/decoder_attention.py.",
         "",
         "| model | batch | decoder | first token, ms | ratio | ms a token | ratio |",

@@ -581,12 +581,16 @@ def describe(settings: Settings | None, ceilings: dict[str, float]) -> str:
     """Hardware, versions and settings, for the head of the tables."""
     if settings is None:
         return f"Counted on the meta device; {versions()}."
-    times = "one round" if settings.rounds == 1 else f"medians of {settings.rounds} rounds"
     return (
-        f"{settings.hardware}; {settings.new_tokens} tokens, {times}. Measured ceilings: "
+        f"{settings.hardware}; {settings.new_tokens} tokens, {count_rounds(settings.rounds)}. Measured ceilings: "
         f"{ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s, {ceilings['bytes_per_s'] / 1e9:.3g} GB/s. "
         "Ratios: to FlashSloth-3.2B, measured again beside each."
     )
+
+
+def count_rounds(rounds: int) -> str:
+    """How often it was measured, in words."""
+    return "one round" if rounds == 1 else f"medians of {rounds} rounds"
 
 
 def versions() -> str:
