@@ -158,7 +158,7 @@ class Demo:
         if picture is None or not question:
             missing = "Please choose a picture first." if picture is None else "Please type a question first."
             gr.Warning(missing)
-            yield tuple(gr.skip() for _ in range(4 + len(VIEWS)))
+            yield _unchanged()
             return
         try:
             inputs = self.pictures(self._inputs(picture, question, splitting, turns))
@@ -176,6 +176,10 @@ class Demo:
         self.answering[request.session_hash] = answering
         try:
             yield from self._show(question, turns, answering)
+            yield _unchanged()  # Gradio sends the last update twice, and the chat may have been emptied meanwhile
+            if answering.is_unwanted:  # the browser may draw the emptied chat before the last words of the answer
+                chat, *others = _emptied()
+                yield (chat, gr.skip(), *others)
         finally:  # also if the visitor went away
             answering.stop.set()
             answering.join()
@@ -214,7 +218,7 @@ class Demo:
             answering.is_unwanted = True
             answering.stop.set()
             answering.is_shown.wait(timeout=SECONDS_TO_STOP)
-        return [[], [], gr.Dropdown([], visible=False), *(None for _ in VIEWS)]
+        return _emptied()
 
     def look_at(self, picture: Image.Image | None, request: gr.Request) -> list[Any]:
         """Begin anew with another picture; a visitor may be quicker, and have asked about it before this is called."""
@@ -318,6 +322,14 @@ class Demo:
             picture.upload(lambda picture: None, picture, None, show_progress="hidden")  # refuses what is no picture
             choice.input(lambda index, turns: turns[index].views, [choice, turns], views, show_progress="hidden")
         return page
+
+
+def _emptied() -> list[Any]:
+    return [[], [], gr.Dropdown([], visible=False), *(None for _ in VIEWS)]
+
+
+def _unchanged() -> tuple:
+    return tuple(gr.skip() for _ in range(4 + len(VIEWS)))
 
 
 def _chat(turns: list[Turn], *last: str) -> list[dict[str, str]]:
