@@ -56,6 +56,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+torch.set_num_threads(1)  # as here: the order of a sum depends on it
 {inspect.getsource(compute_logits)}
 folder, picture, output = sys.argv[1:]
 model, report = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
