@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.generation import GenerationMixin
 
 from .backbones_flashsloth import CACHE_NAME
 from .prompt_flashsloth import PromptSpans, instruction_starts
+
+KEEP = "keep_for_picture_cache"  # attribute of a cache that is to be copied once it is filled
 
 
 class FlashSlothGenerationMixin(GenerationMixin):
@@ -80,6 +82,14 @@ class FlashSlothGenerationMixin(GenerationMixin):
         )
         return input_ids, model_kwargs | pictures
 
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a step leaves to the next one; after the first, a `PictureCache` may want to keep what was computed."""
+        model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        cache = model_kwargs.get(CACHE_NAME)
+        if hasattr(cache, KEEP):
+            vars(cache).pop(KEEP)(cache)
+        return model_kwargs
+
     def _get_stopping_criteria(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
         """Stop strings are looked for with a tokenizer; `transformers serve` gives the processor that holds it."""
         return super()._get_stopping_criteria(*args, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), **kwargs)
@@ -90,16 +100,17 @@ class FlashSlothGenerationMixin(GenerationMixin):
 
 
 def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> None:
-    if cache is None or not cache.get_seq_length():
+    if cache is None or not (cache.get_seq_length() or hasattr(cache, KEEP)):
         return
-    if num_rows != next(len(layer.keys) for layer in cache.layers if hasattr(layer, "keys")):
+    if cache.get_seq_length() and num_rows != next(len(layer.keys) for layer in cache.layers if hasattr(layer, "keys")):
         return  # repeated already
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"Beams and several answers go on from a DynamicCache only, found a {type(cache).__name__} with "
             f"{int(cache.get_seq_length())} tokens; leave `max_cache_len` out of `picture_cache`."
         )
-    cache.batch_repeat_interleave(repeats)
+    if cache.get_seq_length():
+        cache.batch_repeat_interleave(repeats)
 
 
 class KnownPictures(NamedTuple):
@@ -107,24 +118,28 @@ class KnownPictures(NamedTuple):
 
     Attributes:
         patch_features: Patches of all its tiles, `(num_tiles, num_patches, vision_hidden_size)`.
-        key_values: Keys and values of the prompt up to the first question, in every layer of the decoder.
+        key_values: Keys and values of the prompt up to the first question, in every layer of the decoder; `None` until
+            `generate` has computed them.
     """
 
     patch_features: torch.Tensor
-    key_values: Cache
+    key_values: Cache | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
-        tensors = [part for layer in self.key_values.layers for part in vars(layer).values() if torch.is_tensor(part)]
+        layers = [] if self.key_values is None else self.key_values.layers
+        tensors = [part for layer in layers for part in vars(layer).values() if torch.is_tensor(part)]
         return sum(tensor.nbytes for tensor in [self.patch_features, *tensors])
 
 
 class PictureCache:
     """Encodes pictures once, for any number of questions: their patches, and the prompt in which they stand.
 
-    A prompt is known by its tiles and by its ids up to the first question; then only what follows is computed. When
-    `max_bytes` are full, what was asked for longest ago goes.
+    A prompt is known by its tiles and by its ids up to the first question; then only what follows is computed. A first
+    question takes no longer than without: its `generate` leaves behind what later ones go on from. (Where the decoder
+    has other layers than full attention, that is computed before, in a pass of its own.) When `max_bytes` are full,
+    what was asked for longest ago goes.
 
     Args:
         model: A FlashSloth that can generate.
@@ -156,8 +171,8 @@ class PictureCache:
 
         Returns:
             Arguments for `generate`: `input_ids`, `attention_mask`, and, if there is a picture before the first
-            question, `patch_features` and a copy of the cache, under the name that the installed transformers gives it,
-            instead of `pixel_values`.
+            question, `patch_features` and a cache of its own, under the name that the installed transformers gives it,
+            instead of `pixel_values`. They are good for one call.
 
         Raises:
             ValueError: If there are several rows, or padding; or a static cache cannot hold what is known.
@@ -173,27 +188,57 @@ class PictureCache:
         rest = {name: part.to(self.model.device) for name, part in inputs.items() if name != "pixel_values"}
         if pixel_values is None or prefix is None:
             return rest | ({} if pixel_values is None else {"pixel_values": pixel_values.to(self.model.device)})
-        key = hashlib.sha256(prefix.cpu().numpy().tobytes())
-        key.update(pixel_values.float().cpu().numpy().tobytes())
-        known = self._lookup(key.digest(), prefix, pixel_values)
-        return rest | {
-            "patch_features": known.patch_features,
-            CACHE_NAME: self._copy(known.key_values),  # generate writes on into it
-        }
+        digest = hashlib.sha256(prefix.cpu().numpy().tobytes())
+        digest.update(pixel_values.float().cpu().numpy().tobytes())
+        key = digest.digest()
+        known = self.known.get(key) or KnownPictures(self._encode(pixel_values))
+        if known.key_values is None and not self._can_be_cut():
+            known = known._replace(key_values=self._prefill(prefix, known.patch_features))
+        self._keep(key, known)
+        cache = self._begin(key, prefix, known) if known.key_values is None else self._copy(known.key_values)
+        return rest | {"patch_features": known.patch_features, CACHE_NAME: cache}
+
+    def _can_be_cut(self) -> bool:
+        """Whether the first positions of a filled cache are what they were before the others came."""
+        layers = DynamicCache(config=self.model.config.get_text_config()).layers
+        return all(type(layer) is DynamicLayer for layer in layers)
+
+    def _begin(self, key: bytes, prefix: torch.LongTensor, known: KnownPictures) -> Cache:
+        """An empty cache, of which the prefix will be kept when `generate` has filled it."""
+        num_tokens = prefix.shape[1]
+
+        def keep(filled: Cache) -> None:
+            kept = DynamicCache(config=self.model.config.get_text_config())
+            for index, layer in enumerate(filled.layers):
+                kept.update(*(part[:1, :, :num_tokens].clone() for part in (layer.keys, layer.values)), index)
+            self._keep(key, known._replace(key_values=kept))
+
+        config = self.model.config.get_text_config()
+        if self.max_cache_len is None:
+            cache: Cache = DynamicCache(config=config)
+        else:
+            self._check_room(num_tokens, self.max_cache_len)
+            cache = StaticCache(config=config, max_cache_len=self.max_cache_len)
+        setattr(cache, KEEP, keep)
+        return cache
 
     def _copy(self, key_values: Cache) -> Cache:
         if self.max_cache_len is None:
             return copy.deepcopy(key_values)
-        if any(layer.get_seq_length() > min(layer.keys.shape[-2], self.max_cache_len) for layer in key_values.layers):
-            raise ValueError(
-                f"The prompt up to the first question has {key_values.get_seq_length()} tokens, more than "
-                f"`max_cache_len`={self.max_cache_len} or than a sliding window of the decoder; raise it, or leave it "
-                "out for a dynamic cache."
-            )
+        for layer in key_values.layers:
+            self._check_room(layer.get_seq_length(), min(layer.keys.shape[-2], self.max_cache_len))
         cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=self.max_cache_len)
         for index, layer in enumerate(key_values.layers):
             cache.update(layer.keys, layer.values, index)
         return cache
+
+    def _check_room(self, num_tokens: int, room: int) -> None:
+        if num_tokens > room:
+            raise ValueError(
+                f"The prompt up to the first question has {num_tokens} tokens, more than "
+                f"`max_cache_len`={self.max_cache_len} or than a sliding window of the decoder; raise it, or leave it "
+                "out for a dynamic cache."
+            )
 
     def _prefix(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
         """The ids up to the first question; None if no picture stands before it."""
@@ -204,20 +249,20 @@ class PictureCache:
         prefix = input_ids[:, : int(starts[-1]) + 1] if len(starts) else input_ids[:, :0]
         return prefix if (prefix == config.image_token_id).any() else None
 
-    def _lookup(self, key: bytes, prefix: torch.LongTensor, pixel_values: torch.Tensor) -> KnownPictures:
-        if key not in self.known:
-            known = self._encode(prefix.to(self.model.device), pixel_values.to(self.model.device))
-            if known.num_bytes > self.max_bytes:
-                return known
-            self.known[key] = known
-            while sum(entry.num_bytes for entry in self.known.values()) > self.max_bytes:
-                self.known.popitem(last=False)
-        self.known.move_to_end(key)
-        return self.known[key]
+    def _keep(self, key: bytes, known: KnownPictures) -> None:
+        self.known.pop(key, None)
+        if known.num_bytes > self.max_bytes:
+            return
+        self.known[key] = known
+        while sum(entry.num_bytes for entry in self.known.values()) > self.max_bytes:
+            self.known.popitem(last=False)
 
-    def _encode(self, prefix: torch.LongTensor, pixel_values: torch.Tensor) -> KnownPictures:
-        patches = self.model.get_image_features(pixel_values).last_hidden_state
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values.to(self.model.device)).last_hidden_state
+
+    def _prefill(self, prefix: torch.LongTensor, patch_features: torch.Tensor) -> Cache:
         num_tiles = int((prefix == self.model.config.image_token_id).sum()) // self.model.config.image_seq_length
         cache = DynamicCache(config=self.model.config.get_text_config())
-        self.model.model(prefix, patch_features=patches[:num_tiles], cache=cache, use_cache=True)
-        return KnownPictures(patches, cache)
+        prefix = prefix.to(self.model.device)
+        self.model.model(prefix, patch_features=patch_features[:num_tiles], cache=cache, use_cache=True)
+        return cache

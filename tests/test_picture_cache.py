@@ -44,6 +44,65 @@ def test_answers_are_those_of_a_fresh_prompt(any_model, ask, pictures, encodings
     assert len(cache.known) == 2  # one picture, and two
 
 
+def test_a_first_question_is_one_pass_and_leaves_its_prefix(make_model, ask, pictures):
+    prompt, other = (ask([(pictures[:1], question)]) for question in ("What is it?", "Why so?"))
+    for family, passes in (("phi", 1), ("qwen3", 1), ("gemma3_text", 2)):  # the last has sliding windows
+        model = make_model(family)
+        fed = []
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs, fed=fed: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        cache = model.picture_cache()
+        fresh = scores_of(model, prompt)
+        fed.clear()
+        first = scores_of(model, cache(prompt))
+        lengths = [length for length in fed if length > 1]
+        assert len(lengths) == passes
+        assert sum(lengths) == prompt["input_ids"].shape[1]
+        fed.clear()
+        scores_of(model, cache(other))
+        hook.remove()
+        (known,) = cache.known.values()
+        assert fed[0] == other["input_ids"].shape[1] - known.key_values.get_seq_length() < lengths[0]
+        if passes == 1:
+            assert torch.equal(first, fresh)
+            keys = known.key_values.layers[0].keys
+            assert keys.untyped_storage().nbytes() == keys.nbytes  # the first answer is not kept in memory
+
+
+@pytest.mark.parametrize(
+    ("max_cache_len", "first"),
+    [
+        (None, {"num_beams": 3, "do_sample": False}),
+        (None, {"num_return_sequences": 2, "do_sample": True}),
+        (None, {"prompt_lookup_num_tokens": 2, "do_sample": False}),
+        (None, {"max_new_tokens": 1, "do_sample": False}),
+        (200, {"max_new_tokens": 1, "do_sample": False}),
+        (200, {"do_sample": False}),
+    ],
+    ids=["beams", "several", "assisted", "one token", "static, one token", "static"],
+)
+def test_any_way_to_ask_first_leaves_the_same(model, ask, pictures, max_cache_len, first):
+    cache = model.picture_cache(max_cache_len=max_cache_len)
+    inputs, other = (ask([(pictures[:1], question)]) for question in ("What is it?", "Why so?"))
+    with torch.inference_mode():
+        answer = model.generate(**cache(inputs), **({"max_new_tokens": 5} | first))
+    if not first["do_sample"]:
+        assert torch.equal(answer, model.generate(**inputs, **({"max_new_tokens": 5} | first)))
+    (known,) = cache.known.values()
+    assert len(known.key_values.layers[0].keys) == 1
+    torch.testing.assert_close(scores_of(model, cache(other)), scores_of(model, other), atol=1e-4, rtol=0)
+
+
+def test_a_question_that_was_not_asked_costs_only_its_patches(any_model, ask, pictures, encodings):
+    cache, inputs = any_model.picture_cache(), ask([(pictures[:1], "What is it?")])
+    ready = [cache(inputs), copy.deepcopy(cache(inputs)), cache(inputs)]
+    answers = [scores_of(any_model, given) for given in [*ready, cache(inputs)]]
+    assert encodings == [1]
+    for answer in answers:
+        torch.testing.assert_close(answer, scores_of(any_model, inputs), atol=1e-4, rtol=0)
+
+
 def test_a_picture_of_a_later_turn_is_seen(any_model, ask, pictures):
     cache = any_model.picture_cache()
     answered = (pictures[:1], "First?", "Yes.")
@@ -75,13 +134,14 @@ def test_text_alone_passes_through(model, ask):
 def test_memory_is_bounded_and_the_oldest_go_first(model, ask, pictures):
     cache = model.picture_cache()
     inputs = [ask([([picture], "What is it?")]) for picture in pictures]
-    cache(inputs[0])
+    scores_of(model, cache(inputs[0]))
     (size,) = (known.num_bytes for known in cache.known.values())
     keys_and_values = model.config.text_config.num_hidden_layers * 2 * model.config.text_config.hidden_size
     assert size >= 4 * keys_and_values * model.config.image_seq_length
     cache.max_bytes = 2 * size
     for position in (1, 0, 2):
-        cache(inputs[position])
+        scores_of(model, cache(inputs[position]))
+    assert all(known.num_bytes == size for known in cache.known.values())
     kept = list(cache.known)
     cache(inputs[0])
     assert set(cache.known) == set(kept)  # the second one went
@@ -92,7 +152,7 @@ def test_memory_is_bounded_and_the_oldest_go_first(model, ask, pictures):
 
 def test_what_is_kept_does_not_change_by_generating(model, ask, pictures):
     cache, inputs = model.picture_cache(), ask([(pictures[:1], "What is it?")])
-    cache(inputs)
+    scores_of(model, cache(inputs))
     (known,) = cache.known.values()
     before = copy.deepcopy(known)
     scores_of(model, cache(inputs))
