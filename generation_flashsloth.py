@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from .backbones_flashsloth import CACHE_NAME
 from .prompt_flashsloth import PromptSpans, instruction_starts
 
-KEEP = "keep_for_picture_cache"  # attribute of a cache that is to be copied once it is filled
+KEEP = "keep_for_picture_cache"  # attribute of an empty cache: what to call with it once `generate` has filled it
 
 
 class FlashSlothGenerationMixin(GenerationMixin):
@@ -29,7 +29,17 @@ class FlashSlothGenerationMixin(GenerationMixin):
         patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one step of `generate`: pictures go with every call that may hold image or query tokens."""
+        """Inputs of one step of `generate`: pictures go with every call that may hold image or query tokens.
+
+        Raises:
+            ValueError: If there is a cache in spite of `use_cache=False`.
+        """
+        if kwargs.get("use_cache") is False and kwargs.get(CACHE_NAME) is not None:
+            raise ValueError(
+                f"`generate` was given a {type(kwargs[CACHE_NAME]).__name__} and `use_cache=False`: every step would "
+                "put the whole prompt into it once more. Leave out one of them; without a cache, pass what the "
+                "processor gave."
+            )
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -100,17 +110,17 @@ class FlashSlothGenerationMixin(GenerationMixin):
 
 
 def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> None:
-    if cache is None or not (cache.get_seq_length() or hasattr(cache, KEEP)):
+    num_tokens = 0 if cache is None else int(cache.get_seq_length())
+    if not num_tokens and not hasattr(cache, KEEP):
         return
-    if cache.get_seq_length() and num_rows != next(len(layer.keys) for layer in cache.layers if hasattr(layer, "keys")):
+    if num_tokens and num_rows != next(len(layer.keys) for layer in cache.layers if hasattr(layer, "keys")):
         return  # repeated already
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"Beams and several answers go on from a DynamicCache only, found a {type(cache).__name__} with "
-            f"{int(cache.get_seq_length())} tokens; leave `max_cache_len` out of `picture_cache`."
+            f"{num_tokens} tokens; leave `max_cache_len` out of `picture_cache`."
         )
-    if cache.get_seq_length():
-        cache.batch_repeat_interleave(repeats)
+    cache.batch_repeat_interleave(repeats)  # an empty one stays as it is
 
 
 class KnownPictures(NamedTuple):
@@ -198,27 +208,29 @@ class PictureCache:
         cache = self._begin(key, prefix, known) if known.key_values is None else self._copy(known.key_values)
         return rest | {"patch_features": known.patch_features, CACHE_NAME: cache}
 
+    def _empty_cache(self, max_cache_len: int | None = None) -> Cache:
+        config = self.model.config.get_text_config()
+        if max_cache_len is None:
+            return DynamicCache(config=config)
+        return StaticCache(config=config, max_cache_len=max_cache_len)
+
     def _can_be_cut(self) -> bool:
         """Whether the first positions of a filled cache are what they were before the others came."""
-        layers = DynamicCache(config=self.model.config.get_text_config()).layers
-        return all(type(layer) is DynamicLayer for layer in layers)
+        return all(type(layer) is DynamicLayer for layer in self._empty_cache().layers)
 
     def _begin(self, key: bytes, prefix: torch.LongTensor, known: KnownPictures) -> Cache:
         """An empty cache, of which the prefix will be kept when `generate` has filled it."""
         num_tokens = prefix.shape[1]
+        if self.max_cache_len is not None:
+            self._check_room(num_tokens, self.max_cache_len)
 
         def keep(filled: Cache) -> None:
-            kept = DynamicCache(config=self.model.config.get_text_config())
+            kept = self._empty_cache()
             for index, layer in enumerate(filled.layers):
-                kept.update(*(part[:1, :, :num_tokens].clone() for part in (layer.keys, layer.values)), index)
+                kept.update(layer.keys[:1, :, :num_tokens], layer.values[:1, :, :num_tokens], index)  # which copies
             self._keep(key, known._replace(key_values=kept))
 
-        config = self.model.config.get_text_config()
-        if self.max_cache_len is None:
-            cache: Cache = DynamicCache(config=config)
-        else:
-            self._check_room(num_tokens, self.max_cache_len)
-            cache = StaticCache(config=config, max_cache_len=self.max_cache_len)
+        cache = self._empty_cache(self.max_cache_len)
         setattr(cache, KEEP, keep)
         return cache
 
@@ -227,7 +239,7 @@ class PictureCache:
             return copy.deepcopy(key_values)
         for layer in key_values.layers:
             self._check_room(layer.get_seq_length(), min(layer.keys.shape[-2], self.max_cache_len))
-        cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=self.max_cache_len)
+        cache = self._empty_cache(self.max_cache_len)
         for index, layer in enumerate(key_values.layers):
             cache.update(layer.keys, layer.values, index)
         return cache
@@ -262,7 +274,7 @@ class PictureCache:
 
     def _prefill(self, prefix: torch.LongTensor, patch_features: torch.Tensor) -> Cache:
         num_tiles = int((prefix == self.model.config.image_token_id).sum()) // self.model.config.image_seq_length
-        cache = DynamicCache(config=self.model.config.get_text_config())
+        cache = self._empty_cache()
         prefix = prefix.to(self.model.device)
         self.model.model(prefix, patch_features=patch_features[:num_tiles], cache=cache, use_cache=True)
         return cache

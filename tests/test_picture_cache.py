@@ -160,6 +160,14 @@ def test_what_is_kept_does_not_change_by_generating(model, ask, pictures):
     assert torch.equal(known.key_values.layers[0].keys, before.key_values.layers[0].keys)
 
 
+def test_a_cache_that_is_not_to_be_used_is_refused(model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    with pytest.raises(ValueError, match=r"a DynamicCache and `use_cache=False`.*Leave out one of them"):
+        model.generate(**model.picture_cache()(inputs), **GREEDY, use_cache=False)
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
+
+
 def test_a_batch_is_refused(model, ask, pictures):
     with pytest.raises(ValueError, match="one conversation without padding, but found 2 rows"):
         model.picture_cache()(ask([(pictures[:1], "What?")], [(pictures[:1], "Why?")]))
