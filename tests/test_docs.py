@@ -1,5 +1,12 @@
-"""What the pages of docs/ show is what happens: their commands and their code are run, in order, in a clone."""
+"""What the pages of docs/ show is what happens: every block that can run here does, on its own, in a fresh clone.
 
+A page says in words, and to these tests in a comment right before a block, what a block needs besides a clone:
+`<!-- setup -->` marks the one block that runs before each of the others, `<!-- continues -->` a block that goes on in
+the folder that the block before it left. Python's names are never handed on.
+"""
+
+import ast
+import builtins
 import contextlib
 import io
 import os
@@ -25,8 +32,26 @@ TASK = re.compile(r"^(?:task|group): *[\"']?([\w-]+)", flags=re.MULTILINE)
 
 def blocks(page, language):
     """Language and content of a page's blocks in the languages of a pattern."""
-    text = page.read_text(encoding="utf-8")
-    return re.findall(rf"^```({language})\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [(language, block) for _, language, block in marked_blocks(page, language)]
+
+
+def marked_blocks(page, language):
+    """Mark (or ""), language and content of a page's blocks in the languages of a pattern."""
+    pattern = rf"(?:^<!-- (setup|continues) -->\n)?^```({language})\n(.*?)^```"
+    return re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def runs(page):
+    """What is run of a page, each in a folder of its own: lists of blocks, as language and content."""
+    setup, found = [], []
+    for mark, *block in marked_blocks(page, "sh|python"):
+        if mark == "setup":
+            setup.append(block)
+        elif mark == "continues":
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return [[*setup, *one] for one in found]
 
 
 def commands(block):
@@ -34,7 +59,7 @@ def commands(block):
 
 
 SHELL = re.compile(r"\w+\(\) {|}|[A-Z]+=.*")  # a function begins or ends, a variable is set
-RUNNABLE = [page for page in PAGES if blocks(page, "sh|python")]
+RUNS = [pytest.param(page, run, id=f"{page.stem}-{i}") for page in PAGES for i, run in enumerate(runs(page), start=1)]
 
 
 @pytest.fixture
@@ -63,19 +88,49 @@ def run(command, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
-def test_everything_on_a_page_runs(page, clone, monkeypatch):
+@pytest.mark.parametrize(("page", "shown"), RUNS)
+def test_every_block_of_a_page_runs_on_its_own(page, shown, clone, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    namespace = {}
-    for language, block in blocks(page, "sh|python"):
+    for language, block in shown:
         if language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(compile(block, page.name, "exec"), namespace)
+                exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
             if said := re.findall(r"^# (.*)$", block, flags=re.MULTILINE):
                 assert printed.getvalue().splitlines() == said
         else:
             for command in filter(None, commands(block)):
                 run(command, monkeypatch)
+
+
+def undefined_names(code):
+    """Names that code reads and never sets: what a block that is copied alone would miss."""
+    read, known = set(), set(dir(builtins))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else known).add(node.id)
+        elif isinstance(node, ast.alias):
+            known.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            known.add(node.name)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            known.add(node.name)
+    return read - known
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_no_block_reads_names_of_another(page):
+    for _, block in blocks(page, "python|py"):
+        assert undefined_names(block) == set(), block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_marks_stand_where_they_are_read(page):
+    text = page.read_text(encoding="utf-8")
+    marks = [mark for mark, *_ in marked_blocks(page, "sh|python") if mark]
+    assert re.findall(r"<!-- (setup|continues)\b", text) == marks
+    assert marks.count("setup") <= 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -79,7 +79,6 @@ def test_a_question_is_answered_by_a_hub_id(run, published):
 
 
 ASK = """
-from transformers import AutoModelForImageTextToText, AutoProcessor
 {loading}
 content = [{{"type": "image", "path": {scene!r}}}, {{"type": "text", "text": "Read the sign."}}]
 inputs = processor.apply_chat_template(
