@@ -100,6 +100,23 @@ def test_every_block_of_a_page_runs_on_its_own(page, shown, clone, monkeypatch):
         else:
             for command in filter(None, commands(block)):
                 run(command, monkeypatch)
+    assert not_ignored(f"{entry.name}/x" if entry.is_dir() else entry.name for entry in new_entries(clone)) == []
+
+
+def new_entries(clone):
+    """What was written into a clone, which begins as symbolic links."""
+    return [entry for entry in clone.iterdir() if not entry.is_symlink()]
+
+
+def not_ignored(paths):
+    """Those of some paths from the root that git would show as new; none where this is no git checkout."""
+    if not (ROOT / ".git").exists():
+        return []
+    paths = list(paths)
+    command = ["git", "-C", str(ROOT), "check-ignore", "--stdin"]
+    ignored = subprocess.run(command, input="\n".join(paths), capture_output=True, text=True, check=False)
+    assert ignored.returncode in (0, 1), ignored.stderr
+    return sorted({*paths} - {*ignored.stdout.splitlines()})
 
 
 def undefined_names(code):
@@ -151,6 +168,29 @@ def shown_commands():
                     words = shlex.split(part, comments=True)
                     if words and not SHELL.fullmatch(" ".join(words)):
                         yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:60])
+
+
+OUTPUT = re.compile(r"--(?:output|output_dir|output_path|use_cache|local-dir)[ =]\"?([\w.-][\w./-]*)")
+
+
+def test_what_shown_commands_write_into_a_clone_is_ignored():
+    """Those that run here are checked where they run; these are the others, and those of the examples' docstrings."""
+    outputs = []
+    for words in (param.values[0] for param in shown_commands()):
+        if words[0] == "flashsloth":
+            outputs.append(getattr(build_parser().parse_args(words[1:]), "output", None))
+        outputs += OUTPUT.findall(" ".join(words))
+    for script in [*ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        outputs += OUTPUT.findall(ast.get_docstring(ast.parse(script.read_text("utf-8"))) or "")
+    new = {f"{output}/x" for output in outputs if output and not (ROOT / output).parent.is_relative_to(ROOT / "docs")}
+    assert {"my-sloth/x", "flashsloth-3.2b/x", "captions/x", "stage2/x", "cache/x"} <= new
+    assert not_ignored(new) == []
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
+def test_nothing_that_belongs_to_the_repository_is_ignored():
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
 
 
 def script_and_arguments(words):
