@@ -159,6 +159,24 @@ def test_what_a_page_names_is_there(page):
     assert [name for name in names if not any((start / name).exists() for start in (ROOT, ROOT / "docs"))] == []
 
 
+def anchors(page):
+    """Where a link into a page may lead, as GitHub and the Hub name its headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_links_into_pages_lead_to_headings(page):
+    links = re.findall(r"\]\((?!http)([^)#]*)#([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if link[1] not in anchors(page.parent / link[0] if link[0] else page)] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_extras_are_those_of_the_clone(page):
+    """No package index has a `flashsloth` to install."""
+    assert re.findall(r"pip install [^&`\n]*flashsloth\b.*", page.read_text(encoding="utf-8")) == []
+
+
 def shown_commands():
     """The commands for a network, a GPU or hours, of every page and the README."""
     for page in (ROOT / "README.md", *PAGES):
