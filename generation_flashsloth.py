@@ -81,7 +81,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
             spans = PromptSpans.find(prompt, self.config)
             num_tiles = (spans.num_image_tokens // self.config.image_seq_length).tolist()
             for name, tiles in pictures.items():
-                spans.count().check(self.config, len(tiles))
+                spans.count(self.config).check(self.config, len(tiles))
                 pictures[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])
         if expand_size > 1:
             rows = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
