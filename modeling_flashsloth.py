@@ -37,6 +37,7 @@ from .saliency_flashsloth import FlashSlothSaliencyMixin, QueryRecorder
 from .training_flashsloth import FlashSlothTrainingMixin
 
 FUSED_HEAD_DIM_MULTIPLE = 8  # what the fused CUDA attention kernels take
+PACKING = ("cu_seq_lens_q", "seq_idx")  # how transformers' collators mark packed samples, besides positions
 RECORDS = ("output_attentions", "output_hidden_states")  # what a call or a config may ask for
 
 
@@ -448,9 +449,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 there are two caches, or samples are packed in a way that would mix them.
             RuntimeError: If this is a copy that `nn.DataParallel` made.
         """
-        self._refuse_replica()
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
+        self._check_call(input_ids, inputs_embeds, position_ids, kwargs)
         cache, kwargs = one_cache(cache, past_key_values), self._with_config_defaults(kwargs)
         is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
@@ -493,12 +492,25 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def _refuse_replica(self) -> None:
+    def _check_call(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "FlashSloth cannot run under `nn.DataParallel`, which would divide the tiles of a batch without regard "
                 "to whose they are; `Trainer` uses it if one process sees several GPUs. Start one process for each "
                 "GPU, `torchrun --nproc_per_node NUM_GPUS train.py`, or show it one only: `CUDA_VISIBLE_DEVICES=0`."
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
+        if position_ids is None and (packing := [name for name in PACKING if kwargs.get(name) is not None]):
+            raise ValueError(
+                f"`{packing[0]}` says that samples are packed, but there are no `position_ids`, from which FlashSloth "
+                "tells them apart; give positions that start anew with each sample."
             )
 
     def _with_config_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -417,9 +417,13 @@ def test_a_call_with_packed_samples_leaves_no_cache(model, ask, pictures):
 
 def test_packed_samples_that_would_be_mixed_are_refused(model, make_model, ask, pictures):
     sample = ask([(pictures[:1], "What?")])
-    inputs, _ = packed(sample, sample)
+    inputs, lengths = packed(sample, sample)
     with pytest.raises(ValueError, match=r"of row 0 start anew within it.*leave `attention_mask` out"):
         model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+    with pytest.raises(
+        ValueError, match="`cu_seq_lens_q` says that samples are packed, but there are no `position_ids`"
+    ):
+        model(inputs["input_ids"], inputs["pixel_values"], cu_seq_lens_q=torch.tensor([0, *lengths]).cumsum(dim=0))
     query = inputs["input_ids"][0] == model.config.query_token_id
     first_query = int(query.nonzero()[0])
     inputs["position_ids"] = torch.cat([torch.arange(first_query + 1), torch.arange(len(query) - first_query - 1)])[
