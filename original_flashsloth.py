@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AutoConfig, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -32,6 +33,7 @@ SIGLIP_SO400M_384 = {
     "image_size": 384,
     "patch_size": 14,
 }
+ORIGINAL_ARCHITECTURE, ORIGINAL_TOWER_FIELD = "FlashSlothForCausalLM", "mm_vision_tower"
 NUM_UNUSED_TOWER_LAYERS = 1  # FlashSloth reads what enters the tower's last layer
 PHI_INSTRUCTION_STARTS = [[50297, 198], [29904, 25], [1294, 1137, 25]]  # "<image>\n", "USER:", " USER:"
 
@@ -55,11 +57,31 @@ ORIGINAL_KEY_MAPPING = {
 """Tensor names of the original releases, as regular expressions, and what they are called here."""
 
 
+def is_original_config(config: dict) -> bool:
+    """Whether a `config.json` is that of an original release.
+
+    Its architecture or its vision tower tells; its `model_type` does not, which is Phi's in the authors' releases.
+
+    Args:
+        config: What the file holds.
+    """
+    return ORIGINAL_TOWER_FIELD in config or ORIGINAL_ARCHITECTURE in _architectures(config)
+
+
+def is_flashsloth_config(config: dict) -> bool:
+    """Whether a `config.json` is a FlashSloth's, in this package's layout or in that of the original releases.
+
+    Args:
+        config: What the file holds.
+    """
+    return config.get("model_type") == "flashsloth" or is_original_config(config)
+
+
 def translate_original_config(original: dict, *, folder: Path, vision_config: Path | None = None) -> dict:
     """Translate the config of an original FlashSloth release.
 
     Args:
-        original: The release's `config.json`: Phi's fields, flat, and `mm_*` fields.
+        original: The release's `config.json`: Phi's fields, flat, and `mm_*` fields, of which any may be absent.
         folder: The release's folder; a relative `mm_vision_tower` is looked for in it.
         vision_config: Folder or file of the vision tower's own config. Default: what `mm_vision_tower` points to, or
             SigLIP-so400m/14 at 384 px, the tower of all releases, if nothing is there.
@@ -68,21 +90,65 @@ def translate_original_config(original: dict, *, folder: Path, vision_config: Pa
         The fields of a `FlashSlothConfig`.
 
     Raises:
-        ValueError: If the release is of a kind that FlashSloth does not have.
+        ValueError: If the release is of a kind that FlashSloth does not have, or a field is of a wrong type.
     """
-    projector = original.get("mm_projector_type", "mlp2x_gelu")
+    _check_architecture(original)
+    projector = _field(original, "mm_projector_type", str, "mlp2x_gelu")
     if projector != "mlp2x_gelu":
         raise ValueError(f"`mm_projector_type` must be 'mlp2x_gelu' in an original FlashSloth, but is {projector!r}.")
-    tower = read_tower_config(vision_config or folder / str(original["mm_vision_tower"]), required=bool(vision_config))
-    select_layer = original.get("mm_vision_select_layer", -2)
-    num_layers = tower["num_hidden_layers"]
-    kept = num_layers + 1 + select_layer if select_layer < 0 else select_layer
-    if not 0 < kept <= num_layers:
-        raise ValueError(
-            f"`mm_vision_select_layer`={select_layer} is not a layer of a vision tower with {num_layers} layers."
-        )
-    tower |= {"num_hidden_layers": kept, "vision_use_head": False}
+    named = _field(original, ORIGINAL_TOWER_FIELD, str, None)
+    tower = SIGLIP_SO400M_384
+    if vision_config or named:
+        tower = read_tower_config(vision_config or folder / named, required=bool(vision_config))
+    config = {
+        "model_type": "flashsloth",
+        "architectures": ["FlashSlothForConditionalGeneration"],
+        "text_config": _translate_decoder(original),
+        "vision_config": tower | {"num_hidden_layers": _num_read_layers(original, tower), "vision_use_head": False},
+        "dtype": _read_dtype(original),
+    }
+    if (image_token_id := _field(original, "image_token_index", int, None)) is not None:
+        config["image_token_id"] = image_token_id
+    return config
 
+
+def is_high_definition(original: dict) -> bool:
+    """Whether an original release cuts pictures into five tiles.
+
+    Args:
+        original: The release's `config.json`.
+
+    Raises:
+        ValueError: If it does not say so by true or false.
+    """
+    return _field(original, "image_hd", bool, False)
+
+
+def _architectures(config: dict) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _check_architecture(original: dict) -> None:
+    """Refuse other models of the LLaVA family, whose configs have the same fields."""
+    names = _architectures(original)
+    if names and not any(name.startswith(("FlashSloth", "Phi")) for name in names):
+        raise ValueError(
+            f"`architectures` must be ['{ORIGINAL_ARCHITECTURE}'] in an original FlashSloth, but is {names}."
+        )
+
+
+def _field(config: dict, name: str, kind: type, default: Any) -> Any:
+    """A field of a config, which may be absent or null."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"`{name}` must be {_KINDS[kind]}, but is {value!r}.")
+    return value
+
+
+def _translate_decoder(original: dict) -> dict:
     phi_fields = AutoConfig.for_model("phi").to_dict()
     text = {name: value for name, value in original.items() if name in phi_fields or name in _ROPE_FIELDS}
     text |= {"model_type": "phi", "eos_token_id": PHI_2["eos_token_id"], "pad_token_id": PHI_2["pad_token_id"]}
@@ -90,16 +156,26 @@ def translate_original_config(original: dict, *, folder: Path, vision_config: Pa
         text.pop("rope_scaling", None)  # transformers warns of it even where it says nothing
     for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
         text.pop(name, None)
-    config = {
-        "model_type": "flashsloth",
-        "architectures": ["FlashSlothForConditionalGeneration"],
-        "text_config": text,
-        "vision_config": tower,
-        "dtype": original.get("dtype", original.get("torch_dtype")),
-    }
-    if "image_token_index" in original:
-        config["image_token_id"] = original["image_token_index"]
-    return config
+    return text
+
+
+def _num_read_layers(original: dict, tower: dict) -> int:
+    """How many of the tower's layers are read."""
+    select_layer = _field(original, "mm_vision_select_layer", int, -2)
+    num_layers = _field(tower, "num_hidden_layers", int, SIGLIP_SO400M_384["num_hidden_layers"])
+    kept = num_layers + 1 + select_layer if select_layer < 0 else select_layer
+    if not 0 < kept <= num_layers:
+        raise ValueError(
+            f"`mm_vision_select_layer`={select_layer} is not a layer of a vision tower with {num_layers} layers."
+        )
+    return kept
+
+
+def _read_dtype(original: dict) -> str | None:
+    name = _field(original, "torch_dtype", str, None) if original.get("dtype") is None else original["dtype"]
+    if name is not None and not (isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)):
+        raise ValueError(f"`dtype` must be the name of a type of torch, such as 'float16', but is {name!r}.")
+    return name
 
 
 def original_generation_config(original: dict, config: PreTrainedConfig) -> GenerationConfig:
@@ -129,6 +205,7 @@ def leave_original_layout(model: "PreTrainedModel") -> None:
 _GREEDY_FIELDS = ("num_beams", "repetition_penalty", "no_repeat_ngram_size")
 _SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p", *_GREEDY_FIELDS)
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+_KINDS = {str: "text", int: "a whole number", bool: "true or false"}
 
 
 def read_tower_config(path: Path, *, required: bool) -> dict:
@@ -143,13 +220,18 @@ def read_tower_config(path: Path, *, required: bool) -> dict:
 
     Raises:
         FileNotFoundError: If `required` and there is no such file.
+        ValueError: If the file does not hold such a config.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         if required:
             raise FileNotFoundError(f"expected the vision tower's config.json at {path}, but there is none.")
         return dict(SIGLIP_SO400M_384)
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config = config.get("vision_config", config)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = config.get("vision_config", config)
+        config.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} should hold a vision tower's config as a JSON object, but does not.") from error
     drop = ("architectures", "torch_dtype", "dtype", "transformers_version")
     return {"model_type": "siglip_vision_model"} | {name: v for name, v in config.items() if name not in drop}

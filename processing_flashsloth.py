@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
+from .original_flashsloth import is_high_definition, is_original_config
 from .video_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 
 try:
@@ -219,7 +220,7 @@ class FlashSlothProcessor(ProcessorMixin):
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         except OSError:  # a processor without a model
             config = {}
-        if "mm_vision_tower" not in config:
+        if not is_original_config(config):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls.from_original(pretrained_model_name_or_path, config, **hub_kwargs)
 
@@ -242,7 +243,7 @@ class FlashSlothProcessor(ProcessorMixin):
         tokenizer.eos_token, tokenizer.pad_token = "</s>", "<|endoftext|>"
         side = config.vision_config.image_size
         image_processor = FlashSlothImageProcessor(
-            size={"height": side, "width": side}, do_image_splitting=bool(original_config.get("image_hd"))
+            size={"height": side, "width": side}, do_image_splitting=is_high_definition(original_config)
         )
         return cls(
             image_processor,

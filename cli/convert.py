@@ -22,7 +22,14 @@ from transformers import GenerationConfig
 
 from ..configuration_flashsloth import FlashSlothConfig
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
-from ..original_flashsloth import ORIGINAL_KEY_MAPPING, original_generation_config, translate_original_config
+from ..original_flashsloth import (
+    ORIGINAL_ARCHITECTURE,
+    ORIGINAL_KEY_MAPPING,
+    is_flashsloth_config,
+    is_original_config,
+    original_generation_config,
+    translate_original_config,
+)
 from ..processing_flashsloth import FlashSlothProcessor
 from . import first_line, model_card
 from .repository import RepositoryError as ConversionError
@@ -230,9 +237,10 @@ def _translate_config(
     original: dict, folder: Path, vision_config: Path | None, shards: list[Shard]
 ) -> FlashSlothConfig:
     """The config, with the sizes that no original config holds read off the tensors."""
-    if "mm_vision_tower" not in original:
-        is_ours = original.get("model_type") == "flashsloth" and "vision_config" in original
-        reason = "it is in this package's layout already" if is_ours else "its config.json has no `mm_vision_tower`"
+    if not is_original_config(original):
+        is_ours = is_flashsloth_config(original)
+        missing = f"its config.json names neither the architecture {ORIGINAL_ARCHITECTURE} nor an `mm_vision_tower`"
+        reason = "it is in this package's layout already" if is_ours else missing
         raise ValueError(f"it is no original FlashSloth release: {reason}.")
     fields = translate_original_config(original, folder=folder, vision_config=vision_config)
     shapes = {name: info.shape for shard in shards for name, info in shard.infos.items()}
