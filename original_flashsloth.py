@@ -1,11 +1,14 @@
 """The layout of the original FlashSloth releases: their sizes, their flat config, their tensor names."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 if TYPE_CHECKING:
@@ -93,21 +96,22 @@ def translate_original_config(original: dict, *, folder: Path, vision_config: Pa
         ValueError: If the release is of a kind that FlashSloth does not have, or a field is of a wrong type.
     """
     _check_architecture(original)
-    projector = _field(original, "mm_projector_type", str, "mlp2x_gelu")
+    projector = _field(original, "mm_projector_type", _TEXT, "mlp2x_gelu")
     if projector != "mlp2x_gelu":
         raise ValueError(f"`mm_projector_type` must be 'mlp2x_gelu' in an original FlashSloth, but is {projector!r}.")
-    named = _field(original, ORIGINAL_TOWER_FIELD, str, None)
+    named = _field(original, ORIGINAL_TOWER_FIELD, _TEXT, None)
     tower = SIGLIP_SO400M_384
     if vision_config or named:
         tower = read_tower_config(vision_config or folder / named, required=bool(vision_config))
+    is_high_definition(original)
     config = {
         "model_type": "flashsloth",
         "architectures": ["FlashSlothForConditionalGeneration"],
         "text_config": _translate_decoder(original),
         "vision_config": tower | {"num_hidden_layers": _num_read_layers(original, tower), "vision_use_head": False},
-        "dtype": _read_dtype(original),
+        "dtype": _field(original, "dtype", _DTYPE, _field(original, "torch_dtype", _DTYPE, None)),
     }
-    if (image_token_id := _field(original, "image_token_index", int, None)) is not None:
+    if (image_token_id := _field(original, "image_token_index", _COUNT, None)) is not None:
         config["image_token_id"] = image_token_id
     return config
 
@@ -121,7 +125,7 @@ def is_high_definition(original: dict) -> bool:
     Raises:
         ValueError: If it does not say so by true or false.
     """
-    return _field(original, "image_hd", bool, False)
+    return _field(original, "image_hd", _FLAG, False)
 
 
 def _architectures(config: dict) -> list[str]:
@@ -138,31 +142,24 @@ def _check_architecture(original: dict) -> None:
         )
 
 
-def _field(config: dict, name: str, kind: type, default: Any) -> Any:
+def _field(config: dict, name: str, kind: str, default: Any) -> Any:
     """A field of a config, which may be absent or null."""
     value = config.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"`{name}` must be {_KINDS[kind]}, but is {value!r}.")
-    return value
+    if value is not None and not _KINDS[kind](value):
+        raise ValueError(f"`{name}` must be {kind}, but is {value!r}.")
+    return default if value is None else value
 
 
 def _translate_decoder(original: dict) -> dict:
-    phi_fields = AutoConfig.for_model("phi").to_dict()
-    text = {name: value for name, value in original.items() if name in phi_fields or name in _ROPE_FIELDS}
-    text |= {"model_type": "phi", "eos_token_id": PHI_2["eos_token_id"], "pad_token_id": PHI_2["pad_token_id"]}
-    if text.get("rope_scaling") is None:
-        text.pop("rope_scaling", None)  # transformers warns of it even where it says nothing
-    for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
-        text.pop(name, None)
-    return text
+    fields = {name: _field(original, name, kind, None) for name, kind in _DECODER_FIELDS.items()}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return fields | {name: PHI_2[name] for name in ("model_type", "eos_token_id", "pad_token_id")}
 
 
 def _num_read_layers(original: dict, tower: dict) -> int:
     """How many of the tower's layers are read."""
-    select_layer = _field(original, "mm_vision_select_layer", int, -2)
-    num_layers = _field(tower, "num_hidden_layers", int, SIGLIP_SO400M_384["num_hidden_layers"])
+    select_layer = _field(original, "mm_vision_select_layer", _INTEGER, -2)
+    num_layers = tower.get("num_hidden_layers", SIGLIP_SO400M_384["num_hidden_layers"])
     kept = num_layers + 1 + select_layer if select_layer < 0 else select_layer
     if not 0 < kept <= num_layers:
         raise ValueError(
@@ -171,22 +168,19 @@ def _num_read_layers(original: dict, tower: dict) -> int:
     return kept
 
 
-def _read_dtype(original: dict) -> str | None:
-    name = _field(original, "torch_dtype", str, None) if original.get("dtype") is None else original["dtype"]
-    if name is not None and not (isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)):
-        raise ValueError(f"`dtype` must be the name of a type of torch, such as 'float16', but is {name!r}.")
-    return name
-
-
 def original_generation_config(original: dict, config: PreTrainedConfig) -> GenerationConfig:
     """Generation config of an original FlashSloth release, whose own is Phi-2's and does not end at `</s>`.
 
     Args:
         original: The release's `generation_config.json`; only its way of sampling is kept.
         config: The model's `FlashSlothConfig`; image and query tokens are never generated.
+
+    Raises:
+        ValueError: If one of them is of a wrong type.
     """
-    names = _SAMPLING_FIELDS if original.get("do_sample") else _GREEDY_FIELDS
-    fields = {name: original[name] for name in names if original.get(name) is not None}
+    kinds = _SAMPLING_FIELDS if _field(original, "do_sample", _FLAG, False) else _GREEDY_FIELDS
+    fields = {name: _field(original, name, kind, None) for name, kind in kinds.items()}
+    fields = {name: value for name, value in fields.items() if value is not None}
     fields |= {name: PHI_2[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GenerationConfig(**fields, suppress_tokens=[config.image_token_id, config.query_token_id])
 
@@ -202,10 +196,38 @@ def leave_original_layout(model: "PreTrainedModel") -> None:
         model.generation_config = original_generation_config(model.generation_config.to_dict(), model.config)
 
 
-_GREEDY_FIELDS = ("num_beams", "repetition_penalty", "no_repeat_ngram_size")
-_SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p", *_GREEDY_FIELDS)
-_ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-_KINDS = {str: "text", int: "a whole number", bool: "true or false"}
+_TEXT, _FLAG, _OBJECT = "text", "true or false", "an object"
+_INTEGER, _COUNT, _POSITIVE, _SHARE = (
+    "a whole number",
+    "a whole number from 1",
+    "a number above 0",
+    "a number from 0 to 1",
+)
+_PART = "a number above 0 and up to 1"
+_ACTIVATION, _DTYPE = "an activation function of transformers", "a type of torch, such as 'float16'"
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    _TEXT: lambda value: isinstance(value, str),
+    _FLAG: lambda value: isinstance(value, bool),
+    _OBJECT: lambda value: isinstance(value, dict),
+    _INTEGER: lambda value: type(value) is int,
+    _COUNT: lambda value: type(value) is int and value >= 1,
+    _POSITIVE: lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    _PART: lambda value: type(value) in (int, float) and 0 < value <= 1,
+    _SHARE: lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    _ACTIVATION: lambda value: isinstance(value, str) and value in ACT2FN,
+    _DTYPE: lambda value: isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype),
+}
+_GREEDY_FIELDS = {"num_beams": _COUNT, "repetition_penalty": _POSITIVE, "no_repeat_ngram_size": _INTEGER}
+_SAMPLING_FIELDS = {"do_sample": _FLAG, "temperature": _POSITIVE, "top_k": _INTEGER, "top_p": _SHARE, **_GREEDY_FIELDS}
+_DECODER_FIELDS = (
+    dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), _COUNT)
+    | dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), _COUNT)
+    | dict.fromkeys(("layer_norm_eps", "initializer_range", "rope_theta"), _POSITIVE)
+    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attention_dropout"), _SHARE)
+    | dict.fromkeys(("qk_layernorm", "tie_word_embeddings"), _FLAG)
+    | {"hidden_act": _ACTIVATION, "partial_rotary_factor": _PART, "rope_scaling": _OBJECT, "bos_token_id": _INTEGER}
+)
+"""What a release says about its decoder, and what it must be; the rest is how to run it or what it was saved with."""
 
 
 def read_tower_config(path: Path, *, required: bool) -> dict:
@@ -234,4 +256,10 @@ def read_tower_config(path: Path, *, required: bool) -> dict:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} should hold a vision tower's config as a JSON object, but does not.") from error
     drop = ("architectures", "torch_dtype", "dtype", "transformers_version")
-    return {"model_type": "siglip_vision_model"} | {name: v for name, v in config.items() if name not in drop}
+    config = {"model_type": "siglip_vision_model"} | {name: v for name, v in config.items() if name not in drop}
+    try:
+        for name in SIGLIP_SO400M_384.keys() - {"model_type"}:
+            _field(config, name, _COUNT, None)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return config

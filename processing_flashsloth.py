@@ -237,7 +237,7 @@ class FlashSlothProcessor(ProcessorMixin):
             **kwargs: Passed on to `AutoTokenizer.from_pretrained`.
         """
         config = config or FlashSlothConfig.from_pretrained(source, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **kwargs)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<learnable>", "<image>"]})
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
         tokenizer.eos_token, tokenizer.pad_token = "</s>", "<|endoftext|>"

@@ -442,5 +442,9 @@ def _positive_int(text: str) -> int:
 
 
 def first_line(error: object) -> str:
-    """What an error says, without what follows; its type if it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """What an error says, without what follows; its type if it says nothing, or nothing that could be understood."""
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):  # a headline, such as "Validation error for field 'hidden_size':"
+        first = f"{first} {rest.strip().partition(chr(10))[0]}".strip()
+    name = type(error).__name__
+    return f"{name}: {first}" if isinstance(error, (LookupError, AttributeError)) else first or name
