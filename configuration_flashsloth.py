@@ -204,6 +204,11 @@ class FlashSlothConfig(PreTrainedConfig):
         return _translated(config_dict, folder.parent if folder.is_file() else folder), kwargs
 
     @classmethod
+    def from_json_file(cls, json_file: Any) -> "FlashSlothConfig":
+        """Read a config file; see `PreTrainedConfig.from_json_file`. That of an original release is translated."""
+        return cls.from_pretrained(json_file)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a config from the content of a file; see `PreTrainedConfig.from_dict`."""
         folder = Path(str(kwargs.get("name_or_path", "")))  # which `AutoConfig` sets

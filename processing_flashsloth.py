@@ -241,6 +241,8 @@ class FlashSlothProcessor(ProcessorMixin):
         tokenizer.add_special_tokens({"additional_special_tokens": ["<learnable>", "<image>"]})
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
         tokenizer.eos_token, tokenizer.pad_token = "</s>", "<|endoftext|>"
+        # The releases' own value; transformers does not do it for a tokenizer of bytes, but warns at every answer.
+        tokenizer.init_kwargs["clean_up_tokenization_spaces"] = tokenizer.clean_up_tokenization_spaces = False
         side = config.vision_config.image_size
         image_processor = FlashSlothImageProcessor(
             size={"height": side, "width": side}, do_image_splitting=is_high_definition(original_config)
