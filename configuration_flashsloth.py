@@ -7,6 +7,7 @@ original release, which is flat and names its tower instead of describing it, is
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -33,6 +34,7 @@ AUTO_MAP = {
 """Every saved config names its code, so that a folder loads by any of these auto classes without the package."""
 
 
+@strict
 class FlashSlothConfig(PreTrainedConfig):
     r"""Configuration of a FlashSloth model.
 

@@ -311,7 +311,7 @@ def _onnx(options: argparse.Namespace) -> None:
     try:
         from .onnx import export_onnx
 
-        done = export_onnx(model.to("cpu"), processor, options.output)
+        done = export_onnx(model.to("cpu"), processor, options.output, progress=True)
     except (RepositoryError, OSError) as error:
         raise CommandError(first_line(error)) from error
     for name, difference in done.differences.items():
@@ -399,7 +399,9 @@ def _read_config(source: str) -> dict:
 
     file = Path(source, "config.json")
     try:
-        return read_json(file) if file.exists() else PreTrainedConfig.get_config_dict(source)[0]
+        if Path(source).is_dir():
+            return read_json(file)
+        return PreTrainedConfig.get_config_dict(source)[0]
     except Exception as error:  # huggingface_hub has no common class for no such repository, no access, no network
         if file.exists():
             raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
