@@ -133,7 +133,7 @@ def _add_init(commands: Any) -> None:
         "--vision",
         metavar="DIR_OR_ID",
         required=True,
-        help="a vision tower with square patches: SigLIP, CLIP, DINOv2 …",
+        help="a vision tower with square patches: SigLIP, CLIP, DINOv2, AIMv2 …, or a FlashSloth, for its tower",
     )
     parser.add_argument(
         "--language", metavar="DIR_OR_ID", required=True, help="a causal decoder: Phi, Llama, Qwen3, SmolLM3 …"
@@ -142,13 +142,16 @@ def _add_init(commands: Any) -> None:
         "--vision-layer",
         metavar="N",
         type=int,
-        default=-2,
         help="the hidden state of the tower that is read: -1 leaves its last layer, -2 enters it, and so on; layers "
-        "behind it are left out (default: %(default)s, as in the released models)",
+        "after it are left out (default: -2, as in the released models; -1 of a FlashSloth's, which ends there)",
     )
     for name, explanation in (
         ("--image-size", "side of a tile in pixels (default: the tower's; else its positions are interpolated)"),
-        ("--pooling-window", "side of a pooling window in patches (default: the one that makes about 9x9 tokens)"),
+        (
+            "--pooling-window",
+            "side of a pooling window in patches (default: the one that makes about 9x9 tokens or "
+            "fewer; 1, which compresses nothing, only if the patches' side is prime)",
+        ),
         ("--query-layer", "decoder layer whose input has its queries updated (default: 7 of 32, or as deep as that)"),
     ):
         parser.add_argument(name, metavar="N", type=_positive_int, help=explanation)
@@ -256,16 +259,19 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
-    from .init import init
+    from .init import NOTHING_POOLED, init
     from .repository import RepositoryError
 
     _silence_transformers()
     template = _read_bytes(options.chat_template).decode("utf-8") if options.chat_template else None
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "hd", "chat_template")}
     try:
-        done = init(**settings, high_definition=options.hd, chat_template=template)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", NOTHING_POOLED.partition(":")[0])
+            done = init(**settings, high_definition=options.hd, chat_template=template)
     except (RepositoryError, OSError) as error:
         raise CommandError(first_line(error)) from error
+    sys.stderr.writelines(f"{PROGRAM}: warning: {warning.message}\n" for warning in caught)
     config, decoder = done.config, done.config.text_config
     sys.stdout.write(
         f"{done.output}: {done.num_parameters:,} parameters, {done.num_new_parameters:,} of them new, {done.dtype}\n"
