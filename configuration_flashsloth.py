@@ -228,6 +228,10 @@ class FlashSlothConfig(PreTrainedConfig):
         folder = Path(str(kwargs.get("name_or_path", "")))  # which `AutoConfig` sets
         return super().from_dict(_translated(config_dict, folder), **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Fields of this config; see `PreTrainedConfig.to_dict`. Where it was read from is not one of them."""
+        return {name: value for name, value in super().to_dict().items() if name != "_name_or_path"}
+
 
 def _translated(config_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
     return translate_original_config(config_dict, folder=folder) if is_original_config(config_dict) else config_dict
