@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
@@ -147,7 +148,7 @@ def init(
         RepositoryError: If no FlashSloth can be built of the two, or the output is in use.
     """
     output = unused_folder(output)
-    with _refusal():
+    with _refusal(str(language)):
         tower = _find_tower(str(vision), vision_layer, image_size)
         grid = _find_grid(tower)
         window = pooling_window or default_pooling_window(grid)
@@ -166,8 +167,10 @@ def init(
             query_hidden_size=query_width,
             instruction_start_ids=starts,
         )
-        model, num_new_parameters = _build_model(config, decoder, tower, tokenizer, seed)
+        expected = _compute_logits(decoder, tokenizer, str(language))
+        model, num_new_parameters = _build_model(config, decoder, tower, tokenizer, expected, seed)
         processor = _build_processor(config, tokenizer, template, tower, high_definition)
+        _check_queries(model, processor, str(language))
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     result = Initialisation(
         output=output,
@@ -211,14 +214,18 @@ def default_pooling_window(grid: int) -> int:
 
 
 @contextlib.contextmanager
-def _refusal() -> Iterator[None]:
+def _refusal(language: str) -> Iterator[None]:
     """Turn what cannot be built into one clear line."""
     try:
         yield
     except RepositoryError:
         raise
-    except Exception as error:  # models of other shapes fail in ways of their own
+    except (ValueError, OSError) as error:
         raise RepositoryError(first_line(error)) from error
+    except Exception as error:  # the tower was tried by itself, so this is a decoder of another shape
+        raise _unfit(
+            "--language", language, f"is no decoder that fits: {first_line(error).removesuffix('.')}"
+        ) from error
 
 
 def _unfit(option: str, source: str, reason: str) -> RepositoryError:
@@ -245,7 +252,9 @@ def _find_tower(source: str, layer: int | None, image_size: int | None) -> Tower
     config = _load("--vision", load.from_pretrained, source)
     config = getattr(config, "vision_config", config)
     num_layers = _count(config, "num_hidden_layers")
-    if num_layers is None or _count(config, "hidden_size") is None or type(config) not in MODEL_MAPPING:
+    if type(config) not in MODEL_MAPPING:
+        raise _unfit("--vision", source, f"({config.model_type}) is no vision tower that `AutoModel` can build")
+    if num_layers is None or _count(config, "hidden_size") is None:
         raise _unfit("--vision", source, f"({config.model_type}) is no vision tower of layers of one width")
     if layer is None:
         layer = -1 if is_flashsloth else -2
@@ -289,7 +298,9 @@ def _changed(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
 
 def _load_tokenizer(source: str) -> Any:
     config = _load("--language", AutoConfig.from_pretrained, source)
-    if is_flashsloth_config(config.to_dict()) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if is_flashsloth_config(config.to_dict()):
+        raise _unfit("--language", source, "is a whole FlashSloth, not a decoder alone")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _unfit(
             "--language", source, f"cannot be loaded as a causal decoder, but is a model of type {config.model_type}"
         )
@@ -345,10 +356,8 @@ def _load_decoder(source: str, dtype: str) -> PreTrainedModel:
         _count(decoder.config, name) is None for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
     ):
         raise _unfit("--language", source, f"{reason}, whose layers are not of attention heads")
-    with torch.device("meta"):
-        alone = AutoModel.from_config(decoder.config)
-    if type(alone) is not type(decoder):
-        raise _unfit("--language", source, f"{reason}, whose decoder is but a part of {type(alone).__name__}")
+    if MODEL_MAPPING.get(type(decoder.config), None) is not type(decoder):
+        raise _unfit("--language", source, f"{reason}, whose decoder `AutoModel` does not build alone")
     if missing := set(report["missing_keys"]):
         raise RepositoryError(f"{source} is not complete: {len(missing)} tensors are missing, such as {min(missing)}.")
     return model.eval()
@@ -404,17 +413,28 @@ def _build_config(
     return config
 
 
+@torch.no_grad()
+def _compute_logits(model: PreTrainedModel, tokenizer: Any, source: str) -> torch.Tensor:
+    """What a decoder says to a sentence."""
+    try:
+        return model(tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]).logits.float()
+    except Exception as error:  # a decoder of another shape fails in a way of its own
+        raise _unfit("--language", source, f"cannot read a sentence: {first_line(error).removesuffix('.')}") from error
+
+
 def _build_model(
-    config: FlashSlothConfig, decoder: PreTrainedModel, tower: Tower, tokenizer: Any, seed: int
+    config: FlashSlothConfig,
+    decoder: PreTrainedModel,
+    tower: Tower,
+    tokenizer: Any,
+    expected: torch.Tensor,
+    seed: int,
 ) -> tuple[FlashSlothForConditionalGeneration, int]:
     """Join the pretrained parts and initialise what lies between.
 
     Returns:
         The model, and the number of parameters that are not pretrained.
     """
-    probe = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        expected = decoder(probe).logits.float()
     state = {f"{DECODER}{name}": tensor for name, tensor in decoder.get_decoder().state_dict().items()}
     state |= {f"lm_head.{name}": tensor for name, tensor in decoder.get_output_embeddings().state_dict().items()}
     state |= _load_tower(tower, decoder.dtype)
@@ -430,12 +450,13 @@ def _build_model(
             f"{len(wrong)} tensors of the base models are missing or have other shapes than their configs say, such as "
             f"{min(wrong)}; are their weights complete?"
         )
-    with torch.no_grad():
-        difference = (model(probe).logits.float() - expected).abs().max() / expected.abs().max()
+    found = _compute_logits(model, tokenizer, config.text_config.model_type)
+    difference = (found - expected).abs().max() / expected.abs().max()
     if not difference < TOLERANCE:
         raise RepositoryError(
             f"as a part of FlashSloth the decoder ({config.text_config.model_type}) gives other logits than alone, by "
-            f"{difference:.1%}: its own head does something that FlashSloth does not know; choose another --language."
+            f"{difference:.1%}: its own head does something that FlashSloth does not know; choose another --language, "
+            f"such as a {LANGUAGE_FAMILIES}."
         )
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -445,6 +466,37 @@ def _build_model(
     )
     parameters = dict(model.named_parameters())
     return model, sum(parameters[name].numel() for name in report["missing_keys"] if name in parameters)
+
+
+@torch.no_grad()
+def _check_queries(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, source: str) -> None:
+    """Refuse a decoder that cannot answer, or whose layers do not get what the Embedded Query module needs, or twice.
+
+    Raises:
+        RepositoryError: If it is such a decoder.
+    """
+    updates = []
+    hook = model.model.embedded_query.register_forward_hook(lambda *_: updates.append(1))
+    height, width = model.config.tile_size
+    content = [{"type": "image", "image": Image.new("RGB", (width, height))}, {"type": "text", "text": PROBE_TEXT}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.dtype)
+    reason = None
+    try:
+        model.generate(**inputs, max_new_tokens=2)
+    except Exception as error:  # as above
+        reason = error
+    finally:
+        hook.remove()
+    if reason is not None or len(updates) != 1:
+        failure = f"cannot answer: {first_line(reason).removesuffix('.')}" if reason else ""
+        detail = failure or f"has its queries updated {len(updates)} times, not once"
+        raise _unfit("--language", source, f"({model.config.text_config.model_type}) {detail}") from reason
 
 
 def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
