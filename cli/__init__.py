@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 PROGRAM = "flashsloth"
 SHIPPED_CHECKPOINT = Path(__file__).parents[1]
+SHIPPED_CHECKPOINT_NOTE = (
+    "This is the small demonstration checkpoint: it knows drawn scenes of coloured shapes, and signs with a word or a "
+    "number, but no photographs and nothing else. Choose another with --model."
+)
 STDIN = "-"
 URL_PREFIXES = ("http://", "https://")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
