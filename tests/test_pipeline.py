@@ -95,6 +95,19 @@ def test_a_picture_that_cannot_be_fetched_is_refused_clearly(pipe, website, url,
         answer(pipe, [{"role": "user", "content": content}])
 
 
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "img", "image": str(SCENE)}, "of type 'img'"),
+        ({"type": "image"}, "should have one of image, url, path, base64, image_url, but has none"),
+        ({"type": "text", "text": None}, "a string as `text`, but has None"),
+    ],
+)
+def test_a_part_that_would_vanish_is_refused(pipe, part, reason):
+    with pytest.raises(ValueError, match=reason):
+        answer(pipe, [{"role": "user", "content": [part, {"type": "text", "text": "Read the sign."}]}])
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_conversations_with_different_numbers_of_pictures_come_in_batches(pipe, batch_size):
     conversations = [

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.server
 import io
 import json
 import os
@@ -10,12 +11,14 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from openai import BadRequestError, OpenAI
 from PIL import Image
@@ -216,6 +219,32 @@ def test_a_broken_picture_is_refused_and_the_server_lives_on(client, url, call):
         call(client, user(url, "Read the sign."))
     assert "Expected the path, URL or base64 string of a complete picture" in refusal.value.body["detail"]
     assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
+
+
+def test_a_picture_of_sixteen_bits_is_scaled_not_clipped(client):
+    with Image.open(ROOT / "examples" / "shapes.png") as picture:
+        grey = np.asarray(picture.convert("L"))
+    urls = []
+    for levels in (grey, grey.astype(np.uint16) * 257, np.full_like(grey, 255)):
+        Image.fromarray(levels).save(buffer := io.BytesIO(), "png")
+        urls.append(data_url(buffer.getvalue()))
+    eight, sixteen, white = (ask(client, user(url, "Describe the picture.")) for url in urls)
+    assert eight == sixteen != white
+
+
+def test_a_url_that_answers_404_says_so(client):
+    with http.server.ThreadingHTTPServer(("localhost", 0), http.server.SimpleHTTPRequestHandler) as website:
+        threading.Thread(target=website.serve_forever, daemon=True).start()
+        with pytest.raises(BadRequestError) as refusal:
+            ask(client, user(f"http://localhost:{website.server_port}/no/such/picture.png", "Read the sign."))
+        website.shutdown()
+    assert "the server answered 404" in refusal.value.body["detail"]
+
+
+def test_a_question_without_text_and_image_is_refused(client):
+    with pytest.raises(BadRequestError) as refusal:
+        ask(client, {"role": "user", "content": [{"type": "picture", "url": shown("scene")}]})
+    assert "neither text nor an image" in refusal.value.body["detail"]
 
 
 def test_an_unknown_role_is_refused_by_name(client):
