@@ -292,6 +292,9 @@ class FlashSlothProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Load the pictures, and make one flat list of them.
 
+        Rows that are `None` (TRL has them) tell that images are wanted even if there are none: `pixel_values` of no
+        tiles, which the model takes.
+
         Raises:
             TypeError: If videos or audio are given.
             ValueError: If the pictures are more or fewer than the placeholders, in all or in a row.
@@ -302,13 +305,15 @@ class FlashSlothProcessor(ProcessorMixin):
                     f"FlashSloth reads pictures and text, but `{modality}` were passed. Leave them out, or give a "
                     "video as a part of a message, or as the pictures that `video_frames` makes of it."
                 )
+        has_none_row = isinstance(images, (list, tuple)) and any(row is None for row in images)
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         rows = _as_list([] if images is None else images)
         is_nested = any(isinstance(row, (list, tuple)) for row in rows)
         counts = [len(_as_list(row)) for row in rows]
         if text is not None:
             self._check_image_counts(text, counts if is_nested else [sum(counts)])
-        return [image for row in rows for image in _as_list(row)] or None, text, videos, audio
+        images = [image for row in rows for image in _as_list(row)]
+        return images if images or has_none_row else None, text, videos, audio
 
     def _check_image_counts(self, text: Sequence[str], num_images: Sequence[int]) -> None:
         """Compare placeholders and pictures: row by row if the pictures came in rows, else in total."""
