@@ -1,6 +1,11 @@
 """TRL's trainers see what a FlashSloth sees: each row alone, with its own images, gives the numbers of the batch."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,15 +115,15 @@ def compared(trainer_class):
             found = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
+            model = self.accelerator.unwrap_model(model)
             for row, log_probs in enumerate(found[0].detach()):
                 prompt = self.processing_class.decode(input_ids[row][attention_mask[row] == 1])
                 question = re.search(r"USER: (?:<image>|\n)*(.*?)<learnable>", prompt)[1]
                 kept = attention_mask[row, -logits_to_keep:] == 1
                 answer_ids = input_ids[row, -logits_to_keep:][kept]
-                pictures = self.images[QUESTIONS.index(question)]
-                alone = log_probs_alone(model, self.processing_class, pictures, question, answer_ids)
+                alone = log_probs_alone(model, self.processing_class, self.images[question], question, answer_ids)
                 self.differences += ((log_probs[kept] - alone).abs().max().item(),)
-            self.models += (id(model),)
+            self.models += (model,)
             return found
 
     return Compared
@@ -143,7 +148,7 @@ def policy_trainer(trainer, config, model, processor, dataset, folder, images, *
     made = compared(trainer)(
         model, reward, args, dataset, eval_dataset, processing_class=processor, peft_config=peft_config
     )
-    made.images = images
+    made.images = dict(zip(QUESTIONS, images, strict=True))
     return made
 
 
@@ -279,3 +284,52 @@ def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor,
     alone = torch.cat(answer_log_probs(load(), any_processor, images))
     assert log["loss"] == pytest.approx(-alone.mean().item(), abs=1e-4)
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
+@pytest.fixture(scope="module")
+def trained_by_processes(make_model, processor, tmp_path_factory):
+    """The source, and what one process and two made of it."""
+    folder = tmp_path_factory.mktemp("processes")
+    make_model("llama", pooling_dropout=0.0).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    for number in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+        done = subprocess.run(
+            [
+                *launch,
+                str(Path(__file__).with_name("trl_training.py")),
+                str(folder / "model"),
+                str(folder / str(number)),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_two_processes_with_different_numbers_of_images_train_as_one(name, trained_by_processes):
+    one, two = (json.loads((trained_by_processes / number / "logs.json").read_text())[name] for number in "12")
+    assert len(one) == 4 + 2 + 1
+    for expected, found in zip(one, two, strict=True):
+        for key in {"loss", "eval_loss"} & set(expected):
+            assert found[key] == pytest.approx(expected[key], abs=1e-4)
+    one, two, before = (
+        FlashSlothForConditionalGeneration.from_pretrained(trained_by_processes / folder).state_dict()
+        for folder in (f"1/{name}", f"2/{name}", "model")
+    )
+    assert not one["model.query_tokens"].equal(before["model.query_tokens"])
+    for key, expected in one.items():
+        torch.testing.assert_close(two[key], expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=key: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_policies_of_two_processes_see_each_rows_own_images(trained_by_processes):
+    *steps, compared_with_alone = json.loads((trained_by_processes / "2" / "logs.json").read_text())["grpo"]
+    assert len(steps) == 4
+    assert max(compared_with_alone["differences"]) < CLOSE
