@@ -19,8 +19,10 @@ from .original_flashsloth import (
     translate_original_config,
 )
 
-# `transformers serve` looks a custom architecture up here before it loads any remote code.
-modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("flashsloth", "FlashSlothForConditionalGeneration")
+# `transformers serve` looks a custom architecture up in the first before it loads any remote code; `Trainer` shifts the
+# labels of `label_smoothing_factor` for the names in the second.
+for names in (modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    names.setdefault("flashsloth", "FlashSlothForConditionalGeneration")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_flashsloth.FlashSlothConfig",
@@ -68,7 +70,17 @@ class FlashSlothConfig(PreTrainedConfig):
 
     model_type = "flashsloth"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    # `Trainer` would gather these by rows for `compute_metrics`, but their first axis is tiles or questions.
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "image_hidden_states",
+        "image_outputs",
+        "pooling_attentions",
+        "query_attentions",
+    ]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
