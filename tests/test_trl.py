@@ -1,5 +1,6 @@
 """TRL's trainers see what a FlashSloth sees: each row alone, with its own images, gives the numbers of the batch."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -25,8 +28,10 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.trainer.utils import remove_none_values
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.training import FlashSlothDataCollator
 from flashsloth.training.lora import LORA_TARGET_MODULES
 
 CLOSE = 2e-4  # float32, in one batch and alone
@@ -67,6 +72,58 @@ def user(text):
 
 def assistant(text):
     return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_rows_without_images_may_be_none(encoded, any_processor, images):
+    """TRL gives them so, and `datasets` gives images as dicts if they were inside messages."""
+    text, placeholders = [f"a{i}" for i in range(4)], [any_processor.image_token * len(row) for row in images]
+    text = [placeholder + part for placeholder, part in zip(placeholders, text, strict=True)]
+    expected = any_processor(images=images, text=text, padding=True, return_tensors="pt")
+    rows = [[{"bytes": _png(image), "path": None} for image in row] for row in images] if encoded else images
+    found = any_processor(images=[row or None for row in rows], text=text, padding=True, return_tensors="pt")
+    assert set(found) == set(expected)
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def _png(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def test_rows_that_are_all_none_have_no_tiles(any_processor, load):
+    for images in ([None, None], [None, []]):
+        inputs = any_processor(images=images, text=["one", "two"], return_tensors="pt")
+        assert inputs["pixel_values"].shape == (0, 3, 32, 32)
+        logits = load()(**inputs).logits
+        assert logits.equal(load()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits)
+    assert load().generate(**inputs, max_new_tokens=2, num_return_sequences=2, do_sample=True).shape == (4, 5)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_image_among_images_cannot_be_none(nested, processor, pictures):
+    images = [[pictures[0]], [None]] if nested else [pictures[0], None]
+    with pytest.raises(TypeError, match=r"found NoneType.*rows without an image as `\[\]`"):
+        processor.image_processor(images)
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", None])
+def test_the_image_processor_counts_tiles_as_trl_asks(return_tensors, any_processor, images):
+    options = {"crop_to_patches": True, "return_tensors": return_tensors}
+    counted = any_processor.image_processor(images=[row or None for row in images], **options)
+    tiles = any_processor.image_processor.get_number_of_image_patches(0, 0)
+    assert counted["num_patches"].tolist() == [tiles] * 3
+    plain = any_processor.image_processor(images, return_tensors=return_tensors)
+    assert set(plain) == {"pixel_values"}
+    assert (plain["pixel_values"] == counted["pixel_values"]).all()
+
+
+def test_broken_bytes_are_refused(processor):
+    with pytest.raises(ValueError, match="found 4 bytes that Pillow cannot read"):
+        processor.image_processor([{"bytes": b"oops", "path": None}])
+    with pytest.raises(TypeError, match="found dict"):
+        processor.image_processor([{"bytes": None, "path": "examples/scene.png"}])
 
 
 def prompts(images):
@@ -284,6 +341,150 @@ def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor,
     alone = torch.cat(answer_log_probs(load(), any_processor, images))
     assert log["loss"] == pytest.approx(-alone.mean().item(), abs=1e-4)
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_text_is_packed_right(load, processor, tmp_path):
+    """Of text alone TRL makes rows of several samples; each of them reads itself only."""
+    answers = ("yes", "me, as ever", "both of them", "no one at all")
+    rows = zip(QUESTIONS, answers, strict=True)
+    dataset = Dataset.from_list([{"messages": user(question) + assistant(answer)} for question, answer in rows])
+    losses = []
+    for options in ({}, {"packing": True, "max_length": 2048}, {"padding_free": True}):
+        trainer = sft(load(), processor, dataset, tmp_path, **options)
+        losses.append(first_step(trainer)["loss"])
+        packed = trainer.train_dataset if options.get("packing") else None
+        assert packed is None or len(packed) == 1
+    assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-4)
+
+
+def test_images_are_not_packed(load, processor, images, tmp_path):
+    dataset = Dataset.from_list(answered(images))
+    for name in ("packing", "padding_free"):
+        with pytest.raises(ValueError, match="not supported for vision datasets"):
+            sft(load(), processor, dataset, tmp_path, **{name: True})
+
+
+def test_a_prompt_that_trl_cuts_is_refused(load, processor, images, tmp_path):
+    for form, message in (("completion", "TRL cuts them at its `max_length`"), ("messages", "Raise `max_length`")):
+        row = answered(images)[0]
+        row = row if form == "completion" else {"messages": row["prompt"] + row["completion"], "images": images[0]}
+        trainer = sft(load(), processor, Dataset.from_list([row] * 4), tmp_path, max_length=155)
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+
+
+@pytest.mark.parametrize("teacher_is_student", [True, False])
+def test_distillation_shows_images_to_student_and_teacher(
+    teacher_is_student, load, any_processor, images, source, tmp_path
+):
+    """A student that is its own teacher has nothing to learn."""
+    teacher = load()
+    if not teacher_is_student:
+        with torch.no_grad():
+            teacher.model.vision_tower.embeddings.patch_embedding.weight.mul_(-1)
+    teacher.save_pretrained(tmp_path / "teacher")
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+    args = DistillationConfig(
+        str(tmp_path), max_completion_length=4, disable_dropout=True, **(FIXED | sizes | {"learning_rate": 0.0})
+    )
+    trainer = DistillationTrainer(
+        load(), str(tmp_path / "teacher"), args=args, train_dataset=prompts(images), processing_class=any_processor
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    assert (max(losses) < 1e-5) == teacher_is_student
+
+
+# What `datasets` makes of parts with different keys, and what published data sets hold.
+EXTRA_KEYS = {
+    "filled": ({"text": None}, {}),
+    "numbered": ({"text": None, "index": 0}, {"index": None}),
+    "with image keys": ({"text": None, "image": None}, {"image": None}),
+}
+
+
+def in_parts(rows, keys):
+    """Rows whose prompts are parts, images being placeholders."""
+    of_image, of_text = EXTRA_KEYS[keys]
+    found = []
+    for row in rows:
+        parts = [{"type": "image", **of_image} for _ in row["images"] or []]
+        parts.append({"type": "text", "text": row["prompt"][0]["content"], **of_text})
+        changed = {"prompt": [{"role": "user", "content": parts}]}
+        for name in {"completion", "chosen", "rejected"} & set(row):
+            text = {"type": "text", "text": row[name][0]["content"], **of_text}
+            changed[name] = [{"role": "assistant", "content": [text]}]
+        found.append(row | changed)
+    dataset = Dataset.from_list(found)
+    return dataset.with_transform(remove_none_values) if "image" in of_image else dataset
+
+
+@pytest.mark.parametrize("keys", list(EXTRA_KEYS))
+def test_parts_with_more_keys_are_read_like_text(keys, load, processor, images, tmp_path):
+    plain = [row | {"rejected": assistant(other)} for row, other in zip(answered(images), OTHERS, strict=True)]
+    filled = in_parts(plain, keys)
+    assert None in filled.with_format(None)[0]["prompt"][0]["content"][0].values()
+    made = policy_trainer(
+        GRPOTrainer, GRPOConfig, load(), processor, filled.select_columns(["prompt", "images"]), tmp_path, images
+    )
+    made.train()
+    assert max(made.differences) < CLOSE
+    sft_args, dpo_args = SFTConfig(str(tmp_path), **FIXED, **WHOLE), DPOConfig(str(tmp_path), **FIXED, **WHOLE)
+    for trainer_class, args, names in (
+        (SFTTrainer, sft_args, {"completion": "completion"}),
+        (DPOTrainer, dpo_args, {"completion": "chosen", "rejected": "rejected"}),
+    ):
+        batches = []
+        for dataset in (Dataset.from_list(plain), filled):
+            dataset = dataset.select_columns(["prompt", "images", *names]).rename_columns(names)
+            trainer = trainer_class(load(), args=args, train_dataset=dataset, processing_class=processor)
+            trainer.train()
+            batches.append(trainer.data_collator([dataset[i] for i in range(4)]))
+        assert set(batches[0]) == set(batches[1])
+        assert all(batches[0][name].equal(batches[1][name]) for name in batches[0])
+
+
+def test_images_in_parts(load, processor, images, tmp_path):
+    """`datasets` encodes them. GRPO takes them, SFT with our collator; else TRL looks into its column only."""
+    rows = [
+        {"prompt": [{"role": "user", "content": [*({"type": "image", "image": i} for i in pictures), text]}]}
+        for pictures, question in zip(images, QUESTIONS, strict=True)
+        for text in [{"type": "text", "text": question}]
+    ]
+    dataset = Dataset.from_list(rows)
+    assert set(dataset[0]["prompt"][0]["content"][0]["image"]) == {"bytes", "path"}
+    made = policy_trainer(GRPOTrainer, GRPOConfig, load(), processor, dataset, tmp_path, images)
+    made.train()
+    assert max(made.differences) < CLOSE
+    rows = [
+        {"messages": row["prompt"] + [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
+        for row, answer in zip(rows, ANSWERS, strict=True)
+    ]
+    dataset = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match="TRL takes them from a column `images`"):
+        sft(load(), processor, dataset, tmp_path).train()
+    model = load()
+    options = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(str(tmp_path), **FIXED, **WHOLE, **options),
+        train_dataset=dataset,
+        data_collator=FlashSlothDataCollator(processor),
+        processing_class=processor,
+    )
+    model.model.spatial_attention_pooling.dropout.p = 0.0
+    alone = torch.cat(answer_log_probs(load(), processor, images))
+    assert first_step(trainer)["loss"] == pytest.approx(-alone.mean().item(), abs=1e-4)
+
+
+def test_an_image_that_is_missing_is_refused(load, processor, images, tmp_path):
+    rows = [
+        {"messages": user(question) + assistant("so"), "image": image}
+        for question, image in zip(QUESTIONS, [images[0][0], None, None, None], strict=True)
+    ]
+    with pytest.raises((TypeError, ValueError), match="None"):
+        sft(load(), processor, Dataset.from_list(rows), tmp_path).train()
 
 
 @pytest.fixture(scope="module")
