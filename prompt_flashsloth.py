@@ -269,7 +269,7 @@ def _check_tile_count(rows: list[PromptRow], config: FlashSlothConfig, num_tiles
     if num_tiles == expected or (num_tiles == 0 and num_image_tokens == 0 and num_queries == 0):
         return
     where = f" and {num_cached} tiles in the cache" if num_cached else ""
-    hint = "pass the pixels of all images, again when you continue on a cache (TRL takes them from a column `images`)"
+    hint = "pass the pixels of all pictures again when you continue on a cache, and to TRL as a column `images`"
     if num_tiles > expected:
         hint = "keep prompts whole (TRL cuts them at its `max_length`, which may be None)"
     raise ValueError(

@@ -462,7 +462,7 @@ def test_images_in_parts(load, processor, images, tmp_path):
         for row, answer in zip(rows, ANSWERS, strict=True)
     ]
     dataset = Dataset.from_list(rows)
-    with pytest.raises(ValueError, match="TRL takes them from a column `images`"):
+    with pytest.raises(ValueError, match="to TRL as a column `images`"):
         sft(load(), processor, dataset, tmp_path).train()
     model = load()
     options = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
