@@ -130,3 +130,12 @@ def test_an_original_config_of_another_model_is_refused(tmp_path, change, messag
     (tmp_path / "config.json").write_text(json.dumps(original))
     with pytest.raises(ValueError, match=message):
         FlashSlothConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("loader", [FlashSlothConfig, AutoConfig])
+def test_where_a_config_was_read_from_is_not_a_part_of_it(make_config, tmp_path, loader):
+    config = make_config("qwen3")
+    config.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    assert loaded.to_dict() == FlashSlothConfig.from_dict(config.to_dict()).to_dict()
+    assert "_name_or_path" not in loaded.to_dict()
