@@ -487,6 +487,30 @@ def test_an_image_that_is_missing_is_refused(load, processor, images, tmp_path):
         sft(load(), processor, Dataset.from_list(rows), tmp_path).train()
 
 
+@pytest.mark.slow
+def test_a_folder_is_trained_without_the_package(source, pictures, tmp_path):
+    """Model, reference and processor by name, their code from the folder; what is saved is trained again."""
+    pictures[0].save(tmp_path / "image.png")
+    script = f"""
+import sys
+sys.modules["flashsloth"] = None
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+options = {FIXED | {"max_steps": 1, "per_device_train_batch_size": 2, "trust_remote_code": True}}
+row = {{"prompt": [{{"role": "user", "content": "What?"}}], "images": ["image.png"]}}
+config = GRPOConfig("runs", num_generations=2, max_completion_length=3, beta=0.1, **options)
+trainer = GRPOTrainer({str(source)!r}, lambda completions, **kwargs: [0.0, 1.0], config, Dataset.from_list([row] * 2))
+trainer.train()
+trainer.save_model("again")
+row["completion"] = [{{"role": "assistant", "content": "So."}}]
+SFTTrainer("again", SFTConfig("runs", max_length=None, **options), train_dataset=Dataset.from_list([row] * 2)).train()
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def trained_by_processes(make_model, processor, tmp_path_factory):
     """The source, and what one process and two made of it."""
