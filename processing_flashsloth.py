@@ -343,6 +343,9 @@ class FlashSlothProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Load the pictures, and make one flat list of them.
 
+        Rows that are `None` (TRL has them) tell that images are wanted even if there are none: `pixel_values` of no
+        tiles, which the model takes.
+
         Raises:
             TypeError: If videos or audio are given, or a text is no string.
             ValueError: If the pictures are more or fewer than the placeholders, in all or in a row.
@@ -358,6 +361,7 @@ class FlashSlothProcessor(ProcessorMixin):
             raise TypeError(
                 f"`text` must be a string or a list of strings, one for each row, but has {_show(wrong[0])}."
             )
+        has_none_row = isinstance(images, (list, tuple)) and any(row is None for row in images)
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         rows = _as_list([] if images is None else images)
         is_nested = any(isinstance(row, (list, tuple)) for row in rows)
@@ -365,7 +369,8 @@ class FlashSlothProcessor(ProcessorMixin):
         if text is not None:
             self._check_image_counts(text, counts if is_nested else [sum(counts)])
             self._warn_of_missing_queries(text)
-        return [image for row in rows for image in _as_list(row)] or None, text, videos, audio
+        images = [image for row in rows for image in _as_list(row)]
+        return images if images or has_none_row else None, text, videos, audio
 
     def _check_image_counts(self, text: Sequence[str], num_images: Sequence[int]) -> None:
         """Compare placeholders and pictures: row by row if the pictures came in rows, else in total."""

@@ -269,11 +269,13 @@ def _check_tile_count(rows: list[PromptRow], config: FlashSlothConfig, num_tiles
     if num_tiles == expected or (num_tiles == 0 and num_image_tokens == 0 and num_queries == 0):
         return
     where = f" and {num_cached} tiles in the cache" if num_cached else ""
+    hint = "pass the pixels of all pictures again when you continue on a cache, and to TRL as a column `images`"
+    if num_tiles > expected:
+        hint = "keep prompts whole (TRL cuts them at its `max_length`, which may be None)"
     raise ValueError(
         f"`input_ids` has {num_image_tokens} image tokens{where}, so {expected} tiles are expected, but "
         f"`pixel_values` gives {num_tiles} ({num_tiles * config.image_seq_length} features); build both with "
-        "`FlashSlothProcessor`, pass the pixels of all pictures again when you continue on a cache, and leave "
-        "`prefill_chunk_size` out."
+        f"`FlashSlothProcessor`, {hint}, and leave `prefill_chunk_size` out."
     )
 
 
