@@ -423,6 +423,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
         cache = one_cache(cache, past_key_values)
+        # In training nothing reads a cache, and layers that are recomputed would warn of it.
+        kwargs.setdefault("use_cache", False if self.training else None)
         is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

@@ -30,11 +30,15 @@ class Sample(NamedTuple):
         input_ids: `(seq_length,)`.
         labels: `(seq_length,)`, -100 everywhere but at answers and their end tokens.
         pixel_values: `(num_tiles, 3, height, width)`; `None`: no picture.
+        whole_length: Tokens of the row before it was cut to `max_length`.
+        num_images: Images of the row before it was cut.
     """
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None
+    whole_length: int
+    num_images: int
 
 
 class FlashSlothDataCollator:
@@ -101,11 +105,17 @@ class FlashSlothDataCollator:
 
         Raises:
             BadRowError: If a row cannot be used, unless those are to be skipped.
+            ValueError: If the rows have lost their columns.
         """
+        if rows and not any(rows):
+            raise ValueError(
+                "The rows come without columns: `Trainer` removes all that the model's forward does not take. Pass "
+                "`remove_unused_columns=False` to `TrainingArguments`, or take `FlashSlothTrainer`."
+            )
         samples = [sample for position, row in enumerate(rows) if (sample := self._try_to_prepare(row, position))]
         if not samples:
             end = self.processor.tokenizer.eos_token_id
-            samples = [Sample([end, end], [IGNORED, end], None)]
+            samples = [Sample([end, end], [IGNORED, end], None, 2, 0)]
         batch = self.processor.tokenizer.pad(
             {"input_ids": [sample.input_ids for sample in samples]},
             padding_side="right",
@@ -140,7 +150,7 @@ class FlashSlothDataCollator:
         runs = _token_runs(answers, encoded["offset_mapping"][0])
         if not runs:
             raise ValueError("the chat template left out the answers; nothing of the row can be learned")
-        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"))
+        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"), len(pictures))
 
     def _try_to_prepare(self, row: dict[str, Any], position: int) -> Sample | None:
         try:
@@ -174,15 +184,18 @@ class FlashSlothDataCollator:
         text = prompt + self.processor.guard_control_tokens(row["caption"]) + self.processor.tokenizer.eos_token
         return text, [(len(prompt), len(text))]
 
-    def _make_sample(self, input_ids: list[int], runs: list[tuple[int, int]], pixel_values: Any) -> Sample:
-        length = self._kept_length(len(input_ids), runs)
+    def _make_sample(
+        self, input_ids: list[int], runs: list[tuple[int, int]], pixel_values: Any, num_images: int
+    ) -> Sample:
+        whole_length = len(input_ids)
+        length = self._kept_length(whole_length, runs)
         input_ids = input_ids[:length]
         labels = [IGNORED] * length
         for start, end in runs:
             labels[start:end] = input_ids[start:end]
         num_tiles = input_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
         pixel_values = None if num_tiles == 0 else torch.as_tensor(pixel_values)[:num_tiles]
-        return Sample(input_ids, labels, pixel_values)
+        return Sample(input_ids, labels, pixel_values, whole_length, num_images)
 
     def _kept_length(self, length: int, runs: list[tuple[int, int]]) -> int:
         if self.max_length is None or length <= self.max_length:
