@@ -26,6 +26,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
+from datasets.exceptions import DatasetsError
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
@@ -138,7 +139,7 @@ class DataArguments:
 class RecipeArguments(TrainingArguments):
     """`TrainingArguments`, where the global batch can be given instead of the accumulation."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "folder for checkpoints and the finished model"})
+    output_dir: str = field(default="", metadata={"help": "folder for checkpoints and the finished model"})
     check_data: bool = field(
         default=False, metadata={"help": "read all rows, list those that are bad or long, and train nothing"}
     )
@@ -148,10 +149,7 @@ class RecipeArguments(TrainingArguments):
     use_cache: bool = field(default=True, metadata={"help": "of the config that is saved; else answers are slow"})
 
     def __post_init__(self) -> None:
-        if self.check_data:
-            self.use_cpu = True
-        elif self.output_dir is None:
-            raise ValueError("Give --output_dir, a folder for checkpoints and the finished model.")
+        self.use_cpu |= self.check_data
         if self.global_batch_size is not None:
             at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
             self.gradient_accumulation_steps = max(1, self.global_batch_size // at_once)
@@ -270,7 +268,7 @@ def _load_rows(name: str, data_args: DataArguments, **options: Any) -> Any:
     source, split = getattr(data_args, name), getattr(data_args, name.replace("data", "split"))
     try:
         rows = load_rows(source, split=split, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, DatasetsError) as error:
         raise UsageError(f"--{name} {source} cannot be read: {first_line(error)}") from error
     if not options.get("streaming") and not len(rows):
         raise UsageError(f"--{name} {source} holds no rows")
@@ -303,7 +301,10 @@ def check_data(
         cut = f", {num_cut} cut to {data_args.max_length} tokens" if data_args.max_length else ""
         lines = [f"{getattr(data_args, name)} ({name}): {num_rows} rows, {len(bad)} of them bad{cut}"]
         lines += [f"row {report.index} is bad: {report.error}" for report in bad]
-        lines += [f"row {one.index}: {one.num_tokens} tokens, {one.num_images} images" for one in longest]
+        lines += [
+            f"long: row {one.index} has {one.num_tokens} tokens, {one.num_images} image{'s' * (one.num_images != 1)}"
+            for one in longest
+        ]
         if (
             longest
             and num_positions
@@ -456,7 +457,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 1 if the data were checked and rows are bad; else 0.
     """
     model_args, data_args, args = parse(sys.argv[1:] if arguments is None else arguments)
-    if Path(model_args.model_name_or_path).resolve() == Path(args.output_dir).resolve():
+    if not (args.output_dir or args.check_data):
+        raise UsageError("give --output_dir, a folder for checkpoints and the finished model")
+    if args.output_dir and Path(model_args.model_name_or_path).resolve() == Path(args.output_dir).resolve():
         raise UsageError(f"Model and output folder are both {args.output_dir}; choose another --output_dir.")
     set_up_logging(model_args, args)
     set_seed(args.seed)

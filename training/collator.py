@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of what is not learned; PyTorch's cross-entropy leaves it out."""
+MODEL_COLUMNS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "labels", "label", "label_ids"}
+"""What `Trainer` may leave of a row if it is not told to leave all columns."""
 
 
 class BadRowError(ValueError):
@@ -107,10 +109,10 @@ class FlashSlothDataCollator:
             BadRowError: If a row cannot be used, unless those are to be skipped.
             ValueError: If the rows have lost their columns.
         """
-        if rows and not any(rows):
+        if rows and all(isinstance(row, dict) and row.keys() <= MODEL_COLUMNS for row in rows):
             raise ValueError(
-                "The rows come without columns: `Trainer` removes all that the model's forward does not take. Pass "
-                "`remove_unused_columns=False` to `TrainingArguments`, or take `FlashSlothTrainer`."
+                "The rows come without the columns that the collator reads: `Trainer` removes what the model's forward "
+                "does not take. Pass `remove_unused_columns=False` to `TrainingArguments`, or use `FlashSlothTrainer`."
             )
         samples = [sample for position, row in enumerate(rows) if (sample := self._try_to_prepare(row, position))]
         if not samples:

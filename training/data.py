@@ -176,8 +176,7 @@ def normalize_row(row: dict[str, Any], *, image_folder: str | Path | None = None
     else:
         raise ValueError(
             f"the row has the columns {sorted(row)}, but must have `messages`, `conversations`, or a `caption` (or "
-            "`text`) with an `image`; rename the columns, or, if a Trainer took them away, pass "
-            "`remove_unused_columns=False` to it"
+            "`text`) with an `image`; rename the columns"
         )
     return _as_caption_row(messages) if as_captions else {"messages": messages}
 
