@@ -713,16 +713,37 @@ def test_the_language_model_is_quantised_and_nothing_else(load_in_few_bits):
     assert kept == {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in quantised}
 
 
+def test_an_evaluation_leaves_gradients_as_they_are(recipe, base, processor, rows, load_in_few_bits, tmp_path):
+    """In 4 bits on some CPUs, gradients would not pass a layer that has answered."""
+    model_args, _, args = recipe.parse([*NEEDED, f"--{load_in_few_bits.option}", "--lora_rank", "4"])
+    model_args.model_name_or_path, args.output_dir = str(ROOT), str(tmp_path)
+    processor = FlashSlothProcessor.from_pretrained(ROOT)
+    model = recipe.load_model(model_args, args, high_definition=False)
+    collator = FlashSlothDataCollator(processor)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = FlashSlothTrainer(model, args, collator, eval_dataset=[rows[1]], processing_class=processor)
+
+    def gradients():
+        model.zero_grad()
+        model.train()(**collator([rows[1]])).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    torch.manual_seed(0)
+    before = gradients()
+    trainer.evaluate()
+    torch.manual_seed(0)
+    after = gradients()
+    assert any(gradient.abs().max() > 0 for gradient in before.values())
+    assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
+
+
 def batch_logits(model, processor, rows):
     with torch.no_grad():
         return model.eval()(**FlashSlothDataCollator(processor)(rows)).logits.float()
 
 
 def test_adapters_train_on_a_language_model_in_few_bits(recipe, arguments, data, load_in_few_bits, tmp_path, caplog):
-    """With evaluation between the steps, for which bitsandbytes lays 4-bit weights out anew on some CPUs.
-
-    The model is the shipped one: that layout wants widths that the untrained one has not.
-    """
+    """With evaluation between the steps; the model is the shipped one, whose widths all kernels take."""
     lora = "qlora" if load_in_few_bits.option == "load_in_4bit" else "lora"
     changes = {"eval_data": data / "conversations.jsonl", "eval_steps": 1, "num_eval_answers": 2, "save_steps": 2}
     changes |= {load_in_few_bits.option: True, "model_name_or_path": ROOT, "max_steps": 4, "report_to": "none"}

@@ -96,6 +96,10 @@ class FlashSlothTrainer(Trainer):
         self.num_eval_answers = num_eval_answers
         self.args.remove_unused_columns = False
         self.add_callback(ResumeCallback)
+        for module in self.model.modules():
+            # On some CPUs bitsandbytes lays 4-bit weights out anew when a model answers; no gradient passes them then.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
 
     def create_accelerator_and_postprocess(self) -> None:
         """Start accelerate, so that no process divides its batches among the others."""
