@@ -515,9 +515,9 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             )
 
     def _with_config_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the config says of a call, where the call says nothing; and no cache where layers are recomputed."""
+        """What the config says of a call, where the call says nothing."""
         asked = {name: True for name in RECORDS if getattr(self.config, name, False)}
-        if self.training and getattr(self.language_model, "gradient_checkpointing", False):
+        if self.training:  # nothing reads a cache then, and layers that are recomputed would warn of it
             asked["use_cache"] = False
         return asked | {name: value for name, value in kwargs.items() if value is not None}
 

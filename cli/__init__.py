@@ -474,6 +474,15 @@ def _positive_int(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
 
 
+def check_model(source: str) -> None:
+    """Find out whether a folder or Hub id is a FlashSloth, without loading its weights.
+
+    Raises:
+        CommandError: If it is none, or is not there.
+    """
+    _check_model_type(source)
+
+
 def first_line(error: object) -> str:
     """What an error says, without what follows; its type if it says nothing, or nothing that could be understood."""
     first, _, rest = str(error).strip().partition("\n")

@@ -121,11 +121,12 @@ def test_the_plain_loop_trains_as_one_process_does_and_goes_on_where_it_was(prep
     assert all(torch.equal(straight[name], tensor) for name, tensor in resumed.items())
 
 
-def test_data_parallel_training_equals_one_process_with_the_whole_batch(prepared, processor, tmp_path):
+@pytest.mark.parametrize("how", [[], ["stream"], ["plain-stream"]], ids=["rows", "stream", "plain stream"])
+def test_data_parallel_training_equals_one_process_with_the_whole_batch(prepared, processor, tmp_path, how):
     processor.save_pretrained(prepared / "model")
     script = TESTS / "parallel_training.py"
-    run_processes(script, prepared / "model", tmp_path / "two")
-    subprocess.run([sys.executable, str(script), str(prepared / "model"), str(tmp_path / "one")], check=True)
+    run_processes(script, prepared / "model", tmp_path / "two", *how)
+    subprocess.run([sys.executable, str(script), str(prepared / "model"), str(tmp_path / "one"), *how], check=True)
     one, two = (FlashSlothForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("one", "two"))
     before = FlashSlothForConditionalGeneration.from_pretrained(prepared / "model")
     assert not torch.equal(one.model.query_tokens, before.model.query_tokens)

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of what is not learned; PyTorch's cross-entropy leaves it out."""
+MODEL_COLUMNS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "labels", "label", "label_ids"}
+"""What `Trainer` may leave of a row if it is not told to leave all columns."""
 
 
 class BadRowError(ValueError):
@@ -30,11 +32,15 @@ class Sample(NamedTuple):
         input_ids: `(seq_length,)`.
         labels: `(seq_length,)`, -100 everywhere but at answers and their end tokens.
         pixel_values: `(num_tiles, 3, height, width)`; `None`: no picture.
+        whole_length: Tokens of the row before it was cut to `max_length`.
+        num_images: Images of the row before it was cut.
     """
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None
+    whole_length: int
+    num_images: int
 
 
 class FlashSlothDataCollator:
@@ -108,11 +114,17 @@ class FlashSlothDataCollator:
 
         Raises:
             BadRowError: If a row cannot be used, unless those are to be skipped.
+            ValueError: If the rows have lost their columns.
         """
+        if rows and all(isinstance(row, dict) and row.keys() <= MODEL_COLUMNS for row in rows):
+            raise ValueError(
+                "The rows come without the columns that the collator reads: `Trainer` removes what the model's forward "
+                "does not take. Pass `remove_unused_columns=False` to `TrainingArguments`, or use `FlashSlothTrainer`."
+            )
         samples = [sample for position, row in enumerate(rows) if (sample := self._try_to_prepare(row, position))]
         if not samples:
             end = self.processor.tokenizer.eos_token_id
-            samples = [Sample([end, end], [IGNORED, end], None)]
+            samples = [Sample([end, end], [IGNORED, end], None, 2, 0)]
         data = self._flatten(samples) if self.padding_free else self._pad(samples)
         pixel_values = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
         return BatchFeature(data | ({"pixel_values": torch.cat(pixel_values)} if pixel_values else {}))
@@ -159,7 +171,7 @@ class FlashSlothDataCollator:
         runs = _token_runs(answers, encoded["offset_mapping"][0])
         if not runs:
             raise ValueError("the chat template left out the answers; nothing of the row can be learned")
-        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"))
+        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"), len(pictures))
 
     def _try_to_prepare(self, row: dict[str, Any], position: int) -> Sample | None:
         try:
@@ -193,15 +205,18 @@ class FlashSlothDataCollator:
         text = prompt + self.processor.guard_control_tokens(row["caption"]) + self.processor.tokenizer.eos_token
         return text, [(len(prompt), len(text))]
 
-    def _make_sample(self, input_ids: list[int], runs: list[tuple[int, int]], pixel_values: Any) -> Sample:
-        length = self._kept_length(len(input_ids), runs)
+    def _make_sample(
+        self, input_ids: list[int], runs: list[tuple[int, int]], pixel_values: Any, num_images: int
+    ) -> Sample:
+        whole_length = len(input_ids)
+        length = self._kept_length(whole_length, runs)
         input_ids = input_ids[:length]
         labels = [IGNORED] * length
         for start, end in runs:
             labels[start:end] = input_ids[start:end]
         num_tiles = input_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
         pixel_values = None if num_tiles == 0 else torch.as_tensor(pixel_values)[:num_tiles]
-        return Sample(input_ids, labels, pixel_values)
+        return Sample(input_ids, labels, pixel_values, whole_length, num_images)
 
     def _kept_length(self, length: int, runs: list[tuple[int, int]]) -> int:
         if self.max_length is None or length <= self.max_length:
