@@ -32,7 +32,7 @@ PROGRAM = "flashsloth"
 SHIPPED_CHECKPOINT = Path(__file__).parents[1]
 SHIPPED_CHECKPOINT_NOTE = (
     "This is the small demonstration checkpoint: it knows drawn scenes of coloured shapes, and signs with a word or a "
-    "number, but no photographs and nothing else. Choose another with --model."
+    "number, but no photographs and nothing else."
 )
 STDIN = "-"
 URL_PREFIXES = ("http://", "https://")
@@ -228,7 +228,7 @@ def _ask(options: argparse.Namespace) -> None:
     image = _read_image(options.image)
     model, processor = _load_model(str(SHIPPED_CHECKPOINT if options.model is None else options.model), options.dtype)
     if options.model is None:
-        sys.stderr.write(f"{PROGRAM}: {SHIPPED_CHECKPOINT_NOTE}\n")
+        sys.stderr.write(f"{PROGRAM}: {SHIPPED_CHECKPOINT_NOTE} Choose another with --model.\n")
     content = [{"type": "image", "image": image}, {"type": "text", "text": options.question}]
     try:
         inputs = processor.apply_chat_template(
@@ -367,7 +367,7 @@ def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
     from ..backbones_flashsloth import working_dtype
 
     _silence_transformers()
-    _check_source(source)
+    check_model(source)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     dtype = working_dtype(device) if dtype == "auto" else dtype
     try:
@@ -382,8 +382,15 @@ def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
     return model.to(device).eval(), processor
 
 
-def _check_source(source: str) -> None:
-    """Refuse what is no FlashSloth that is whole, before anything is loaded."""
+def check_model(source: str) -> None:
+    """Find out whether a folder or Hub id is a FlashSloth that is whole, without loading its weights.
+
+    Args:
+        source: Folder or Hub id, in this package's layout or in that of the original releases.
+
+    Raises:
+        CommandError: If it is none, or is not there.
+    """
     from ..original_flashsloth import is_flashsloth_config
     from .weight_files import find_weight_files
 
@@ -472,15 +479,6 @@ def _positive_int(text: str) -> int:
         if (value := int(text)) > 0:
             return value
     raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-
-
-def check_model(source: str) -> None:
-    """Find out whether a folder or Hub id is a FlashSloth, without loading its weights.
-
-    Raises:
-        CommandError: If it is none, or is not there.
-    """
-    _check_model_type(source)
 
 
 def first_line(error: object) -> str:

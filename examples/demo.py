@@ -368,7 +368,7 @@ class Demo:
         """What this is, and which model answers."""
         name = self.model.name_or_path
         if Path(name).resolve() == SHIPPED_CHECKPOINT.resolve():
-            model = "FlashSloth's shipped checkpoint. " + SHIPPED_CHECKPOINT_NOTE.partition(". ")[0].rstrip(".") + "."
+            model = f"FlashSloth's shipped checkpoint. {SHIPPED_CHECKPOINT_NOTE}"
         else:
             model = f"{Path(name).resolve().name if Path(name).is_dir() else name}."
         return f"Ask about a picture, and see what the model looked at.  \n**Model**: {model}"

@@ -142,7 +142,7 @@ def test_the_shipped_checkpoint_is_the_default(run, checkpoint, picture, monkeyp
     monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", checkpoint)
     code, output, errors = run("ask", picture, QUESTION, "--max-new-tokens", NUM_TOKENS)
     assert (code, output.strip()) == (0, expected_answer(checkpoint, picture))
-    assert errors == f"flashsloth: {cli.SHIPPED_CHECKPOINT_NOTE}\n"
+    assert errors == f"flashsloth: {cli.SHIPPED_CHECKPOINT_NOTE} Choose another with --model.\n"
     assert "\n" not in cli.SHIPPED_CHECKPOINT_NOTE
 
 
