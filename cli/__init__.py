@@ -385,7 +385,7 @@ def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
 def _check_source(source: str) -> None:
     """Refuse what is no FlashSloth that is whole, before anything is loaded."""
     from ..original_flashsloth import is_flashsloth_config
-    from .weight_files import find_weight_files
+    from .weight_files import check_json_files, find_weight_files
 
     config = _read_config(source)
     if not is_flashsloth_config(config):
@@ -394,6 +394,7 @@ def _check_source(source: str) -> None:
     if Path(source).is_dir():
         try:
             find_weight_files(Path(source))
+            check_json_files(Path(source))
         except ValueError as error:
             raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
 
