@@ -392,7 +392,7 @@ def check_model(source: str) -> None:
         CommandError: If it is none, or is not there.
     """
     from ..original_flashsloth import is_flashsloth_config
-    from .weight_files import find_weight_files
+    from .weight_files import check_json_files, find_weight_files
 
     config = _read_config(source)
     if not is_flashsloth_config(config):
@@ -401,6 +401,7 @@ def check_model(source: str) -> None:
     if Path(source).is_dir():
         try:
             find_weight_files(Path(source))
+            check_json_files(Path(source))
         except ValueError as error:
             raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
 

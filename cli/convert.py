@@ -37,6 +37,7 @@ from .repository import complete_or_absent, copy_code, unused_folder
 from .weight_files import (
     SAFETENSORS_DTYPES,
     TensorInfo,
+    check_json_files,
     find_weight_files,
     read_json,
     read_tensor_infos,
@@ -140,6 +141,7 @@ def _plan(source: str | Path, vision_config: Path | None) -> Plan:
     folder = _find_source(source)
     try:
         original_config = read_json(folder / "config.json")
+        check_json_files(folder)
         shards = [_describe(file) for file in find_weight_files(folder)]
         config, model = _build_model(original_config, folder, vision_config, shards)
         shards = _check_tensors(shards, model)

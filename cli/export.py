@@ -21,7 +21,7 @@ from ..original_flashsloth import is_flashsloth_config
 from ..processing_flashsloth import FlashSlothProcessor
 from . import URL_PREFIXES, first_line, model_card
 from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder
-from .weight_files import find_weight_files, read_json
+from .weight_files import check_json_files, find_weight_files, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 CARD, LICENSE, APACHE = "README.md", "LICENSE", "apache-2.0"
@@ -153,6 +153,7 @@ def _load_whole(source: str | Path, dtype: str) -> FlashSlothForConditionalGener
         if not is_flashsloth_config(config):
             raise ValueError(f"its model_type is {config.get('model_type')!r}, and it is no original release.")
         find_weight_files(Path(source))
+        check_json_files(Path(source))
     model, report = FlashSlothForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if missing := report["missing_keys"]:
         raise ValueError(f"{len(missing)} tensors are missing in its weights, such as {min(missing)}.")

@@ -223,9 +223,8 @@ def _refusal(language: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         raise RepositoryError(first_line(error)) from error
     except Exception as error:  # the tower was tried by itself, so this is a decoder of another shape
-        raise _unfit(
-            "--language", language, f"is no decoder that fits: {first_line(error).removesuffix('.')}"
-        ) from error
+        detail = str(error).partition("\n")[0].removesuffix(".")
+        raise _unfit("--language", language, f"is no decoder that fits: {detail}") from error
 
 
 def _unfit(option: str, source: str, reason: str) -> RepositoryError:
@@ -514,6 +513,9 @@ def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     used = build_vision_tower(tower.native_config).to(dtype)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in report["missing_keys"]}
     tensors = {name: tensors[name] for name in used.state_dict() if name in tensors}
+    if absent := used.state_dict().keys() - tensors.keys():
+        reason = f"does not hold the weights of a vision tower: {len(absent)} are missing, such as {min(absent)}"
+        raise _unfit("--vision", tower.source, reason)
     used.load_state_dict(tensors, strict=False, assign=True)
     _check_tower(tower, model.eval(), used.eval())
     if tower.config is not tower.native_config:

@@ -29,6 +29,10 @@ SAFETENSORS_DTYPES = {
 TORCH_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_LENGTH_BYTES = 8  # safetensors: a little-endian length, that many bytes of JSON, the data
 CHUNK_BYTES = 2**22
+JSON_FILES = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+)
 MAX_MAPPED_BYTES = 2**25  # of a mapped file, what was read stays in memory as long as the map
 
 
@@ -99,6 +103,20 @@ def read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{file} should hold a JSON object, but holds a {type(content).__name__}.")
     return content
+
+
+def check_json_files(folder: Path) -> None:
+    """Refuse a folder in which a file that is going to be read holds no JSON object.
+
+    Args:
+        folder: A checkpoint's folder.
+
+    Raises:
+        ValueError: If there is such a file; names it.
+    """
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name)
 
 
 def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:

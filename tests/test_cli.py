@@ -213,10 +213,10 @@ BROKEN = {  # file, content, part of the message
         "without a folder, but names '../outside.safetensors'",
     ),
     "tokenizer is broken": ("tokenizer.json", "{}", "cannot be loaded"),
-    "tokenizer is a list": ("tokenizer.json", "[]", "cannot be loaded"),
-    "processor is a list": ("processor_config.json", "[]", "cannot be loaded"),
+    "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json should hold a JSON object, but holds a list"),
+    "processor is a list": ("processor_config.json", "[]", "processor_config.json should hold a JSON object"),
     "processor's sizes are text": ("processor_config.json", '{"image_processor": {"size": "a"}}', "cannot be loaded"),
-    "generation config is a list": ("generation_config.json", "[]", "cannot be loaded"),
+    "generation config is a list": ("generation_config.json", "[]", "generation_config.json should hold a JSON object"),
 }
 
 

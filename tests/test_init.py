@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from jinja2 import TemplateError
 from original_checkpoint import make_original
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -693,6 +694,19 @@ def test_the_tower_of_a_flashsloth_is_taken(bases, built, tmp_path, layout):
     assert fewer.config.vision_config.num_hidden_layers == num_layers - 1
 
 
+def test_a_tower_without_its_weights_is_refused(refused, bases, tmp_path):
+    """Such as that of a model whose tensors have other names than the tower's own."""
+    folder, _ = bases
+    (tmp_path / "tower").mkdir()
+    tensors = load_file(folder / "clip" / "model.safetensors")
+    tensors = {f"tower.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "tower" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "tower" / "config.json").write_bytes((folder / "clip" / "config.json").read_bytes())
+    line = refused(vision=tmp_path / "tower")
+    assert "does not hold the weights of a vision tower" in line
+    assert "choose another --vision" in line
+
+
 def test_a_flashsloth_is_no_decoder(refused, tmp_path, built):
     for source in (make_original(tmp_path / "release"), built["llama"][0].output):
         assert f"{source} is a whole FlashSloth, not a decoder alone; choose another" in refused(language=source)
@@ -720,8 +734,6 @@ def test_a_decoder_whose_head_does_more_is_refused(refused, tmp_path):
 
 
 def test_incomplete_weights_are_refused(refused, bases, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     make_decoder(tmp_path / "phi", "phi")
     file = tmp_path / "phi/model.safetensors"
     tensors = load_file(file)
