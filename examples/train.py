@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 ADAPTER_FOLDER = "adapter"
+USAGE = (
+    "%(prog)s [RECIPE.yaml ...] --model_name_or_path MODEL --train_data DATA --output_dir FOLDER [--ARGUMENT VALUE ...]"
+)
 NUM_LONGEST = 5  # rows that --check_data lists
 CHECKPOINTING_NAMES = ("gradient_checkpointing", "activation_checkpointing")  # before transformers 5.24, and since
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError)
@@ -205,7 +208,7 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Reci
         from_files += read_recipe(arguments.pop(0))
     arguments = [_installed_name(argument) for argument in (*from_files, *arguments)]
     types = (ModelArguments, DataArguments, RecipeArguments)
-    parser = Parser(types, description=__doc__.partition("\n")[0])
+    parser = Parser(types, usage=USAGE, description=__doc__.partition("\n")[0])
     _, unknown = parser.parse_known_args(arguments)
     if unknown:
         names = [f"--{argument.name}" for group in types for argument in dataclasses.fields(group)]
