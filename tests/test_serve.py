@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from openai import BadRequestError, OpenAI
 from PIL import Image
@@ -243,7 +244,7 @@ def test_a_broken_picture_is_refused_and_the_server_lives_on(client, url, call):
 def test_a_url_without_a_picture_is_refused_with_the_servers_answer(client, website, call):
     with pytest.raises(BadRequestError) as refusal:
         call(client, user(f"{website}/nothing.png", "Read the sign."))
-    assert "404" in refusal.value.body["detail"]
+    assert "the server answered 404" in refusal.value.body["detail"]
     assert f"{website}/nothing.png" in refusal.value.body["detail"]
     assert ask(client, user(f"{website}/scene.png", "Read the sign.")) == "PULL"
 
@@ -286,6 +287,23 @@ def test_the_responses_api_refuses_a_prompt_that_is_too_long(client):
     with pytest.raises(BadRequestError) as refusal:
         client.responses.create(model=".", input="star " * 15_000, stream=False)
     assert "made for 1024" in refusal.value.body["detail"]
+
+
+def test_a_picture_of_sixteen_bits_is_scaled_not_clipped(client):
+    with Image.open(ROOT / "examples" / "shapes.png") as picture:
+        grey = np.asarray(picture.convert("L"))
+    urls = []
+    for levels in (grey, grey.astype(np.uint16) * 257, np.full_like(grey, 255)):
+        Image.fromarray(levels).save(buffer := io.BytesIO(), "png")
+        urls.append(data_url(buffer.getvalue()))
+    eight, sixteen, white = (ask(client, user(url, "Describe the picture.")) for url in urls)
+    assert eight == sixteen != white
+
+
+def test_a_question_without_text_and_image_is_refused(client):
+    with pytest.raises(BadRequestError) as refusal:
+        ask(client, {"role": "user", "content": [{"type": "picture", "url": shown("scene")}]})
+    assert "neither text nor an image" in refusal.value.body["detail"]
 
 
 def test_an_unknown_role_is_refused_by_name(client):
