@@ -274,6 +274,19 @@ def test_a_prompt_may_fill_the_model_but_for_one_token(client):
         num_tokens(most + 1)
 
 
+def test_a_picture_is_an_image_url_or_an_input_image_and_nothing_else(client):
+    """The server itself leaves out parts that it does not know, as docs/serving.md says."""
+    ways = {"image_url": {"url": shown("scene")}, "input_image": shown("scene"), "image": shown("scene")}
+
+    def num_tokens(*parts):
+        turn = {"role": "user", "content": [*parts, {"type": "text", "text": "Read the sign."}]}
+        return client.chat.completions.create(model=".", messages=[turn], max_tokens=5).usage.prompt_tokens
+
+    blind = num_tokens()
+    seen = {kind: num_tokens({"type": kind, "image_url": url}) > blind for kind, url in ways.items()}
+    assert seen == {"image_url": True, "input_image": True, "image": False}
+
+
 def test_a_tokenizer_without_a_longest_text_gets_the_models_positions(tmp_path):
     for name in ("config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"):
         shutil.copy(ROOT / name, tmp_path)
