@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 
 import torch
 from PIL import Image, ImageOps
@@ -204,10 +204,16 @@ class _Images:
         return self._read(content, source)
 
     def _decode(self, source: str) -> bytes:
-        encoded = source.partition(",")[2] if source[:5].lower() == "data:" else source
+        """Decode base64 in either alphabet, with or without padding, alone or in a `data:` URL."""
+        is_url = source[:5].lower() == "data:"
+        header, _, encoded = source.partition(",") if is_url else (";base64", "", source)
         self._check("max_bytes", self.num_bytes + len(encoded) * 3 // 4, "bytes of images")
+        content = unquote_to_bytes(encoded)
+        if not header.lower().endswith(";base64"):
+            return content
+        digits = b"".join(content.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
         try:
-            return base64.b64decode("".join(encoded.split()), validate=True)
+            return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
         except ValueError as error:
             raise _unreadable(source, error) from error
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,18 @@ def deep_grey():
 
 
 WIDE = blank(10_000, 5_000)
+URL_ALPHABET = str.maketrans("+/", "-_")
 ANSWERED = {
     "base64": ({"inputs": SIGN}, "PULL"),
+    "base64 of URLs": ({"inputs": SIGN | {"image": SIGN["image"].translate(URL_ALPHABET).rstrip("=")}}, "PULL"),
+    "base64 in a URL with escapes": (
+        {"inputs": SIGN | {"image": f"DATA:image/png;base64,{urllib.parse.quote(SIGN['image'])}"}},
+        "PULL",
+    ),
+    "no base64 in a URL": (
+        {"inputs": SIGN | {"image": f"data:image/png,{urllib.parse.quote(SCENE.read_bytes())}"}},
+        "PULL",
+    ),
     "list of pictures": ({"inputs": {"images": [encoded(SHAPES)], "text": "Describe the picture."}}, DESCRIPTION),
     "url": ({"inputs": {"image": "http://SERVER/scene.png", "text": "Read the sign."}}, "PULL"),
     "OpenAI's messages": ({"messages": FIRST_TURN[:1]}, "PULL"),

@@ -244,7 +244,7 @@ def test_a_broken_picture_is_refused_and_the_server_lives_on(client, url, call):
 def test_a_url_without_a_picture_is_refused_with_the_servers_answer(client, website, call):
     with pytest.raises(BadRequestError) as refusal:
         call(client, user(f"{website}/nothing.png", "Read the sign."))
-    assert "404" in refusal.value.body["detail"]
+    assert "the server answered 404" in refusal.value.body["detail"]
     assert f"{website}/nothing.png" in refusal.value.body["detail"]
     assert ask(client, user(f"{website}/scene.png", "Read the sign.")) == "PULL"
 
@@ -272,6 +272,19 @@ def test_a_prompt_may_fill_the_model_but_for_one_token(client):
     assert num_tokens(most) > 1023 - step
     with pytest.raises(BadRequestError):
         num_tokens(most + 1)
+
+
+def test_a_picture_is_an_image_url_or_an_input_image_and_nothing_else(client):
+    """The server itself leaves out parts that it does not know, as docs/serving.md says."""
+    ways = {"image_url": {"url": shown("scene")}, "input_image": shown("scene"), "image": shown("scene")}
+
+    def num_tokens(*parts):
+        turn = {"role": "user", "content": [*parts, {"type": "text", "text": "Read the sign."}]}
+        return client.chat.completions.create(model=".", messages=[turn], max_tokens=5).usage.prompt_tokens
+
+    blind = num_tokens()
+    seen = {kind: num_tokens({"type": kind, "image_url": url}) > blind for kind, url in ways.items()}
+    assert seen == {"image_url": True, "input_image": True, "image": False}
 
 
 def test_a_tokenizer_without_a_longest_text_gets_the_models_positions(tmp_path):
