@@ -14,6 +14,7 @@ import difflib
 import io
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -329,11 +330,10 @@ class FlashSlothImageProcessor(PilBackend):
 def _for_each(work: Callable[[int, ImageInput], None], images: list) -> None:
     """Calls `work` with the number of every picture and the picture, in as many threads as torch may use.
 
-    Pillow and numpy let go of Python's lock. An object that stands in the list twice may still have to be read from
-    its file, which no two threads can do at once.
+    Pillow and numpy let go of Python's lock.
     """
     num_threads = min(len(images), torch.get_num_threads())
-    if num_threads < 2 or len({id(image) for image in images}) < len(images):
+    if num_threads < 2:
         for index, image in enumerate(images):
             work(index, image)
         return
@@ -488,8 +488,9 @@ def _grey_to_pil(values: np.ndarray) -> Image.Image:
 def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Converts a picture of any mode to RGB, without its alpha."""
     try:
-        # Reads the rest of a file that was only opened.
-        image.load()
+        # Reads the rest of a file that was only opened, which threads that share the image cannot do at once.
+        with vars(image).setdefault("_loading", threading.Lock()):
+            image.load()
         if image.mode != "F" and not image.mode.startswith("I"):
             return _convert_shallow(image)
         # Pillow clips these modes to 0..255, which turns all but the darkest 16-bit pixels white.

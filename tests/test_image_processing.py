@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.parse
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -646,6 +647,17 @@ def test_threads_give_the_bits_of_one_picture_at_a_time(processor, four_threads,
     assert np.array_equal(together, np.concatenate(alone))
     same = Image.open(next(iter(FILES.values())))  # opened, not read: no two threads may read it
     assert np.array_equal(processor([same] * 4, **options)["pixel_values"], np.concatenate(alone[:1] * 4))
+
+
+def test_threads_may_share_a_picture_that_was_only_opened(processor, tmp_path):
+    noise = np.random.default_rng(6).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    expected = processor(str(tmp_path / "noise.png"))["pixel_values"]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            shared = Image.open(tmp_path / "noise.png")
+            for found in threads.map(lambda picture: processor(picture)["pixel_values"], [shared] * 8):
+                np.testing.assert_array_equal(found, expected)
 
 
 def test_an_error_in_a_thread_names_the_picture(processor, picture, four_threads):
