@@ -9,14 +9,17 @@ Paper: *FlashSloth: Lightning Multimodal Large Language Models via Embedded Visu
                     (2 * height, 2 * width) and cut into 2x2 tiles, row by row
 """
 
+import base64
 import difflib
+import io
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
@@ -33,8 +36,8 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     get_image_type,
+    httpx,  # which of its two versions depends on that of huggingface_hub
     is_valid_image,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
@@ -58,6 +61,12 @@ DARKEST_WHITE = 16
 
 # Pixels of padded picture that are held at a time when a tall picture is padded to a square.
 STRIP_PIXELS = 2**20
+
+# From so many times the picture's own pixels in a row or column on, padding is not resized, but known.
+LONG_PADDING = 8
+
+# Pillow's weight 1 when it resizes pictures of 8 bits.
+WEIGHT_ONE = 2**22
 
 # Seconds that the server of a picture's URL may be silent.
 DOWNLOAD_TIMEOUT = 30
@@ -157,19 +166,27 @@ class FlashSlothImageProcessor(PilBackend):
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
         """Loads the strings and paths in a picture or a nested list of pictures, and keeps everything else.
 
+        A row that is `None` in a list of rows has no images, as TRL says it: `[None, [image]]`, or `[None, None]`. An
+        encoded image, `{"bytes": ..., "path": ...}`, as `datasets` gives it from nested columns, is opened.
+
         Raises:
             TypeError: Something is no picture at all.
             ValueError: A picture cannot be read, or an array has a number of axes that no picture has.
         """
-        images = image_url_or_urls
+        return self._fetch(_fill_rows(image_url_or_urls))
+
+    def _fetch(self, images: ImageInput | str | os.PathLike | list) -> ImageInput | list:
         if isinstance(images, list | tuple):
-            return [self.fetch_images(image) for image in images]
+            return [self._fetch(image) for image in images]
+        if isinstance(images, dict) and isinstance(images.get("bytes"), bytes):
+            return _open_encoded(images["bytes"])
         if isinstance(images, str | os.PathLike):
             return _load(os.fspath(images))
         if not is_valid_image(images):
             raise TypeError(
                 "Expected a picture as a PIL image, numpy array, torch tensor, path, URL or base64 string, "
-                f"found {type(images).__name__}; open it with `PIL.Image.open` first."
+                f"found {type(images).__name__}; open it with `PIL.Image.open` first, and give rows without an image "
+                "as `[]` among the lists of the others."
             )
         if get_image_type(images) == ImageType.PIL:
             return images
@@ -181,16 +198,19 @@ class FlashSlothImageProcessor(PilBackend):
         # transformers counts pictures as arrays of three axes, which a grey one without channels has not.
         return _grey_to_pil(_to_numpy(images)) if images.ndim == 2 else images
 
-    def preprocess(self, images: ImageInput, **kwargs: Unpack[FlashSlothImageProcessorKwargs]) -> BatchFeature:
+    def preprocess(
+        self, images: ImageInput, *, crop_to_patches: bool = False, **kwargs: Unpack[FlashSlothImageProcessorKwargs]
+    ) -> BatchFeature:
         """Turns pictures into tiles.
 
         Args:
             images: A picture, a list of pictures, or a list of lists.
+            crop_to_patches: Whether to say how many tiles each image became; the tiles are the same. TRL asks so.
             **kwargs: Overrides of this processor's defaults for this call; `None` keeps a default.
 
         Returns:
             `pixel_values` (num_tiles, 3, height, width) in float32, the tiles of all pictures in order: a torch tensor
-            with `return_tensors="pt"`, else a numpy array.
+            with `return_tensors="pt"`, else a numpy array. With `crop_to_patches`, also `num_patches` (num_images,).
 
         Raises:
             TypeError: An argument is unknown, or something is no picture.
@@ -198,7 +218,13 @@ class FlashSlothImageProcessor(PilBackend):
         """
         _check_names(kwargs, self._argument_names())
         _check_flag(kwargs.get("do_image_splitting"))
-        return super().preprocess(images, **{name: value for name, value in kwargs.items() if value is not None})
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        features = super().preprocess(images, **kwargs)
+        if crop_to_patches:
+            num_tiles = self.get_number_of_image_patches(0, 0, kwargs)
+            counts = np.full(len(features["pixel_values"]) // num_tiles, num_tiles)
+            features |= BatchFeature({"num_patches": counts}, tensor_type=kwargs.get("return_tensors"))
+        return features
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
         return list(_flatten(self.fetch_images(images), expected_ndims))
@@ -304,11 +330,10 @@ class FlashSlothImageProcessor(PilBackend):
 def _for_each(work: Callable[[int, ImageInput], None], images: list) -> None:
     """Calls `work` with the number of every picture and the picture, in as many threads as torch may use.
 
-    Pillow and numpy let go of Python's lock. An object that stands in the list twice may still have to be read from
-    its file, which no two threads can do at once.
+    Pillow and numpy let go of Python's lock.
     """
     num_threads = min(len(images), torch.get_num_threads())
-    if num_threads < 2 or len({id(image) for image in images}) < len(images):
+    if num_threads < 2:
         for index, image in enumerate(images):
             work(index, image)
         return
@@ -354,6 +379,12 @@ def _name(index: int, image: ImageInput) -> str:
     return f"picture {index} ({filename!r})" if filename else f"picture {index}"
 
 
+def _fill_rows(images: Any) -> Any:
+    """Makes the rows without images, `None` among lists or alone, empty lists."""
+    is_rows = isinstance(images, list | tuple) and all(row is None or isinstance(row, list | tuple) for row in images)
+    return [[] if row is None else row for row in images] if is_rows else images
+
+
 def _flatten(images: ImageInput | list, expected_ndims: int) -> Iterator[ImageInput]:
     is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == expected_ndims + 1
     if is_batch:
@@ -364,25 +395,68 @@ def _flatten(images: ImageInput | list, expected_ndims: int) -> Iterator[ImageIn
 
 
 def _load(source: str) -> Image.Image:
+    """Opens a path, URL or base64 string; the picture keeps its mode, for Pillow's way to RGB clips 16 bits to white.
+
+    That is why transformers' `load_image`, which returns RGB, is not called.
+    """
     path = url2pathname(urlsplit(source).path) if source.startswith("file://") else source
     # Not `Path.is_file`: it raises for a base64 string, which is too long for a name.
     is_file = os.path.isfile(path)  # noqa: PTH113
     try:
-        if not is_file:
-            return load_image(source, timeout=DOWNLOAD_TIMEOUT)
-        # `load_image` would also convert to RGB, where Pillow clips 16-bit pictures instead of scaling them.
-        with Image.open(path) as image:
+        with Image.open(path if is_file else io.BytesIO(_fetch(source))) as image:
             return ImageOps.exif_transpose(image)
     except Exception as error:  # those of Pillow, and of the HTTP client that this transformers uses
-        # `load_image` wraps Pillow's error in a ValueError that repeats the whole base64 string.
-        is_wrapped = not is_file and type(error) is ValueError and error.__context__ is not None
-        reason = error.__context__ if is_wrapped else error
         shown = source if len(source) <= 80 else f"{source[:40]}…{source[-40:]}"
-        found = "a file that Pillow cannot read" if is_file else "no file, and as a URL or base64 no picture to Pillow"
+        if is_file:
+            found = "a file that Pillow cannot read"
+        elif _is_web_address(source):
+            found = "a URL that gives no picture"
+        else:
+            found = "no file, and as a URL or base64 no picture to Pillow"
         raise ValueError(
             f"Expected the path, URL or base64 string of a complete picture, found {shown!r}: {found} "
-            f"({_describe(reason)}); correct the path, save the picture again, or leave it out."
-        ) from reason
+            f"({_describe(error)}); correct the path, save the picture again, or leave it out."
+        ) from error
+
+
+def _is_web_address(source: str) -> bool:
+    return source[:8].lower().startswith(("http://", "https://"))
+
+
+def _fetch(source: str) -> bytes:
+    """What an http(s) URL gives, or a `data:` URL or a base64 string holds.
+
+    Raises:
+        OSError: The server answered with an error.
+        ValueError: The text is no base64.
+    """
+    if _is_web_address(source):
+        response = httpx.get(source, timeout=DOWNLOAD_TIMEOUT, follow_redirects=True)
+        if response.is_error:
+            raise OSError(f"the server answered {response.status_code} {response.reason_phrase}")
+        return response.content
+    if source[:5].lower() != "data:":
+        return _decode_base64(source)
+    header, _, content = source.partition(",")
+    content = unquote_to_bytes(content)
+    return _decode_base64(content.decode()) if header.lower().endswith(";base64") else content
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decodes base64 in either alphabet, with line breaks, and with or without its padding."""
+    text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+def _open_encoded(encoded: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return ImageOps.exif_transpose(image)
+    except PICTURE_ERRORS as error:
+        raise ValueError(
+            f"Expected the bytes of a complete image file, found {len(encoded)} bytes that Pillow cannot read "
+            f"({_describe(error)}); save the image again, or leave it out."
+        ) from error
 
 
 def _describe(error: BaseException) -> str:
@@ -414,8 +488,9 @@ def _grey_to_pil(values: np.ndarray) -> Image.Image:
 def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Converts a picture of any mode to RGB, without its alpha."""
     try:
-        # Reads the rest of a file that was only opened.
-        image.load()
+        # Reads the rest of a file that was only opened, which threads that share the image cannot do at once.
+        with vars(image).setdefault("_loading", threading.Lock()):
+            image.load()
         if image.mode != "F" and not image.mode.startswith("I"):
             return _convert_shallow(image)
         # Pillow clips these modes to 0..255, which turns all but the darkest 16-bit pixels white.
@@ -573,25 +648,108 @@ def _pad_and_resize(
     """Pads to a centred square and resizes it to `size` (width, height), without ever holding that square.
 
     From square to square, every Pillow resizes rows first; a row depends on no other row, and padding stays padding.
-    So the picture's own rows are resized, and only then the rows above and below are added: the same bits, and a
-    10000x3 picture takes 31 MB instead of 400.
+    So the picture's own rows are resized, and only then the rows above and below are added: the same bits. Where most
+    of a row or column is padding, only what sees the picture is computed: time and memory grow with the picture's
+    pixels, not with the square's.
     """
     width, height = size
     side = max(picture.size)
-    left, top = (side - picture.width) // 2, (side - picture.height) // 2
-    if picture.width == side:
-        rows = picture.resize((width, picture.height), resample)
+    if resample == PILImageResampling.BICUBIC and side > LONG_PADDING * picture.width:
+        left, seen = _resize_between_padding(picture, side, width, background)
     else:
-        rows = Image.new("RGB", (width, picture.height))
-        num_rows = max(1, STRIP_PIXELS // side)
-        for start in range(0, picture.height, num_rows):
-            end = min(start + num_rows, picture.height)
-            strip = Image.new("RGB", (side, end - start), background)
-            strip.paste(picture.crop((0, start, picture.width, end)), (left, 0))
-            rows.paste(strip.resize((width, end - start), resample), (0, start))
-    column = Image.new("RGB", (width, side), background)
-    column.paste(rows, (0, top))
-    return column.resize((width, height), resample)
+        left, seen = 0, _pad_and_resize_rows(picture, side, width, resample, background)
+    if resample == PILImageResampling.BICUBIC and side > LONG_PADDING * seen.height:
+        top, seen = _resize_between_padding(seen.transpose(Image.Transpose.TRANSPOSE), side, height, background)
+        seen = seen.transpose(Image.Transpose.TRANSPOSE)
+    else:
+        column = Image.new("RGB", (seen.width, side), background)
+        column.paste(seen, (0, (side - seen.height) // 2))
+        top, seen = 0, column.resize((seen.width, height), resample)
+    enlarged = Image.new("RGB", size, background)
+    enlarged.paste(seen, (left, top))
+    return enlarged
+
+
+def _pad_and_resize_rows(
+    picture: Image.Image, side: int, width: int, resample: int, background: tuple[int, ...]
+) -> Image.Image:
+    """Pads the rows of a picture to `side` pixels and resizes them to `width`, some at a time."""
+    if picture.width == side:
+        return picture.resize((width, picture.height), resample)
+    rows = Image.new("RGB", (width, picture.height))
+    num_rows = max(1, STRIP_PIXELS // side)
+    for start in range(0, picture.height, num_rows):
+        end = min(start + num_rows, picture.height)
+        strip = Image.new("RGB", (side, end - start), background)
+        strip.paste(picture.crop((0, start, picture.width, end)), ((side - picture.width) // 2, 0))
+        rows.paste(strip.resize((width, end - start), resample), (0, start))
+    return rows
+
+
+def _resize_between_padding(
+    picture: Image.Image, side: int, width: int, background: tuple[int, ...]
+) -> tuple[int, Image.Image]:
+    """Resizes rows that are centred in padding, computing only the columns that see more than padding.
+
+    Pillow adds up whole numbers, pixels times weights, so the sums here are the same in any order, and exact in
+    float64.
+
+    Args:
+        picture: The picture.
+        side: Pixels of a row with its padding.
+        width: Pixels that a row gets.
+        background: Colour of the padding.
+
+    Returns:
+        The first column that was computed, and those columns.
+    """
+    first, weights, rest = _columns_that_see(picture.width, side, width)
+    # (columns, 3): what the padding gives, and the half that Pillow adds to round
+    constant = rest[:, None] * np.array(background, np.float64) + WEIGHT_ONE / 2
+    resized = np.empty((picture.height, len(weights), 3), np.uint8)
+    num_rows = max(1, STRIP_PIXELS // picture.width)
+    for start in range(0, picture.height, num_rows):
+        end = min(start + num_rows, picture.height)
+        pixels = np.asarray(picture.crop((0, start, picture.width, end)), np.float64)
+        sums = weights @ pixels + constant  # (rows, columns, 3)
+        resized[start:end] = np.clip(np.floor(sums / WEIGHT_ONE), 0, 255)
+    return first, Image.fromarray(resized)
+
+
+def _columns_that_see(num_pixels: int, side: int, width: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """How `num_pixels` pixels in the middle of `side` weigh in those of `width` columns that they reach.
+
+    The arithmetic, in its order, of `precompute_coeffs` and `normalize_coeffs_8bpc`:
+    https://github.com/python-pillow/Pillow/blob/12.0.0/src/libImaging/Resample.c
+
+    Returns:
+        The first such column; the weights of the pixels, `(columns, num_pixels)`; and, `(columns,)`, the sum of the
+        padding's weights; all in whole numbers, of which `WEIGHT_ONE` is one.
+    """
+    left, scale = (side - num_pixels) // 2, side / width
+    stretch = max(scale, 1.0)
+    centers = (np.arange(width) + 0.5) * scale
+    starts = np.maximum((centers - 2.0 * stretch + 0.5).astype(int), 0)
+    ends = np.minimum((centers + 2.0 * stretch + 0.5).astype(int), side)
+    columns = np.flatnonzero((ends > left) & (starts < left + num_pixels))
+    weights, rest = np.zeros((len(columns), num_pixels)), np.zeros(len(columns))
+    for row, column in enumerate(columns):
+        pixels = np.arange(starts[column], ends[column])
+        kernel = _bicubic((pixels - centers[column] + 0.5) * (1.0 / stretch))
+        kernel /= np.cumsum(kernel)[-1]  # in this order, not in pairs as `sum`
+        kernel = np.trunc(kernel * WEIGHT_ONE + np.copysign(0.5, kernel))
+        is_seen = (pixels >= left) & (pixels < left + num_pixels)
+        weights[row, pixels[is_seen] - left] = kernel[is_seen]
+        rest[row] = kernel[~is_seen].sum()
+    return int(columns[0]), weights, rest
+
+
+def _bicubic(distance: np.ndarray) -> np.ndarray:
+    """Pillow's cubic kernel, with a = -0.5, at distances from -2 to 2."""
+    x, a = np.abs(distance), -0.5
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
 def tile_boxes(height: int, width: int, num_tiles: int) -> list[tuple[float, float, float, float]]:

@@ -7,8 +7,13 @@ The original prompt format, with the placeholders that the processor expands:
 `<image>` stands for all image tokens of one picture, `<learnable>` for the query tokens of one question.
 """
 
+import dataclasses
+import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -16,10 +21,12 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import logging
 
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
+from .original_flashsloth import is_high_definition, is_original_config
 from .video_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 
 try:
@@ -29,6 +36,9 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+SERVER_MODULE = "transformers.cli.serving.server"
+"""What is imported in a process of `transformers serve`, and in no other."""
+
 DEFAULT_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -37,6 +47,26 @@ DEFAULT_SYSTEM_PROMPT = (
 GUARD = "\ufdd0"
 """A Unicode noncharacter, reserved for a program's internal use. Inside `<image>` it keeps the text from being matched
 as a token; the tokenizer's normaliser, which runs after that matching, takes it out again."""
+
+TOKENIZER_LOCK = threading.RLock()
+"""Held while a tokenizer works. A fast one keeps padding and truncation as a state: threads that want different ones
+at once get each other's, or `RuntimeError: Already borrowed`."""
+if hasattr(os, "register_at_fork"):  # a process must not be born with a lock that nobody will release
+    os.register_at_fork(
+        before=TOKENIZER_LOCK.acquire, after_in_parent=TOKENIZER_LOCK.release, after_in_child=TOKENIZER_LOCK.release
+    )
+
+PART_TYPES = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+    **dict.fromkeys(("video", "video_url"), "video"),
+}
+"""Types of the parts of a message, as transformers and OpenAI spell them, and as the chat template knows them."""
+SOURCE_KEYS = {
+    "image": ("image", "url", "path", "base64", "image_url"),
+    "video": ("video", "url", "path", "video_url"),
+}
+"""Where a part may have its image or video."""
 
 
 class ChatFormat(NamedTuple):
@@ -99,7 +129,14 @@ TEMPLATE = r"""
 {%- macro text_of(message) -%}
     {%- if message['content'] is string -%}{{ message['content'] }}
     {%- else -%}
-        {%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'text' and part['text'] is string -%}{{ part['text'] }}
+            {%- elif part['type'] not in ['image', 'image_url'] or message['role'] != 'user' -%}
+                {{- raise_exception('FlashSloth reads parts of type text, with a string as text, and of type '
+                    'image in messages of the user, but a message of ' ~ message['role'] ~ ' has a part of type ' ~
+                    part['type'] ~ '.') -}}
+            {%- endif -%}
+        {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {{- @start@ -}}
@@ -150,7 +187,7 @@ def build_chat_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
 
 
 class ConversationError(ValueError, HTTPException):
-    """A conversation cannot be rendered: a picture is broken, a role unknown.
+    """A conversation cannot be rendered: an image is broken, a role or a part's type unknown, a text missing.
 
     `transformers serve` answers an HTTPException with its status and text, and any other error with a bare 500.
     """
@@ -204,6 +241,7 @@ class FlashSlothProcessor(ProcessorMixin):
         self.image_token_id = _token_id(tokenizer, image_token)
         self.query_token_id = _token_id(tokenizer, query_token)
         _ignore_guard(tokenizer)
+        _serialize_calls(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or build_chat_template())
 
     @classmethod
@@ -219,8 +257,11 @@ class FlashSlothProcessor(ProcessorMixin):
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         except OSError:  # a processor without a model
             config = {}
-        if "mm_vision_tower" not in config:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if not is_original_config(config):
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            num_positions = (config.get("text_config") or {}).get("max_position_embeddings")
+            _limit_length(processor.tokenizer, num_positions)
+            return processor
         return cls.from_original(pretrained_model_name_or_path, config, **hub_kwargs)
 
     @classmethod
@@ -236,13 +277,16 @@ class FlashSlothProcessor(ProcessorMixin):
             **kwargs: Passed on to `AutoTokenizer.from_pretrained`.
         """
         config = config or FlashSlothConfig.from_pretrained(source, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **kwargs)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<learnable>", "<image>"]})
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
         tokenizer.eos_token, tokenizer.pad_token = "</s>", "<|endoftext|>"
+        # The releases' own value; transformers does not do it for a tokenizer of bytes, but warns at every answer.
+        tokenizer.init_kwargs["clean_up_tokenization_spaces"] = tokenizer.clean_up_tokenization_spaces = False
+        _limit_length(tokenizer, getattr(config.text_config, "max_position_embeddings", None))
         side = config.vision_config.image_size
         image_processor = FlashSlothImageProcessor(
-            size={"height": side, "width": side}, do_image_splitting=bool(original_config.get("image_hd"))
+            size={"height": side, "width": side}, do_image_splitting=is_high_definition(original_config)
         )
         return cls(
             image_processor,
@@ -254,8 +298,11 @@ class FlashSlothProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
         """Render a conversation, or a batch; see `ProcessorMixin.apply_chat_template`.
 
-        Control tokens in the messages' text are kept apart with `GUARD`, so that they stay text. A video, in a part
-        `{"type": "video", "path": ...}`, or with `url` or `video`, becomes as many pictures as `video_frames` makes.
+        Control tokens in the messages' text are kept apart with `GUARD`, so that they stay text. An image stands in a
+        part `{"type": "image", "image": ...}`, or with `url`, `path`, `base64` or `image_url`, and in messages of the
+        user only. Without any of these it is a placeholder, for images that are given apart. A video, in a part
+        `{"type": "video", "path": ...}`, or with `url` or `video`, becomes as many images as `video_frames` makes.
+        Keys that are `None` count as absent, as `datasets` fills them; other spellings are in `PART_TYPES`.
 
         Args:
             conversation: Messages with `role` and `content`, or a list of such conversations.
@@ -263,7 +310,8 @@ class FlashSlothProcessor(ProcessorMixin):
             **kwargs: As for `ProcessorMixin.apply_chat_template`; `num_frames` (default: 8) of every video among them.
 
         Raises:
-            ConversationError: If a picture, a video or the conversation cannot be read; a ValueError.
+            ConversationError: If an image, a video or the conversation cannot be read, or a part of it would be left
+                out: its type is unknown, it has no text or image, its role has no images. It is a ValueError.
             TypeError: If `fps` is given.
             ImportError: If it takes PyAV to read a video, and that is not installed.
             NotImplementedError: If a mask of the answers is asked for and transformers is too old to place it.
@@ -277,6 +325,9 @@ class FlashSlothProcessor(ProcessorMixin):
             )
         num_frames = _take_num_frames(kwargs)
         try:
+            conversation = _read_conversations(conversation)
+            if kwargs.get("tokenize") and "images" not in kwargs["processor_kwargs"] | kwargs:
+                _check_sources(conversation)
             conversation = _with_frames(self.guard_control_tokens(conversation), num_frames)
             return super().apply_chat_template(conversation, *args, **kwargs)
         except (ValueError, TemplateError) as error:
@@ -292,8 +343,11 @@ class FlashSlothProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Load the pictures, and make one flat list of them.
 
+        Rows that are `None` (TRL has them) tell that images are wanted even if there are none: `pixel_values` of no
+        tiles, which the model takes.
+
         Raises:
-            TypeError: If videos or audio are given.
+            TypeError: If videos or audio are given, or a text is no string.
             ValueError: If the pictures are more or fewer than the placeholders, in all or in a row.
         """
         for modality in ("videos", "audio"):
@@ -302,18 +356,24 @@ class FlashSlothProcessor(ProcessorMixin):
                     f"FlashSloth reads pictures and text, but `{modality}` were passed. Leave them out, or give a "
                     "video as a part of a message, or as the pictures that `video_frames` makes of it."
                 )
+        texts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
+        if wrong := [sample for sample in texts if not isinstance(sample, str)]:
+            raise TypeError(
+                f"`text` must be a string or a list of strings, one for each row, but has {_show(wrong[0])}."
+            )
+        has_none_row = isinstance(images, (list, tuple)) and any(row is None for row in images)
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         rows = _as_list([] if images is None else images)
         is_nested = any(isinstance(row, (list, tuple)) for row in rows)
         counts = [len(_as_list(row)) for row in rows]
         if text is not None:
             self._check_image_counts(text, counts if is_nested else [sum(counts)])
-        return [image for row in rows for image in _as_list(row)] or None, text, videos, audio
+            self._warn_of_missing_queries(text)
+        images = [image for row in rows for image in _as_list(row)]
+        return images if images or has_none_row else None, text, videos, audio
 
     def _check_image_counts(self, text: Sequence[str], num_images: Sequence[int]) -> None:
         """Compare placeholders and pictures: row by row if the pictures came in rows, else in total."""
-        if not all(isinstance(sample, str) for sample in text):
-            raise TypeError("`text` must be a string or a list of strings, one for each row.")
         expected = [sample.count(self.image_token) for sample in text]
         if len(num_images) == len(expected) and list(num_images) == expected:
             return
@@ -324,6 +384,23 @@ class FlashSlothProcessor(ProcessorMixin):
             f"{sum(num_images)} pictures were passed ({list(num_images)}); pass one picture for each placeholder, in "
             "order, as one flat list or as one list for each row."
         )
+
+    def _warn_of_missing_queries(self, text: Sequence[str]) -> None:
+        """Say what to add to prompts that are to be answered and have images, but no query tokens.
+
+        Captions of the first stage of training have none on purpose; they end with the token that ends an answer.
+        """
+        for sample in text:
+            is_prompt = sample.replace(self.image_token, "").strip() and not sample.rstrip().endswith(
+                self.tokenizer.eos_token or "\0"
+            )
+            if is_prompt and self.image_token in sample and self.query_token not in sample:
+                logger.warning_once(
+                    f"A prompt has `{self.image_token}`, but no `{self.query_token}`: it is answered without query "
+                    f"tokens, and worse. Add `{self.query_token}` after every question, as in "
+                    f"'USER: {self.image_token}\\nWhat is it?{self.query_token} ASSISTANT:', or let "
+                    "`apply_chat_template` write the prompt."
+                )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """Image tokens of one picture, as text."""
@@ -387,14 +464,28 @@ class FlashSlothProcessor(ProcessorMixin):
                         f"Row {row} has {expected} `{token}` tokens, but {found} are left after tokenization: the "
                         "prompt was truncated through them. Raise `max_length`, shorten the text, or do not truncate."
                     )
+        self._check_length(rows)
+
+    def _check_length(self, rows: Sequence[Sequence[int]]) -> None:
+        """Warn of prompts that are longer than the model was made for, or refuse them.
+
+        Whoever has the model at hand may know that it reads more. A stranger at a server does not, and would get
+        nonsense.
+        """
         longest = max(rows, key=len, default=[])
-        if len(longest) > self.tokenizer.model_max_length:
-            num_image_tokens = max(list(ids).count(self.image_token_id) for ids in rows)
-            logger.warning(
-                f"A prompt has {len(longest)} tokens, {num_image_tokens} of them for "
-                f"{num_image_tokens // self.image_seq_length} tiles of pictures, but the model was made for "
-                f"{self.tokenizer.model_max_length}; expect worse answers, or give fewer pictures or frames."
+        num_image_tokens = max((list(ids).count(self.image_token_id) for ids in rows), default=0)
+        what = (
+            f"prompt has {len(longest)} tokens, {num_image_tokens} of them for "
+            f"{num_image_tokens // self.image_seq_length} tiles of images, but the model was made for "
+            f"{self.tokenizer.model_max_length}"
+        )
+        if SERVER_MODULE in sys.modules and len(longest) >= self.tokenizer.model_max_length:
+            raise ConversationError(
+                f"The {what}, with the answer. Shorten the conversation, begin a new one, or give fewer images or "
+                "frames."
             )
+        if len(longest) > self.tokenizer.model_max_length:
+            logger.warning(f"A {what}; expect worse answers, or give fewer images or frames.")
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
         """Sort the arguments of a call by modality; unknown ones are refused instead of ignored."""
@@ -454,12 +545,170 @@ def _token_id(tokenizer: Any, token: str) -> int:
     return token_id
 
 
+def _limit_length(tokenizer: Any, num_positions: int | None) -> None:
+    """Tell a tokenizer that knows no longest text how many positions its model has."""
+    if num_positions is not None and tokenizer.model_max_length > LARGE_INTEGER:
+        tokenizer.model_max_length = num_positions
+
+
 def _ignore_guard(tokenizer: Any) -> None:
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is None:
         backend.normalizer = normalizers.Replace(GUARD, "")
     elif GUARD in backend.normalizer.normalize_str(GUARD):
         backend.normalizer = normalizers.Sequence([normalizers.Replace(GUARD, ""), backend.normalizer])
+
+
+def _serialize_calls(tokenizer: Any) -> None:
+    """Let one thread at a time encode or decode, whoever calls; copies and pickles of the tokenizer do so, too."""
+    for name in ("_encode_plus", "_decode"):
+        if name not in vars(tokenizer):
+            setattr(tokenizer, name, partial(_call_alone, getattr(tokenizer, name)))
+
+
+def _call_alone(method: Callable, *args: Any, **kwargs: Any) -> Any:
+    with TOKENIZER_LOCK:
+        return method(*args, **kwargs)
+
+
+def _read_conversations(node: Any) -> list:
+    """Check a conversation, or a batch, and bring it into the form that every version of transformers reads.
+
+    Args:
+        node: Messages, a list of such, or an object that has `messages`.
+
+    Returns:
+        Messages, or a list of such, with `role` and, as `content`, text or parts `{"type": "text", "text": str}`,
+        `{"type": "image", "image": ...}`, `{"type": "video", "video": ...}` or `{"type": "image"}`.
+
+    Raises:
+        ConversationError: If something is missing, unknown, or no message or part at all.
+    """
+    node = getattr(node, "messages", node)
+    if not isinstance(node, (list, tuple)) or not node:
+        raise ConversationError(
+            f"A conversation should be a list with at least one message, but is {_show(node)}; pass messages such as "
+            "[{'role': 'user', 'content': 'What is it?'}], or a list of such lists."
+        )
+    if isinstance(node[0], (list, tuple)) or hasattr(node[0], "messages"):
+        return [
+            _read_messages(getattr(messages, "messages", messages), f" of conversation {index}")
+            for index, messages in enumerate(node)
+        ]
+    return _read_messages(node, "")
+
+
+def _read_messages(messages: Any, place: str) -> list[dict]:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ConversationError(f"The messages{place} should be a list with at least one, but are {_show(messages)}.")
+    return [_read_message(message, f"Message {index}{place}") for index, message in enumerate(messages)]
+
+
+def _read_message(message: Any, name: str) -> dict[str, Any]:
+    message = _as_dict(message)
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ConversationError(
+            f"{name} should be a dict with a `role` ('user', 'assistant' or 'system') and `content`, but is "
+            f"{_show(message)}."
+        )
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        content = [_read_part(part, f"Part {i} of {name.lower()}", message["role"]) for i, part in enumerate(content)]
+    elif not isinstance(content, str):
+        raise ConversationError(
+            f"The `content` of {name.lower()} should be text or a list of parts, but is {_show(content)}; give a "
+            "string, or leave the message out."
+        )
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if message["role"] == "user" and not any(part["type"] != "text" or part["text"].strip() for part in parts):
+        raise ConversationError(f"{name}, of the user, has neither text nor an image; give one of them.")
+    return message | {"content": content}
+
+
+def _read_part(part: Any, name: str, role: str) -> dict[str, Any]:
+    part = _as_dict(part)
+    found = part.get("type") if isinstance(part, dict) else None
+    kind = PART_TYPES.get(found) if isinstance(found, str) else None
+    if kind is None:
+        what = _show(part) if found is None else f"of type {found!r}"
+        raise ConversationError(
+            f"{name} should be a dict with the `type` 'text', 'image' or 'video' (also {', '.join(PART_TYPES)}), such "
+            f"as {{'type': 'text', 'text': '...'}}, but is {what}."
+        )
+    part = {key: value for key, value in part.items() if not _is_absent(value)}
+    sources = {key: part.pop(key) for keys in SOURCE_KEYS.values() for key in keys if key in part}
+    if kind == "text":
+        return _read_text_part(part, sources, name)
+    if role != "user":
+        raise ConversationError(
+            f"{name}, of the role {role!r}, is of type {found!r}, but FlashSloth reads images and videos in messages "
+            "of the user only; move it there."
+        )
+    return _read_source_part(kind, part, sources, name)
+
+
+def _read_text_part(part: dict[str, Any], sources: dict[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(part.get("text"), str):
+        raise ConversationError(f"{name} should have a string as `text`, but has {_show(part.get('text'))}.")
+    if extra := [key for key, value in sources.items() if not (isinstance(value, str) and value == "")]:
+        raise ConversationError(
+            f"{name} is of type 'text', but also has {', '.join(extra)}, which would be left out; give it in a part of "
+            "its own, of type 'image' or 'video'."
+        )
+    return part | {"type": "text"}
+
+
+def _read_source_part(kind: str, part: dict[str, Any], sources: dict[str, Any], name: str) -> dict[str, Any]:
+    if part.pop("text", ""):
+        raise ConversationError(
+            f"{name} is of type {kind!r}, but also has `text`, which would be left out; give it in a part of its own, "
+            "of type 'text'."
+        )
+    values = [value for key, value in sources.items() if key in SOURCE_KEYS[kind]]
+    if len(sources) > 1 or len(values) < len(sources) or (kind == "video" and not values):
+        raise ConversationError(
+            f"{name}, of type {kind!r}, should have one of {', '.join(SOURCE_KEYS[kind])}, but has "
+            f"{', '.join(sources) or 'none'}."
+        )
+    if not values:
+        return part | {"type": kind}
+    source = values[0]
+    if isinstance(source, dict) and source.get("url") is not None:  # OpenAI's
+        source = source["url"]
+    return part | {"type": kind, kind: source}
+
+
+def _check_sources(node: Any) -> None:
+    """Refuse placeholders of images where no images are given apart."""
+    if isinstance(node, list):
+        for item in node:
+            _check_sources(item)
+    elif isinstance(node.get("content"), list):
+        for part in node["content"]:
+            if part["type"] == "image" and "image" not in part:
+                raise ConversationError(
+                    f"A part of type 'image' should have one of {', '.join(SOURCE_KEYS['image'])}, but has "
+                    f"{', '.join(sorted(set(part) - {'type'})) or 'none'}."
+                )
+
+
+def _as_dict(item: Any) -> Any:
+    """A message or part as a dict, if it is one of pydantic's or a dataclass; else what it was."""
+    if callable(getattr(item, "model_dump", None)):
+        return item.model_dump()
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+    return item
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether a value is `None`, or a dict of nothing else: what Arrow writes where a row has no such key."""
+    return value is None or (isinstance(value, dict) and all(entry is None for entry in value.values()))
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _guarded(node: Any, pattern: re.Pattern) -> Any:
@@ -489,7 +738,8 @@ def _take_num_frames(kwargs: dict[str, Any]) -> int:
     for place in (kwargs["processor_kwargs"], kwargs):
         if place.pop("fps", None) is not None:
             raise TypeError("FlashSloth takes a number of frames from a video, whatever its length; pass `num_frames`.")
-        num_frames = place.pop("num_frames", num_frames)
+        given = place.pop("num_frames", None)
+        num_frames = num_frames if given is None else given
     return num_frames
 
 
@@ -502,13 +752,10 @@ def _with_frames(node: Any, num_frames: int) -> Any:
     return node
 
 
-def _frame_parts(part: Any, num_frames: int) -> list:
-    if not (isinstance(part, dict) and part.get("type") == "video"):
+def _frame_parts(part: dict[str, Any], num_frames: int) -> list[dict[str, Any]]:
+    if part["type"] != "video":
         return [part]
-    sources = [part[key] for key in ("video", "url", "path") if key in part]
-    if not sources:
-        raise ValueError(f"A video needs `path`, `url` or `video`, but the part has {sorted(part)}.")
-    return [{"type": "image", "image": frame} for frame in video_frames(sources[0], num_frames)]
+    return [{"type": "image", "image": frame} for frame in video_frames(part["video"], num_frames)]
 
 
 def _as_list(images: Any) -> list:

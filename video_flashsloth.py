@@ -7,8 +7,11 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -49,8 +52,8 @@ def video_frames(source: Any, num_frames: int = DEFAULT_NUM_FRAMES, *, max_side:
         TypeError: If the source is nothing of the kind.
         ImportError: If it takes PyAV to read it, and that is not installed.
     """
-    if num_frames < 1:
-        raise ValueError(f"Expected `num_frames` of 1 or more, found {num_frames}.")
+    if isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1:
+        raise ValueError(f"Expected a whole `num_frames` of 1 or more, found {num_frames!r}.")
     processor = FlashSlothImageProcessor()
     pictures = []
     for index, frame in enumerate(_sampled(source, num_frames)):
@@ -80,6 +83,7 @@ def _spread(count: int, num_frames: int) -> list[int]:
 
 
 def _sampled_from_path(path: str, num_frames: int) -> Iterator[Any]:
+    path = url2pathname(urlsplit(path).path) if path.startswith("file://") else path
     is_url = path.startswith(("http://", "https://"))
     if not (is_url or os.path.exists(path)):  # noqa: PTH110  (`Path.exists` raises for a data URL, a name too long)
         raise ValueError(f"Expected the path or http(s) URL of a video, or a folder of pictures, found {_shown(path)}.")

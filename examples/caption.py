@@ -30,6 +30,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
+from transformers.utils.logging import disable_progress_bar
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.backbones_flashsloth import working_dtype
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # a name that is not UTF-8 becomes an escape, as in JSON
+NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SETTINGS = ("model", "question", "batch_size", "max_new_tokens", "hd")
 
 
@@ -110,6 +112,8 @@ class Batches(Dataset):
     def _read(self, record: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
         """Make a conversation of a record, and note in the row of the output what it is about."""
         row |= {name: record[name] for name in ("id", "question") if record.get(name) is not None}
+        if not isinstance(row.get("question", ""), str):
+            raise TypeError(f"a question must be a string, but is {row['question']!r}")
         if isinstance(record.get("image"), str):
             row["image"] = record["image"]
         wanted = {name: record[name] for name in ("image", "error") if name in record}
@@ -141,14 +145,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Command-line arguments. Default: the process's.
     """
     options = _parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)  # this script's own lines only, not those of every download
     state = PartialState(cpu=not torch.accelerator.is_available())
+    if not state.is_local_main_process:
+        disable_progress_bar()
     source, folder = open_source(options.source)
     parts = options.output / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     _check_settings(options, source)
     num_batches = -(-len(source) // options.batch_size)
     done = find_batches(parts)
+    was_whole = len(done) == num_batches
+    state.wait_for_everyone()  # all have seen the same beginning
     mine = range(state.process_index, num_batches, state.num_processes)
     if numbers := [number for number in mine if number not in done]:
         processor = FlashSlothProcessor.from_pretrained(options.model)
@@ -162,9 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = find_batches(parts)
     if len(done) == num_batches:
         num_rows, num_errors = merge(options.output, done)
-        logger.info("%s: %d rows, %d of them with errors", options.output / "answers.jsonl", num_rows, num_errors)
-    else:
-        logger.info("%d of %d batches are answered; others go on, or start this again", len(done), num_batches)
+        is_first = state.is_main_process if was_whole else claim(parts, done)
+        if is_first or state.num_processes == 1:
+            logger.info("%s: %d rows, %d of them with errors", options.output / "answers.jsonl", num_rows, num_errors)
+    elif state.is_main_process:
+        logger.info("%d of %d batches are answered; the other processes go on", len(done), num_batches)
     state.destroy_process_group()
 
 
@@ -246,6 +257,16 @@ def merge(output: Path, places: dict[int, tuple[Path, int]]) -> tuple[int, int]:
     return counts["answers"], counts["errors"]
 
 
+def claim(parts: Path, places: dict[int, tuple[Path, int]]) -> bool:
+    """Whether this process is the first that finds these batches done; of several that do at once, one is."""
+    names = sorted({part.name for part, _ in places.values()})
+    try:
+        (parts / f"done-{hashlib.sha256(''.join(names).encode()).hexdigest()[:16]}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def _read_batch(part: Path, start: int) -> dict[str, Any]:
     with part.open("rb") as lines:
         lines.seek(start)
@@ -289,7 +310,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     parser.add_argument("--hd", action="store_const", const=True, help="read pictures as five tiles")
     parser.add_argument(
-        "--loaders", type=int, default=2, help="processes that read pictures ahead of a model (default: %(default)s)"
+        "--loaders",
+        type=int,
+        default=min(2, NUM_CPUS),
+        help="processes that read pictures ahead of a model (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 

@@ -132,6 +132,9 @@ class DataArguments:
     eval_split: str = field(default="train", metadata={"help": "the same, for evaluation"})
     streaming: bool = field(default=False, metadata={"help": "read rows when needed, in order; needs max_steps"})
     max_length: int | None = field(default=None, metadata={"help": "most tokens of a row"})
+    padding_free: bool = field(
+        default=False, metadata={"help": "lay the rows of a batch one after the other, without padding"}
+    )
     on_bad_row: Literal["raise", "skip"] = field(default="raise", metadata={"help": "stop, or go on without the row"})
     num_eval_answers: int = field(
         default=0, metadata={"help": "evaluation rows to answer, for the share of exact answers; 0: loss only"}
@@ -482,7 +485,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         data_collator=FlashSlothDataCollator(
-            processor, max_length=data_args.max_length, on_bad_row=data_args.on_bad_row
+            processor,
+            max_length=data_args.max_length,
+            padding_free=data_args.padding_free,
+            on_bad_row=data_args.on_bad_row,
         ),
         processing_class=processor,
         num_eval_answers=data_args.num_eval_answers,

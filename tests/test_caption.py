@@ -249,3 +249,43 @@ def test_pictures_are_read_when_their_batch_comes(folder):
     assert len(batches) == 2
     assert [row["row"] for row in batches[0].rows] == [6, 7]
     assert len(batches[1].inputs["pixel_values"]) == 2
+
+
+def test_several_processes_say_their_last_line_once(folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("00.png", "02.png"):
+        (pictures / name).write_bytes((folder / name).read_bytes())
+    output = tmp_path / "answers"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(pictures)]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *command, "--output", str(output), "--batch-size", "1", "--loaders", "0"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stderr.count("answers.jsonl: 2 rows, 0 of them with errors") == 1
+        assert done.stderr.count("Loading weights: 100%") <= 1
+    assert len(read(output / "answers.jsonl")) == 2
+
+
+def test_of_processes_that_finish_at_once_one_speaks(tmp_path):
+    places = {0: (tmp_path / "a.jsonl", 0), 1: (tmp_path / "b.jsonl", 0)}
+    assert [caption.claim(tmp_path, places) for _ in range(3)] == [True, False, False]
+    assert caption.claim(tmp_path, places | {2: (tmp_path / "c.jsonl", 0)}), "a run that went on speaks again"
+
+
+def test_a_question_that_is_no_text_is_an_error_of_its_row(scenes, tmp_path):
+    draw(scenes[0], 96).save(tmp_path / "1.png")
+    lines = [json.dumps({"image": "1.png", "question": question}) for question in (5, ["Why?"], None)]
+    (tmp_path / "listing.jsonl").write_text("\n".join(lines))
+    rows = run(tmp_path / "listing.jsonl", tmp_path / "answers")
+    assert [row.get("error") for row in rows] == [
+        "a question must be a string, but is 5",
+        "a question must be a string, but is ['Why?']",
+        None,
+    ]
+    assert rows[2]["answer"] == describe(scenes[0])

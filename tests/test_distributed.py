@@ -132,3 +132,14 @@ def test_data_parallel_training_equals_one_process_with_the_whole_batch(prepared
     assert not torch.equal(one.model.query_tokens, before.model.query_tokens)
     for (name, expected), parameter in zip(one.named_parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_metrics_are_gathered_from_processes_with_different_numbers_of_pictures(prepared, processor, tmp_path):
+    processor.save_pretrained(prepared / "model")
+    for number in (1, 2):
+        run_processes(TESTS / "parallel_evaluation.py", prepared / "model", tmp_path / f"{number}.pt", number=number)
+    one, two = (torch.load(tmp_path / f"{number}.pt") for number in (1, 2))
+    kept = [found["labels"] != -100 for found in (one, two)]
+    assert kept[0].sum() > 20
+    assert torch.equal(one["labels"][kept[0]], two["labels"][kept[1]])
+    torch.testing.assert_close(one["logits"][kept[0]], two["logits"][kept[1]], atol=1e-4, rtol=0)

@@ -1,9 +1,15 @@
 """The model sees exactly the pictures that the original saw, from whatever the user has; the rest is a clear error."""
 
 import base64
+import functools
+import http.server
 import io
 import json
+import threading
+import time
+import urllib.parse
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +19,7 @@ from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from flashsloth import FlashSlothImageProcessor
+from flashsloth.image_processing_flashsloth import _pad_and_resize
 
 GOLDEN = Path(__file__).parent / "golden" / "images"
 FILES = {name: GOLDEN / case["file"] for name, case in json.loads((GOLDEN / "images.json").read_text()).items()}
@@ -94,6 +101,33 @@ def test_tiles_equal_those_of_a_picture_that_was_really_padded(processor, size, 
     expected = [enlarged[top : top + 384, left : left + 384] for top in (0, 384) for left in (0, 384)]
     monkeypatch.setattr(f"{type(processor).__module__}.STRIP_PIXELS", 5_000)  # several strips, the last one shorter
     np.testing.assert_array_equal(levels(processor(picture, do_image_splitting=True))[1:], expected)
+
+
+def padded_and_resized(picture, side, size, background):
+    square = Image.new("RGB", (side, side), background)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return np.asarray(square.resize(size, Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("tile", [384, 96, 378, 1])
+@pytest.mark.parametrize("long_side", [1, 9, 100, 777, 2_500])
+def test_long_pictures_equal_those_that_were_really_padded(tile, long_side):
+    generator = np.random.default_rng([tile, long_side])
+    for short_side in {1, 2, *generator.integers(1, long_side // 8 + 2, 3).tolist()}:
+        picture = Image.fromarray(generator.choice([0, 255, 90], (long_side, short_side, 3)).astype(np.uint8))
+        for turned in (picture, picture.transpose(Image.Transpose.TRANSPOSE)):
+            expected = padded_and_resized(turned, max(turned.size), (2 * tile, 2 * tile), (127, 0, 200))
+            found = _pad_and_resize(turned, (2 * tile, 2 * tile), Image.Resampling.BICUBIC, (127, 0, 200))
+            np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 65_535), (65_535, 1), (3, 60_000)])
+def test_the_padding_of_a_long_picture_costs_nothing(size):
+    """Padded to a square, it has four thousand million pixels: half a minute."""
+    processor = FlashSlothImageProcessor(do_image_splitting=True)
+    start = time.process_time()
+    processor(Image.new("RGB", size, "red"), return_tensors="pt")
+    assert time.process_time() - start < 2
 
 
 def test_splitting_is_chosen_by_the_checkpoint_and_by_the_call(picture):
@@ -305,6 +339,79 @@ def test_exif_rotation_is_applied_to_files_as_transformers_does(small, picture, 
     for source in (str(path), path, text):
         np.testing.assert_array_equal(pixels(small(source)), pixels(small(turned)))
     np.testing.assert_array_equal(pixels(small(Image.open(path))), pixels(small(picture)))
+
+
+@pytest.fixture(scope="module")
+def website(tmp_path_factory):
+    """A folder, and the address of a web server that has its files."""
+    folder = tmp_path_factory.mktemp("website")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://localhost:{server.server_port}"
+        server.shutdown()
+
+
+def in_mode(mode):
+    """A picture of a mode that files have, with all its levels."""
+    ramp = np.linspace(0, 65_535, 48).reshape(6, 8).round()
+    if mode in ("I;16", "I;16B"):
+        return Image.fromarray(ramp.astype(">u2" if mode == "I;16B" else "<u2"))
+    if mode == "I":
+        return Image.fromarray(ramp.astype(np.int32))
+    if mode == "F":
+        return Image.fromarray((ramp / 65_535).astype(np.float32))
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (6, 8, 4), dtype=np.uint8))
+    return picture.convert("RGB").quantize(16) if mode == "P" else picture.convert("RGBA").convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        *[(mode, "png") for mode in ("I;16", "I", "1", "L", "LA", "P", "RGB", "RGBA")],
+        *[(mode, "tif") for mode in ("I;16", "I;16B", "I", "F", "L", "CMYK", "LAB", "RGBA")],
+        *[("RGBA", "webp"), ("L", "bmp"), ("P", "gif")],
+    ],
+)
+def test_a_picture_of_any_mode_is_the_same_from_wherever_it_comes(small, website, mode, suffix):
+    folder, address = website
+    file = folder / f"{mode.replace(';', '-')}.{suffix}"
+    in_mode(mode).save(file)
+    text = base64.b64encode(file.read_bytes()).decode()
+    lines, quoted = base64.encodebytes(file.read_bytes()).decode(), urllib.parse.quote(file.read_bytes())
+    sources = {
+        "file URL": file.as_uri(),
+        "http URL": f"{address}/{file.name}",
+        "base64": text,
+        "base64 in lines": lines,
+        "base64 for URLs, without padding": text.translate({ord("+"): "-", ord("/"): "_"}).rstrip("="),
+        "data URL": f"data:image/{suffix};base64,{text}",
+        "data URL with a parameter": f"data:image/{suffix};name=a.{suffix};base64,{text}",
+        "data URL without a type": f"DATA:;base64,{urllib.parse.quote(text)}",
+        "data URL without base64": f"data:image/{suffix},{quoted}",
+    }
+    expected = pixels(small(str(file)))
+    for source in sources.values():
+        np.testing.assert_array_equal(pixels(small(source)), expected)
+    if mode.startswith(("I", "F")):
+        assert len(np.unique(expected)) > 40, "it is scaled, not clipped"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("WEBSITE/none.png", "the server answered 404"),
+        ("WEBSITE/", "cannot identify"),
+        ("http://localhost:1/a.png", "refused"),
+        ("data:image/png;base64,@@@@", "base64"),
+        ("data:image/png,", "cannot identify"),
+        ("file:///no/such/picture.png", "no file"),
+        ("", "no file"),
+    ],
+)
+def test_a_picture_that_is_nowhere_is_refused_with_the_reason(small, website, source, reason):
+    with pytest.raises(ValueError, match=rf"(?s)Expected the path, URL or base64 string of a complete.*{reason}"):
+        small(source.replace("WEBSITE", website[1]))
 
 
 @pytest.mark.parametrize(
@@ -540,6 +647,17 @@ def test_threads_give_the_bits_of_one_picture_at_a_time(processor, four_threads,
     assert np.array_equal(together, np.concatenate(alone))
     same = Image.open(next(iter(FILES.values())))  # opened, not read: no two threads may read it
     assert np.array_equal(processor([same] * 4, **options)["pixel_values"], np.concatenate(alone[:1] * 4))
+
+
+def test_threads_may_share_a_picture_that_was_only_opened(processor, tmp_path):
+    noise = np.random.default_rng(6).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    expected = processor(str(tmp_path / "noise.png"))["pixel_values"]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            shared = Image.open(tmp_path / "noise.png")
+            for found in threads.map(lambda picture: processor(picture)["pixel_values"], [shared] * 8):
+                np.testing.assert_array_equal(found, expected)
 
 
 def test_an_error_in_a_thread_names_the_picture(processor, picture, four_threads):

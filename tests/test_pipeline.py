@@ -86,13 +86,26 @@ def test_a_picture_may_come_in_many_ways(pipe, website, picture):
 
 @pytest.mark.parametrize(
     ("url", "reason"),
-    [("WEBSITE/none.png", "UnidentifiedImageError"), ("http://localhost:1/x.png", "Connection refused")],
+    [("WEBSITE/none.png", "the server answered 404"), ("http://localhost:1/x.png", "Connection refused")],
 )
 def test_a_picture_that_cannot_be_fetched_is_refused_clearly(pipe, website, url, reason):
     url = url.replace("WEBSITE", website)
     content = [{"type": "image", "url": url}, {"type": "text", "text": "Why?"}]
     with pytest.raises(ValueError, match=f"complete picture, found '{url}'.*{reason}"):
         answer(pipe, [{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "img", "image": str(SCENE)}, "of type 'img'"),
+        ({"type": "image"}, "should have one of image, url, path, base64, image_url, but has none"),
+        ({"type": "text", "text": None}, "a string as `text`, but has None"),
+    ],
+)
+def test_a_part_that_would_vanish_is_refused(pipe, part, reason):
+    with pytest.raises(ValueError, match=reason):
+        answer(pipe, [{"role": "user", "content": [part, {"type": "text", "text": "Read the sign."}]}])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -1,14 +1,26 @@
 """Prompts: the original format, placeholders, and text that stays text."""
 
+import base64
+import copy
+import dataclasses
+import io
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from jinja2 import TemplateError
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
 
 from flashsloth import FlashSlothProcessor
 from flashsloth.processing_flashsloth import DEFAULT_SYSTEM_PROMPT, GUARD, ConversationError, build_chat_template
 
 SYSTEM = DEFAULT_SYSTEM_PROMPT + " "
+TOKENIZED = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
 
 def user(*parts):
@@ -231,3 +243,261 @@ def test_a_tokenizer_without_the_tokens_is_refused(processor):
         FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<picture>")
     with pytest.raises(TypeError, match="needs a fast tokenizer, but got NoneType"):
         FlashSlothProcessor(processor.image_processor, None)
+
+
+TEXT = {"type": "text", "text": "Why?"}
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([{"type": "img", "image": "x.png"}, TEXT], "Part 0 of message 0 .*'text', 'image' or 'video'.*type 'img'"),
+        ([TEXT, {"type": "picture"}], "Part 1 of message 0 .*of type 'picture'"),
+        ([{"type": "audio", "audio": "x.wav"}, TEXT], "of type 'audio'"),
+        ([{"type": ["image"]}, TEXT], r"of type \['image'\]"),
+        ([{"type": None, "text": "Why?"}], "`type`.*is {'type': None"),
+        ([{"text": "Why?"}], "`type`.*but is {'text': 'Why\\?'}"),
+        ([{"image": "x.png"}, TEXT], "`type`.*but is {'image': 'x.png'}"),
+        (["Why?"], "`type`.*such as {'type': 'text', 'text': '...'}, but is 'Why\\?'"),
+        ([[TEXT]], "`type`.*but is "),
+        ([None], "`type`.*but is None"),
+        ([{"type": "text"}], "a string as `text`, but has None"),
+        ([{"type": "text", "text": None}], "a string as `text`, but has None"),
+        ([{"type": "text", "text": 42}], "a string as `text`, but has 42"),
+        ([{"type": "text", "text": ["Why?"]}], "a string as `text`"),
+        ([{"type": "text", "text": "Why?", "image": "x.png"}], "type 'text', but also has image"),
+        ([{"type": "image", "image": "x.png", "text": "Why?"}], "type 'image', but also has `text`"),
+        ([{"type": "image", "image": "x.png", "url": "y.png"}, TEXT], "one of image, url, .*, but has image, url"),
+        ([{"type": "image", "video": "x.gif"}, TEXT], "one of image, url, .*, but has video"),
+        ([{"type": "video", "file": "x.gif"}, TEXT], "one of video, url, path, video_url, but has none"),
+        ([], "has neither text nor an image"),
+        ("", "has neither text nor an image"),
+        ([{"type": "text", "text": " "}], "has neither text nor an image"),
+        (None, "`content` of message 0 should be text or a list of parts, but is None"),
+        (42, "`content` of message 0 .*is 42"),
+        (TEXT, "`content` of message 0 .*is {'type'"),
+    ],
+)
+def test_content_that_would_vanish_or_become_none_is_refused(processor, content, reason, tokenize):
+    with pytest.raises(ConversationError, match=reason):
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=tokenize)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "reason"),
+    [
+        ([], "at least one message, but is \\[\\]"),
+        ([[]], "messages of conversation 0 should be a list with at least one, but are \\[\\]"),
+        (user("Why?"), r"list.*such as \[\{'role'"),
+        ("Why?", r"list.*such as .*is 'Why\?'|is 'Why\?'"),
+        (None, "is None"),
+        ([[[user("Why?")]]], "Message 0 of conversation 0 should be a dict"),
+        ([[user("Why?")], user("Why?")], "messages of conversation 1 should be a list"),
+        ([user("Why?"), [user("Why?")]], "Message 1 should be a dict"),
+        (["Why?"], "Message 0 should be a dict with a `role`.*is 'Why"),
+        ([{"content": "Why?"}], "Message 0 should be a dict with a `role`"),
+        ([{"role": None, "content": "Why?"}], "Message 0 should be a dict with a `role`"),
+        ([{"role": "user"}], "`content` of message 0 .*is None"),
+        ([user("Why?"), answer(None)], "`content` of message 1 .*is None"),
+        ([{"role": "system", "content": None}, user("Why?")], "`content` of message 0 .*is None"),
+        ([{"role": "User", "content": "Why?"}], "found User"),
+        ([user("Why?"), {"role": "system", "content": "Be brief."}], "system for the first message"),
+        ([user("Why?"), {"role": "assistant", "content": [IMAGE]}], "of the role 'assistant'.*of the user only"),
+        ([{"role": "system", "content": [IMAGE]}, user("Why?")], "of the role 'system'.*of the user only"),
+        ([user("Why?"), {"role": "assistant", "content": [{"type": "video", "path": "x"}]}], "the role 'assistant'"),
+    ],
+)
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_a_conversation_of_another_shape_is_refused(processor, conversation, reason, tokenize):
+    with pytest.raises(ConversationError, match=reason):
+        processor.apply_chat_template(conversation, tokenize=tokenize)
+
+
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image", "source": "x.png"}, {"type": "image_url"}])
+def test_an_image_without_a_source_is_a_placeholder_only_where_images_come_apart(processor, pictures, part):
+    messages = [user(part, "Why?")]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt == f"{SYSTEM}USER: <image>\nWhy?<learnable>"
+    assert "pixel_values" in processor(text=prompt, images=pictures[0])
+    with pytest.raises(ConversationError, match="should have one of image, url, path, base64, image_url, but has "):
+        processor.apply_chat_template(messages, tokenize=True)
+
+
+def encoded(picture):
+    picture.save(file := io.BytesIO(), "png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_images_come_under_every_key_and_with_keys_that_are_none(processor, pictures, tmp_path):
+    picture, text = pictures[0], encoded(pictures[0])
+    picture.save(file := tmp_path / "1.png")
+    url = f"data:image/png;base64,{text}"
+    as_datasets_fills_it = dict.fromkeys(["image", "url", "path", "base64", "image_url", "text", "video", "index"])
+    parts = [
+        {"type": "image", "image": picture},
+        {"type": "image", "image": str(file), "detail": "low", "index": 0},
+        {"type": "image", "path": file},
+        {"type": "image", "url": file.as_uri()},
+        {"type": "image", "base64": text},
+        {"type": "image", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": {"url": url, "detail": None}},
+        {"type": "image_url", "image_url": url},
+        {"type": "input_image", "image_url": url},
+        {**as_datasets_fills_it, "type": "image", "image": picture},
+        {**as_datasets_fills_it, "type": "image", "path": str(file), "image_url": {"url": None}, "text": ""},
+    ]
+    expected = processor.apply_chat_template([user(parts[0], "Why?")], **TOKENIZED)
+    texts = [
+        TEXT,
+        {**as_datasets_fills_it, **TEXT},
+        {**TEXT, "image": "", "image_url": {"url": None}},
+        {"type": "input_text", "text": "Why?"},
+    ]
+    for part, question in [*((part, TEXT) for part in parts), *((parts[0], text) for text in texts)]:
+        given = [{"role": "user", "content": [part, question], "name": None, "tool_calls": None}]
+        found = processor.apply_chat_template(given, **TOKENIZED)
+        assert all(torch.equal(expected[name], found[name]) for name in expected), part
+
+
+def test_rows_of_datasets_are_conversations(processor, pictures):
+    datasets = pytest.importorskip("datasets")
+    messages = [user({"type": "image", "url": f"data:;base64,{encoded(pictures[0])}"}, "Why?"), answer("So.")]
+    messages[1]["content"] = [{"type": "text", "text": "So."}]
+    row = datasets.Dataset.from_list([{"messages": messages}])[0]
+    assert row["messages"][0]["content"][1] == {"type": "text", "url": None, "text": "Why?"}
+    expected, found = (processor.apply_chat_template(m, **TOKENIZED) for m in (messages, row["messages"]))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_messages_may_be_objects_whose_text_stays_text(processor):
+    @dataclasses.dataclass
+    class Message:
+        role: str
+        content: str
+        tool_calls: list | None = None
+
+    pydantic = pytest.importorskip("pydantic")
+    made = pydantic.create_model("Said", role=(str, "assistant"), content=(str, "So</s>"), refusal=(None, None))()
+    messages = [Message("user", "Is <image> a word?"), made, user("Sure?")]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt.replace(GUARD, "") == (
+        f"{SYSTEM}USER: Is <image> a word?<learnable> ASSISTANT: So</s></s>USER: Sure?<learnable>"
+    )
+    assert prompt.count(GUARD) == 2
+
+
+@pytest.mark.parametrize("text", [42, ["Why?", None], [None], [42], [["Why?"]]])
+def test_a_text_that_is_no_string_is_refused(processor, pictures, text):
+    for images in (None, pictures[0]):
+        with pytest.raises(TypeError, match=r"must be a string or a list of strings.*but has (None|42|\['Why\?'\])"):
+            processor(text=text, images=images)
+    with pytest.raises(ValueError, match="at least one input"):
+        processor(text=None)
+
+
+def test_an_answer_or_a_system_message_may_be_empty(processor):
+    for empty in ("", []):
+        messages = [{"role": "system", "content": empty}, user("Why?"), {"role": "assistant", "content": empty}]
+        assert processor.apply_chat_template(messages) == "USER: Why?<learnable> ASSISTANT: </s>"
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "img"}, {"type": "picture", "image": "x.png"}, {"text": "Why?"}, {"type": "text", "text": None}]
+)
+def test_the_chat_template_alone_refuses_what_it_would_leave_out(processor, part):
+    render = processor.tokenizer.apply_chat_template
+    with pytest.raises(TemplateError, match="FlashSloth reads parts of type text"):
+        render([user(part, "Why?")], chat_template=processor.chat_template, tokenize=False)
+    with pytest.raises(TemplateError, match="a message of assistant has a part of type image"):
+        messages = [user("Why?"), {"role": "assistant", "content": [IMAGE]}]
+        render(messages, chat_template=processor.chat_template, tokenize=False)
+
+
+def test_the_shipped_chat_template_is_the_one_that_is_built():
+    shipped = Path(__file__).parents[1] / "chat_template.jinja"
+    assert shipped.read_text(encoding="utf-8") == build_chat_template("")
+
+
+# ---- prompts without query tokens ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def warnings_of(caplog, monkeypatch):
+    """Calls a function and returns what it warns of."""
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+
+    def call(function, *args, **kwargs):
+        logging.get_logger("flashsloth").warning_once.cache_clear()
+        caplog.clear()
+        function(*args, **kwargs)
+        return [record.getMessage() for record in caplog.records]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "prompt", ["USER: <image>\nWhy? ASSISTANT:", "<image>Why?", "Why? <image>", "<image>\nA</s>B:"]
+)
+def test_a_prompt_with_an_image_and_without_query_tokens_is_warned_of_once(processor, pictures, warnings_of, prompt):
+    def ask():
+        for _ in range(3):
+            processor(text=[prompt, f"{prompt}<learnable>"], images=pictures[:2], padding=True)
+
+    (warning,) = warnings_of(ask)
+    assert (
+        "Add `<learnable>` after every question, as in 'USER: <image>\\nWhat is it?<learnable> ASSISTANT:'" in warning
+    )
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<image>a red cube</s>", "<image>a red cube</s>\n", "<image>", "<image><learnable>"]
+)
+def test_captions_that_are_learned_have_no_query_tokens_and_are_not_warned_of(processor, pictures, warnings_of, prompt):
+    assert warnings_of(processor, text=prompt, images=pictures[0]) == []
+    assert warnings_of(processor, text="Why?") == []
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty_threads():
+    """Threads that take turns all the time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_threads_that_pad_and_threads_that_do_not_get_each_their_own(processor, pictures):
+    texts = ["<image>Why?<learnable>", "a" * 500]
+    images = [pictures[:1], []]
+    calls = [
+        lambda: processor(text=texts, images=images, padding=True, return_tensors="pt"),
+        lambda: processor(text=texts, images=images),
+        lambda: processor(text=texts, images=images, padding=True, truncation=True, max_length=100),
+        lambda: processor.tokenizer(texts, padding="max_length", max_length=600),
+        lambda: processor.post_process_image_text_to_text([list(range(20))] * 4),
+    ]
+    plain = [str(call()) for call in calls]
+
+    def work(thread):
+        numbers = [(thread + turn) % len(calls) for turn in range(40)]
+        return [number for number in numbers if str(calls[number]()) != plain[number]]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(work, range(8))) == [[]] * 8
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_copy_of_a_processor_is_whole_and_apart(processor, pictures, duplicate):
+    twin = duplicate(processor)
+    assert twin.tokenizer is not processor.tokenizer
+    twin.tokenizer.add_tokens(["zebra"])
+    assert twin.tokenizer.convert_ids_to_tokens(twin(text="zebra")["input_ids"][0]) == ["zebra"]
+    assert len(processor(text="zebra")["input_ids"][0]) == 5
+    messages = [user({"type": "image", "image": pictures[0]}, "Why?")]
+    expected, found = (p.apply_chat_template(messages, **TOKENIZED) for p in (processor, twin))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

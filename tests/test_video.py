@@ -203,8 +203,9 @@ def test_broken_and_missing_clips_are_refused(tmp_path, clip):
         video_frames(tmp_path / "folder")
     with pytest.raises(TypeError, match="found generator; make a list"):
         video_frames(numbered(i) for i in range(3))
-    with pytest.raises(ValueError, match="`num_frames` of 1 or more, found 0"):
-        video_frames(clip, 0)
+    for num_frames in (0, 2.5, True, "3", None):
+        with pytest.raises(ValueError, match=f"`num_frames` of 1 or more, found {num_frames!r}"):
+            video_frames(clip, num_frames)
 
 
 def test_without_pyav_a_film_names_what_to_install(tmp_path, monkeypatch):
@@ -238,6 +239,26 @@ def test_a_video_in_a_message_is_as_many_pictures(model, processor, clip, key, k
         torch.testing.assert_close(model(**inputs).logits, model(**expected).logits, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video", "path": "CLIP", "text": None, "image": None, "url": None},
+        {"type": "video", "url": "file://CLIP"},
+        {"type": "video_url", "video_url": {"url": "CLIP"}},
+        {"type": "video", "video_url": "CLIP"},
+    ],
+)
+def test_a_video_may_be_spelled_as_others_do(processor, clip, part):
+    def filled(value):
+        if isinstance(value, dict):
+            return {name: filled(item) for name, item in value.items()}
+        return value and value.replace("CLIP", str(clip))
+
+    expected = prepare(processor, question({"type": "video", "path": str(clip)}))
+    found = prepare(processor, question(filled(part)), num_frames=None)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_videos_and_pictures_mix_in_a_batch(model, processor, clip, pictures):
     rows = [
         question({"type": "video", "path": str(clip)}, {"type": "image", "image": pictures[0]}),
@@ -269,7 +290,7 @@ def test_the_pipeline_takes_videos(model, processor, clip):
 def test_what_a_video_cannot_be_given_with_is_refused(processor, clip):
     with pytest.raises(TypeError, match="`num_frames`"):
         prepare(processor, question({"type": "video", "path": str(clip)}), fps=2)
-    with pytest.raises(ValueError, match="A video needs `path`"):
+    with pytest.raises(ValueError, match="should have one of video, url, path, video_url, but has none"):
         prepare(processor, question({"type": "video"}))
     with pytest.raises(TypeError, match=r"`videos` were passed.*`video_frames`"):
         processor(text="<image>", videos=[str(clip)])

@@ -58,6 +58,8 @@ class FlashSlothDataCollator:
         processor: Processor of the model.
         max_length: Most tokens of a row, image and query tokens included. Default: no bound.
         pad_to_multiple_of: Pad to a multiple of this many tokens.
+        padding_free: Lay all rows of a batch one after the other into a single one, with `position_ids` that start
+            anew with each, and no padding; the model keeps them apart.
         on_bad_row: What to do about a row that cannot be used (no such file, a broken picture, no answer): `"raise"` a
             `BadRowError`, or `"skip"` it with a warning. If nothing is left of a batch, it becomes the two end tokens
             `</s></s>`, of which the second is learned: nothing that a prompt ever asks for, while a batch without any
@@ -79,6 +81,7 @@ class FlashSlothDataCollator:
         *,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        padding_free: bool = False,
         on_bad_row: Literal["raise", "skip"] = "raise",
     ) -> None:
         if on_bad_row not in ("raise", "skip"):
@@ -90,9 +93,12 @@ class FlashSlothDataCollator:
                 "The processor's chat template does not mark answers, so there is nothing to make labels of; put what "
                 "the assistant writes, with its end token, inside `{% generation %}` and `{% endgeneration %}`."
             )
+        if padding_free and pad_to_multiple_of is not None:
+            raise ValueError("`pad_to_multiple_of` and `padding_free` contradict each other; leave one of them out.")
         self.processor = processor
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.padding_free = padding_free
         self.on_bad_row = on_bad_row
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:
@@ -102,8 +108,9 @@ class FlashSlothDataCollator:
             rows: What `load_rows` gives, or any row that `normalize_row` takes.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, `(batch, seq_length)`, padded on the right; `pixel_values`,
-            `(num_tiles, 3, height, width)`, if there are pictures.
+            `input_ids`, `attention_mask` and `labels`, `(batch, seq_length)`, padded on the right, or `padding_free`
+            `input_ids`, `position_ids` and `labels`, `(1, total_length)`; `pixel_values`, `(num_tiles, 3, height,
+            width)`, if there are pictures.
 
         Raises:
             BadRowError: If a row cannot be used, unless those are to be skipped.
@@ -118,6 +125,11 @@ class FlashSlothDataCollator:
         if not samples:
             end = self.processor.tokenizer.eos_token_id
             samples = [Sample([end, end], [IGNORED, end], None, 2, 0)]
+        data = self._flatten(samples) if self.padding_free else self._pad(samples)
+        pixel_values = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+        return BatchFeature(data | ({"pixel_values": torch.cat(pixel_values)} if pixel_values else {}))
+
+    def _pad(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         batch = self.processor.tokenizer.pad(
             {"input_ids": [sample.input_ids for sample in samples]},
             padding_side="right",
@@ -127,9 +139,16 @@ class FlashSlothDataCollator:
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for row, sample in enumerate(samples):
             labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
-        pixel_values = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-        data = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-        return BatchFeature(data | ({"pixel_values": torch.cat(pixel_values)} if pixel_values else {}))
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+    @staticmethod
+    def _flatten(samples: list[Sample]) -> dict[str, torch.Tensor]:
+        columns = {
+            "input_ids": [token for sample in samples for token in sample.input_ids],
+            "position_ids": [position for sample in samples for position in range(len(sample.input_ids))],
+            "labels": [label for sample in samples for label in (IGNORED, *sample.labels[1:])],
+        }
+        return {name: torch.tensor([values]) for name, values in columns.items()}
 
     def prepare(self, row: dict[str, Any]) -> Sample:
         """Tokenize a row, load its pictures and label its answers.

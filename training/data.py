@@ -15,10 +15,11 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 
+from ..processing_flashsloth import PART_TYPES, SOURCE_KEYS
+
 PLACEHOLDER = "<image>"
 """What stands for a picture in the text of LLaVA's data sets."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PICTURE_KEYS = ("image", "path", "url", "image_url")
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 
 
@@ -294,15 +295,19 @@ def _read_message(message: dict, role_key: str, content_key: str, image_folder: 
 
 def _read_part(part: dict, image_folder: str | Path | None) -> dict[str, Any]:
     _check_dict(part, "a part of a message")
-    if part.get("type") == "text":
-        return _text_part(part.get("text"))
-    if part.get("type") not in ("image", "image_url"):
+    kind = PART_TYPES.get(part.get("type"))
+    if kind not in ("text", "image"):
         raise ValueError(f"a message has a part of type {part.get('type')!r}, but only text and image are known")
-    values = [part[key] for key in PICTURE_KEYS if part.get(key) is not None]
-    if not values:
+    sources = {key: part[key] for key in SOURCE_KEYS["image"] if part.get(key) is not None}
+    if kind == "text":
+        if sources:
+            raise ValueError(f"a part of type text also has {', '.join(sources)}; give it a part of type image")
+        return _text_part(part.get("text"))
+    if not sources:
         return {"type": "image"}
-    value = values[0]["url"] if isinstance(values[0], dict) and "url" in values[0] else values[0]
-    return {"type": "image", "image": _picture(value, image_folder)}
+    key, value = next(iter(sources.items()))
+    value = value["url"] if isinstance(value, dict) and "url" in value else value
+    return {"type": "image", "image": _picture(f"data:;base64,{value}" if key == "base64" else value, image_folder)}
 
 
 def _count_marks(message: dict) -> int:
@@ -382,7 +387,7 @@ def _size(record: dict[str, Any], num_pictures: int = 0) -> tuple[int, int]:
         for message in record.get("messages") or record.get("conversations") or []:
             content = message.get("content") or message.get("value") or ""
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            num_parts += sum(part["type"] in ("image", "image_url") for part in parts)
+            num_parts += sum(PART_TYPES.get(part["type"]) == "image" for part in parts)
             texts += [part.get("text") or "" for part in parts]
         return sum(map(len, texts)), max(num_pictures, num_parts, len(_picture_column(record)))
     except (AttributeError, KeyError, TypeError):
