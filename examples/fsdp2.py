@@ -10,6 +10,7 @@ number of processes; when it ends, OUTPUT is a complete model repository.
 import argparse
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import get_cosine_schedule_with_warmup
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.cli import CommandError, check_model
 from flashsloth.training import FlashSlothDataCollator, load_rows
 from flashsloth.training.trainer import freeze_for_stage
 
@@ -146,11 +148,16 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--stage", type=int, default=2, choices=(1, 2))
     args = parser.parse_args()
+    try:
+        check_model(args.model)
+        rows = load_rows(args.train_data, as_captions=args.stage == 1)
+    except (CommandError, OSError, ValueError) as error:
+        parser.error(str(error))
     device = start_processes()
-    logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING)
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if dist.get_rank() == 0 else logging.WARNING)
 
     processor = FlashSlothProcessor.from_pretrained(args.model)
-    rows = load_rows(args.train_data, as_captions=args.stage == 1)
     collator = FlashSlothDataCollator(processor)
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).to(device).train()
     freeze_for_stage(model, args.stage, high_definition=processor.image_processor.do_image_splitting)
@@ -159,6 +166,8 @@ def main() -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_SHARE * args.num_steps), args.num_steps)
 
     done = load_checkpoint(args.output_dir, model, optimizer, schedule=schedule)
+    if done >= args.num_steps:
+        logger.info("step %d was reached before; nothing is trained", done)
     for step, indices in enumerate(rows_of_steps(len(rows), args.batch_size, done, args.num_steps), start=done + 1):
         torch.manual_seed(step)  # of the dropout, so that a resumed run draws what an uninterrupted one does
         loss = train_step(model, optimizer, collator([rows[index] for index in indices]).to(device))
@@ -169,6 +178,8 @@ def main() -> None:
     save_model(args.output_dir, model)
     if dist.get_rank() == 0:
         processor.save_pretrained(args.output_dir)
+        shown = shlex.quote(str(args.output_dir))
+        logger.info("The model is in %s. To ask it: flashsloth ask IMAGE QUESTION --model %s", shown, shown)
     dist.destroy_process_group()
 
 
