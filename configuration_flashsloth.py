@@ -7,6 +7,7 @@ original release, which is flat and names its tower instead of describing it, is
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -16,6 +17,7 @@ from .original_flashsloth import (
     PHI_2,
     PHI_INSTRUCTION_STARTS,
     SIGLIP_SO400M_384,
+    is_original_config,
     translate_original_config,
 )
 
@@ -32,6 +34,7 @@ AUTO_MAP = {
 """Every saved config names its code, so that a folder loads by any of these auto classes without the package."""
 
 
+@strict
 class FlashSlothConfig(PreTrainedConfig):
     r"""Configuration of a FlashSloth model.
 
@@ -196,17 +199,26 @@ class FlashSlothConfig(PreTrainedConfig):
                 )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "FlashSlothConfig":
-        """Load a config; see `PreTrainedConfig.from_pretrained`. That of an original release is translated."""
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # as `AutoConfig` does
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """Read a config file; see `PreTrainedConfig.get_config_dict`. That of an original release is translated."""
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _translated(config_dict, folder.parent if folder.is_file() else folder), kwargs
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> "FlashSlothConfig":
+        """Read a config file; see `PreTrainedConfig.from_json_file`. That of an original release is translated."""
+        return cls.from_pretrained(json_file)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a config from the content of a file; see `PreTrainedConfig.from_dict`."""
-        if "mm_vision_tower" in config_dict:
-            config_dict = translate_original_config(config_dict, folder=Path(str(kwargs.get("name_or_path", ""))))
-        return super().from_dict(config_dict, **kwargs)
+        folder = Path(str(kwargs.get("name_or_path", "")))  # which `AutoConfig` sets
+        return super().from_dict(_translated(config_dict, folder), **kwargs)
+
+
+def _translated(config_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return translate_original_config(config_dict, folder=folder) if is_original_config(config_dict) else config_dict
 
 
 def _as_config(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

@@ -291,6 +291,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def __init__(self, config: FlashSlothConfig) -> None:
         config.check()
         super().__init__(config)
+        self._keys_to_ignore_on_load_unexpected.append(r"^lm_head\.")  # of a checkpoint of the whole model
         self.vision_tower = build_vision_tower(config.vision_config)
         self.spatial_attention_pooling = SpatialAttentionPooling(
             hidden_size=config.vision_config.hidden_size,

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
+from .original_flashsloth import is_high_definition, is_original_config
 from .video_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 
 try:
@@ -256,7 +257,7 @@ class FlashSlothProcessor(ProcessorMixin):
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         except OSError:  # a processor without a model
             config = {}
-        if "mm_vision_tower" not in config:
+        if not is_original_config(config):
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
             num_positions = (config.get("text_config") or {}).get("max_position_embeddings")
             _limit_length(processor.tokenizer, num_positions)
@@ -276,14 +277,16 @@ class FlashSlothProcessor(ProcessorMixin):
             **kwargs: Passed on to `AutoTokenizer.from_pretrained`.
         """
         config = config or FlashSlothConfig.from_pretrained(source, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **kwargs)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<learnable>", "<image>"]})
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
         tokenizer.eos_token, tokenizer.pad_token = "</s>", "<|endoftext|>"
         _limit_length(tokenizer, getattr(config.text_config, "max_position_embeddings", None))
+        # The releases' own value; transformers does not do it for a tokenizer of bytes, but warns at every answer.
+        tokenizer.init_kwargs["clean_up_tokenization_spaces"] = tokenizer.clean_up_tokenization_spaces = False
         side = config.vision_config.image_size
         image_processor = FlashSlothImageProcessor(
-            size={"height": side, "width": side}, do_image_splitting=bool(original_config.get("image_hd"))
+            size={"height": side, "width": side}, do_image_splitting=is_high_definition(original_config)
         )
         return cls(
             image_processor,
