@@ -582,8 +582,7 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
             f"The `content` of {name.lower()} should be text or a list of parts, but is {_show(content)}; give a "
             "string, or leave the message out."
         )
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if message["role"] == "user" and not any(part["type"] != "text" or part["text"].strip() for part in parts):
+    if message["role"] == "user" and content == []:
         raise ConversationError(f"{name}, of the user, has neither text nor an image; give one of them.")
     return message | {"content": content}
 
