@@ -34,12 +34,19 @@ def working_dtype(device: torch.device | str) -> torch.dtype | str:
     return "auto" if has_bfloat16(device) else torch.float32
 
 
+class NoPooling(nn.Module):
+    """Stands where a vision tower pools its patches, however it asks whether it does."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> None:
+        """Give no pooled feature."""
+
+
 def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a vision tower without final norm, pooler and head: FlashSloth reads its last layer's output as it is."""
     tower = AutoModel.from_config(config)
     for name in ("post_layernorm", "layernorm", "norm", "rms_norm", "pooler", "head"):
         if isinstance(getattr(tower, name, None), nn.Module):
-            setattr(tower, name, None if name in ("pooler", "head") else nn.Identity())
+            setattr(tower, name, NoPooling() if name in ("pooler", "head") else nn.Identity())
     if isinstance(embeddings := getattr(tower, "embeddings", None), nn.Module):
         embeddings.register_forward_hook(_lay_out_by_patches)
     return tower

@@ -7,6 +7,7 @@ original release, which is flat and names its tower instead of describing it, is
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -16,11 +17,14 @@ from .original_flashsloth import (
     PHI_2,
     PHI_INSTRUCTION_STARTS,
     SIGLIP_SO400M_384,
+    is_original_config,
     translate_original_config,
 )
 
-# `transformers serve` looks a custom architecture up here before it loads any remote code.
-modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("flashsloth", "FlashSlothForConditionalGeneration")
+# `transformers serve` looks a custom architecture up in the first before it loads any remote code; `Trainer` shifts the
+# labels of `label_smoothing_factor` for the names in the second.
+for names in (modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    names.setdefault("flashsloth", "FlashSlothForConditionalGeneration")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_flashsloth.FlashSlothConfig",
@@ -32,6 +36,7 @@ AUTO_MAP = {
 """Every saved config names its code, so that a folder loads by any of these auto classes without the package."""
 
 
+@strict
 class FlashSlothConfig(PreTrainedConfig):
     r"""Configuration of a FlashSloth model.
 
@@ -68,7 +73,17 @@ class FlashSlothConfig(PreTrainedConfig):
 
     model_type = "flashsloth"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    # `Trainer` would gather these by rows for `compute_metrics`, but their first axis is tiles or questions.
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "image_hidden_states",
+        "image_outputs",
+        "pooling_attentions",
+        "query_attentions",
+    ]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -196,17 +211,30 @@ class FlashSlothConfig(PreTrainedConfig):
                 )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "FlashSlothConfig":
-        """Load a config; see `PreTrainedConfig.from_pretrained`. That of an original release is translated."""
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # as `AutoConfig` does
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """Read a config file; see `PreTrainedConfig.get_config_dict`. That of an original release is translated."""
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _translated(config_dict, folder.parent if folder.is_file() else folder), kwargs
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> "FlashSlothConfig":
+        """Read a config file; see `PreTrainedConfig.from_json_file`. That of an original release is translated."""
+        return cls.from_pretrained(json_file)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a config from the content of a file; see `PreTrainedConfig.from_dict`."""
-        if "mm_vision_tower" in config_dict:
-            config_dict = translate_original_config(config_dict, folder=Path(str(kwargs.get("name_or_path", ""))))
-        return super().from_dict(config_dict, **kwargs)
+        folder = Path(str(kwargs.get("name_or_path", "")))  # which `AutoConfig` sets
+        return super().from_dict(_translated(config_dict, folder), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields of this config; see `PreTrainedConfig.to_dict`. Where it was read from is not one of them."""
+        return {name: value for name, value in super().to_dict().items() if name != "_name_or_path"}
+
+
+def _translated(config_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return translate_original_config(config_dict, folder=folder) if is_original_config(config_dict) else config_dict
 
 
 def _as_config(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

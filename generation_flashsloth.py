@@ -2,13 +2,15 @@
 
 import copy
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
 
 from .backbones_flashsloth import CACHE_NAME
 from .prompt_flashsloth import PromptSpans, instruction_starts
@@ -65,6 +67,15 @@ class FlashSlothGenerationMixin(GenerationMixin):
     def _has_placeholders(self, input_ids: torch.LongTensor) -> bool:
         return bool(((input_ids == self.config.image_token_id) | (input_ids == self.config.query_token_id)).any())
 
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Image and query tokens are never generated, whatever else is to be suppressed."""
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        placeholders = {self.config.image_token_id, self.config.query_token_id}
+        generation_config.suppress_tokens = sorted(placeholders.union(generation_config.suppress_tokens or ()))
+        return generation_config, model_kwargs
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -81,7 +92,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
             spans = PromptSpans.find(prompt, self.config)
             num_tiles = (spans.num_image_tokens // self.config.image_seq_length).tolist()
             for name, tiles in pictures.items():
-                spans.count().check(self.config, len(tiles))
+                spans.count(self.config).check(self.config, len(tiles))
                 pictures[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])
         if expand_size > 1:
             rows = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
@@ -149,7 +160,10 @@ class PictureCache:
     A prompt is known by its tiles and by its ids up to the first question; then only what follows is computed. A first
     question takes no longer than without: its `generate` leaves behind what later ones go on from. (Where the decoder
     has other layers than full attention, that is computed before, in a pass of its own.) When `max_bytes` are full,
-    what was asked for longest ago goes.
+    what was asked for longest ago goes. Several threads may use one cache.
+
+    What was computed with other weights is not used: training, loading, and adapters that are added, merged, switched
+    or turned off are noticed. What writes into `parameter.data` or changes the model's code is not; call `clear` then.
 
     Args:
         model: A FlashSloth that can generate.
@@ -171,6 +185,12 @@ class PictureCache:
         self.max_bytes = max_bytes
         self.max_cache_len = max_cache_len
         self.known: OrderedDict[bytes, KnownPictures] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        """Forget all pictures, as after a change of the weights that cannot be noticed."""
+        with self._lock:
+            self.known.clear()
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,8 +220,11 @@ class PictureCache:
             return rest | ({} if pixel_values is None else {"pixel_values": pixel_values.to(self.model.device)})
         digest = hashlib.sha256(prefix.cpu().numpy().tobytes())
         digest.update(pixel_values.float().cpu().numpy().tobytes())
+        digest.update(_weights_state(self.model).encode())
         key = digest.digest()
-        known = self.known.get(key) or KnownPictures(self._encode(pixel_values))
+        with self._lock:
+            known = self.known.get(key)
+        known = known or KnownPictures(self._encode(pixel_values))
         if known.key_values is None and not self._can_be_cut():
             known = known._replace(key_values=self._prefill(prefix, known.patch_features))
         self._keep(key, known)
@@ -262,12 +285,13 @@ class PictureCache:
         return prefix if (prefix == config.image_token_id).any() else None
 
     def _keep(self, key: bytes, known: KnownPictures) -> None:
-        self.known.pop(key, None)
-        if known.num_bytes > self.max_bytes:
-            return
-        self.known[key] = known
-        while sum(entry.num_bytes for entry in self.known.values()) > self.max_bytes:
-            self.known.popitem(last=False)
+        with self._lock:
+            self.known.pop(key, None)
+            if known.num_bytes > self.max_bytes:
+                return
+            self.known[key] = known
+            while sum(entry.num_bytes for entry in self.known.values()) > self.max_bytes:
+                self.known.popitem(last=False)
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model.get_image_features(pixel_values.to(self.model.device)).last_hidden_state
@@ -278,3 +302,17 @@ class PictureCache:
         prefix = prefix.to(self.model.device)
         self.model.model(prefix, patch_features=patch_features[:num_tiles], cache=cache, use_cache=True)
         return cache
+
+
+def _weights_state(model: PreTrainedModel) -> str:
+    """Text that differs when the weights do, or the adapters (peft's) that are in use; no value is read."""
+    parameters = [
+        (id(parameter), None if parameter.is_inference() else parameter._version, parameter.dtype, parameter.device)
+        for parameter in model.parameters()
+    ]
+    adapters = [
+        [getattr(module, name, None) for name in ("disable_adapters", "active_adapters", "merged_adapters", "scaling")]
+        for module in model.modules()
+        if hasattr(module, "disable_adapters") and not isinstance(module, PreTrainedModel)
+    ]
+    return repr((parameters, adapters))

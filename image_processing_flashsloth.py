@@ -166,19 +166,27 @@ class FlashSlothImageProcessor(PilBackend):
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
         """Loads the strings and paths in a picture or a nested list of pictures, and keeps everything else.
 
+        A row that is `None` in a list of rows has no images, as TRL says it: `[None, [image]]`, or `[None, None]`. An
+        encoded image, `{"bytes": ..., "path": ...}`, as `datasets` gives it from nested columns, is opened.
+
         Raises:
             TypeError: Something is no picture at all.
             ValueError: A picture cannot be read, or an array has a number of axes that no picture has.
         """
-        images = image_url_or_urls
+        return self._fetch(_fill_rows(image_url_or_urls))
+
+    def _fetch(self, images: ImageInput | str | os.PathLike | list) -> ImageInput | list:
         if isinstance(images, list | tuple):
-            return [self.fetch_images(image) for image in images]
+            return [self._fetch(image) for image in images]
+        if isinstance(images, dict) and isinstance(images.get("bytes"), bytes):
+            return _open_encoded(images["bytes"])
         if isinstance(images, str | os.PathLike):
             return _load(os.fspath(images))
         if not is_valid_image(images):
             raise TypeError(
                 "Expected a picture as a PIL image, numpy array, torch tensor, path, URL or base64 string, "
-                f"found {type(images).__name__}; open it with `PIL.Image.open` first."
+                f"found {type(images).__name__}; open it with `PIL.Image.open` first, and give rows without an image "
+                "as `[]` among the lists of the others."
             )
         if get_image_type(images) == ImageType.PIL:
             return images
@@ -190,16 +198,19 @@ class FlashSlothImageProcessor(PilBackend):
         # transformers counts pictures as arrays of three axes, which a grey one without channels has not.
         return _grey_to_pil(_to_numpy(images)) if images.ndim == 2 else images
 
-    def preprocess(self, images: ImageInput, **kwargs: Unpack[FlashSlothImageProcessorKwargs]) -> BatchFeature:
+    def preprocess(
+        self, images: ImageInput, *, crop_to_patches: bool = False, **kwargs: Unpack[FlashSlothImageProcessorKwargs]
+    ) -> BatchFeature:
         """Turns pictures into tiles.
 
         Args:
             images: A picture, a list of pictures, or a list of lists.
+            crop_to_patches: Whether to say how many tiles each image became; the tiles are the same. TRL asks so.
             **kwargs: Overrides of this processor's defaults for this call; `None` keeps a default.
 
         Returns:
             `pixel_values` (num_tiles, 3, height, width) in float32, the tiles of all pictures in order: a torch tensor
-            with `return_tensors="pt"`, else a numpy array.
+            with `return_tensors="pt"`, else a numpy array. With `crop_to_patches`, also `num_patches` (num_images,).
 
         Raises:
             TypeError: An argument is unknown, or something is no picture.
@@ -207,7 +218,13 @@ class FlashSlothImageProcessor(PilBackend):
         """
         _check_names(kwargs, self._argument_names())
         _check_flag(kwargs.get("do_image_splitting"))
-        return super().preprocess(images, **{name: value for name, value in kwargs.items() if value is not None})
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        features = super().preprocess(images, **kwargs)
+        if crop_to_patches:
+            num_tiles = self.get_number_of_image_patches(0, 0, kwargs)
+            counts = np.full(len(features["pixel_values"]) // num_tiles, num_tiles)
+            features |= BatchFeature({"num_patches": counts}, tensor_type=kwargs.get("return_tensors"))
+        return features
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
         return list(_flatten(self.fetch_images(images), expected_ndims))
@@ -362,6 +379,12 @@ def _name(index: int, image: ImageInput) -> str:
     return f"picture {index} ({filename!r})" if filename else f"picture {index}"
 
 
+def _fill_rows(images: Any) -> Any:
+    """Makes the rows without images, `None` among lists or alone, empty lists."""
+    is_rows = isinstance(images, list | tuple) and all(row is None or isinstance(row, list | tuple) for row in images)
+    return [[] if row is None else row for row in images] if is_rows else images
+
+
 def _flatten(images: ImageInput | list, expected_ndims: int) -> Iterator[ImageInput]:
     is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == expected_ndims + 1
     if is_batch:
@@ -423,6 +446,17 @@ def _decode_base64(text: str) -> bytes:
     """Decodes base64 in either alphabet, with line breaks, and with or without its padding."""
     text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+def _open_encoded(encoded: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return ImageOps.exif_transpose(image)
+    except PICTURE_ERRORS as error:
+        raise ValueError(
+            f"Expected the bytes of a complete image file, found {len(encoded)} bytes that Pillow cannot read "
+            f"({_describe(error)}); save the image again, or leave it out."
+        ) from error
 
 
 def _describe(error: BaseException) -> str:

@@ -23,7 +23,9 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from .backbones_flashsloth import CACHE_NAME, CACHE_NAMES, build_decoder, build_vision_tower, one_cache, scale_logits
@@ -35,6 +37,8 @@ from .saliency_flashsloth import FlashSlothSaliencyMixin, QueryRecorder
 from .training_flashsloth import FlashSlothTrainingMixin
 
 FUSED_HEAD_DIM_MULTIPLE = 8  # what the fused CUDA attention kernels take
+PACKING = ("cu_seq_lens_q", "seq_idx")  # how transformers' collators mark packed samples, besides positions
+RECORDS = ("output_attentions", "output_hidden_states")  # what a call or a config may ask for
 
 
 @dataclass
@@ -43,6 +47,8 @@ class FlashSlothModelOutputWithPast(BaseModelOutputWithPast):
 
     Attributes:
         image_hidden_states: Image tokens of all tiles, `(num_tiles, image_seq_length, hidden_size)`.
+        image_outputs: What `get_image_features` gives of all tiles; `None`: there are none. Recent models of
+            transformers have it, too.
         pooling_attentions: With `output_attentions`, weights of the patches of every pooling window, which sum to 1,
             `(num_tiles, num_windows, pooling_window_size**2)`, float32.
         query_attentions: With `output_attentions`, attention of the queries of every question, row by row, to the
@@ -51,6 +57,7 @@ class FlashSlothModelOutputWithPast(BaseModelOutputWithPast):
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     pooling_attentions: torch.FloatTensor | None = None
     query_attentions: torch.FloatTensor | None = None
 
@@ -60,6 +67,7 @@ class FlashSlothCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of `FlashSlothForConditionalGeneration`; for its own attributes see `FlashSlothModelOutputWithPast`."""
 
     image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     pooling_attentions: torch.FloatTensor | None = None
     query_attentions: torch.FloatTensor | None = None
 
@@ -268,6 +276,11 @@ class FlashSlothPreTrainedModel(FlashSlothTrainingMixin):
             rf"vision_tower\.encoder\.layers\.{unused_layer}\.",
         ]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Tower and decoder take what `set_attn_implementation` sets; transformers would guess from the source."""
+        return True
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, FlashSlothModel):
@@ -291,6 +304,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def __init__(self, config: FlashSlothConfig) -> None:
         config.check()
         super().__init__(config)
+        self._keys_to_ignore_on_load_unexpected.append(r"^lm_head\.")  # of a checkpoint of the whole model
         self.vision_tower = build_vision_tower(config.vision_config)
         self.spatial_attention_pooling = SpatialAttentionPooling(
             hidden_size=config.vision_config.hidden_size,
@@ -314,24 +328,29 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             return (self.embedded_query(args[0], context), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.embedded_query(kwargs["hidden_states"], context)}
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
         """Encode tiles.
 
         Args:
             pixel_values: `(num_tiles, 3, height, width)`, in [-1, 1] with the usual mean and deviation of 0.5.
-            **kwargs: Passed on to the vision tower.
+            **kwargs: Passed on to the vision tower, such as `output_hidden_states`; `return_dict=False` gives a tuple.
 
         Returns:
             `last_hidden_state`: patch features, `(num_tiles, num_patches, vision_hidden_size)`; `pooler_output`: image
-            tokens, `(num_tiles, image_seq_length, hidden_size)`.
+            tokens, `(num_tiles, image_seq_length, hidden_size)`; if asked for, the tower's `hidden_states` and
+            `attentions`, with the tokens that it has besides patches.
 
         Raises:
             ValueError: If the pictures are not of the size that the tower takes.
         """
-        patches = self._encode(pixel_values, **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=self._pool(patches))
+        features = self._encode(pixel_values, **self._with_config_defaults(kwargs))
+        features.pooler_output = self._pool(features.last_hidden_state)
+        return features
 
-    def _encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def _encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         grid, size = self.config.patch_grid_size, self.config.tile_size
         if pixel_values.ndim != 4 or pixel_values.shape[-2:] != size:
             raise ValueError(
@@ -339,12 +358,20 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 f"{tuple(pixel_values.shape)}; build it with `FlashSlothProcessor`, whose image processor's `size` "
                 "must be the vision tower's."
             )
-        patches = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs).last_hidden_state
-        return patches[:, -(grid**2) :]  # without class and register tokens, which stand in front
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state[:, -(grid**2) :],  # class and register tokens stand in front
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
 
-    def _patches(self, pixel_values: torch.Tensor | None, patch_features: torch.Tensor | None) -> torch.Tensor | None:
+    def _image_features(
+        self, pixel_values: torch.Tensor | None, patch_features: torch.Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | None:
+        """What the tower makes of the tiles, or made of them before; not pooled yet."""
         if patch_features is None:
-            return self._encode(pixel_values) if pixel_values is not None and len(pixel_values) else None
+            records = _without_fused_attentions({name: kwargs.get(name) for name in RECORDS}, self.vision_tower)
+            return self._encode(pixel_values, **records) if pixel_values is not None and len(pixel_values) else None
         expected = (self.config.num_patches, self.config.vision_config.hidden_size)
         if pixel_values is not None or patch_features.shape[1:] != expected:
             raise ValueError(
@@ -353,7 +380,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 f"{'' if pixel_values is None else ' beside `pixel_values`'}; give `last_hidden_state` of "
                 "`get_image_features`, and one of the two."
             )
-        return patch_features
+        return BaseModelOutputWithPooling(last_hidden_state=patch_features)
 
     def _pool(self, patch_features: torch.Tensor) -> torch.Tensor:
         return self.multi_modal_projector(self.spatial_attention_pooling(patch_features))
@@ -372,7 +399,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         special = {config.image_token_id, config.query_token_id, *(i for p in config.instruction_start_ids for i in p)}
         ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
         for token_id in sorted(special):
-            embedding = self.get_input_embeddings()(ids.new_full((), token_id))
+            embedding = self.get_input_embeddings()(ids.new_full((1, 1), token_id))
             ids = torch.where((inputs_embeds == embedding).all(dim=-1), token_id, ids)
         return ids
 
@@ -389,8 +416,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         begins_instruction: torch.BoolTensor | None = None,
         patch_features: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> FlashSlothModelOutputWithPast:
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | FlashSlothModelOutputWithPast:
         """Run the model.
 
         Args:
@@ -399,7 +426,9 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             pixel_values: All tiles of all pictures of all rows, in order, `(num_tiles, 3, height, width)`. How many
                 belong to a row follows from its image tokens. Rows may have any number.
             attention_mask: `(batch, seq_length)`, 0 at padding, on either side.
-            position_ids: `(batch, seq_length)`.
+            position_ids: `(batch, seq_length)`. Without `attention_mask` and cache, a row may hold several samples, one
+                after the other: each begins where the positions start anew, and reads nothing of the others. Such a
+                call leaves no cache.
             past_key_values: Cache of what came before. A question on a picture that is in the cache needs
                 `pixel_values` again, for the queries read its patches.
             inputs_embeds: Token embeddings instead of `input_ids`, `(batch, seq_length, hidden_size)`; placeholders are
@@ -418,68 +447,124 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
 
         Raises:
             ValueError: If ids and pictures contradict each other, a prompt was cut between a question and its queries,
-                or there are two caches.
+                there are two caches, or samples are packed in a way that would mix them.
+            RuntimeError: If this is a copy that `nn.DataParallel` made.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
-        cache = one_cache(cache, past_key_values)
+        self._check_call(input_ids, inputs_embeds, position_ids, kwargs)
+        cache, kwargs = one_cache(cache, past_key_values), self._with_config_defaults(kwargs)
         is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         elif is_prompt:
             input_ids = self.find_special_ids(inputs_embeds)
-        image_tokens = context = None
+        features = context = None
         if is_prompt:  # a single token is a step of `generate`, and holds neither picture nor question
-            spans = PromptSpans.find(input_ids, self.config, num_cached_tiles, begins_instruction)
             is_plain_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-            counts = None if is_tracing(inputs_embeds) else spans.count(attention_mask if is_plain_mask else None)
-            patch_features = self._patches(pixel_values, patch_features)
-            num_tiles = 0 if patch_features is None else patch_features.shape[0]
+            positions = position_ids if cache is None and getattr(position_ids, "ndim", 0) == 2 else None
+            packed_positions = None if is_plain_mask else positions
+            spans = PromptSpans.find(input_ids, self.config, num_cached_tiles, begins_instruction, packed_positions)
+            mask = attention_mask if is_plain_mask else None
+            counts = None if is_tracing(inputs_embeds) else spans.count(self.config, mask, positions)
+            features = self._image_features(pixel_values, patch_features, **kwargs)
+            num_tiles = 0 if features is None else len(features.last_hidden_state)
             sizes = spans.bounds(self.config, num_tiles) if counts is None else counts.check(self.config, num_tiles)
-            inputs_embeds, image_tokens, context = self._embed_prompt(inputs_embeds, patch_features, spans, sizes)
+            inputs_embeds, features, context = self._embed_prompt(inputs_embeds, features, spans, sizes)
+            if features is not None and kwargs.get("output_attentions"):
+                context = self._recorded(context, spans)
             # The decoder would read the mask to see that it is not needed. Without a cache, it needs one beside
             # `position_ids`, from which it would guess at packed sequences otherwise.
             if is_plain_mask and not sizes.is_padded and (position_ids is None or cache is not None):
                 attention_mask = None
-        is_recorded = bool(kwargs.get("output_attentions")) and image_tokens is not None
-        if is_recorded:
-            is_query = spans.query_mask.gather(1, context.query_positions)
-            context = context._replace(recorder=QueryRecorder(is_query, self.config.num_query_tokens))
-        if self.language_model.config._attn_implementation != "eager":
-            kwargs.pop("output_attentions", None)  # fused attention has none to give, and warns
+            if sizes.is_packed:
+                kwargs["use_cache"] = False  # with a cache of its own the decoder would not keep samples apart
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             query_context=context,
             **{CACHE_NAME: cache},
-            **kwargs,
+            **_without_fused_attentions(kwargs, self.language_model),
         )
         return FlashSlothModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_tokens,
-            pooling_attentions=self.spatial_attention_pooling.window_weights(patch_features) if is_recorded else None,
-            query_attentions=context.recorder.weights if is_recorded else None,
+            **self._image_outputs(features, context),
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
+    def _check_call(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "FlashSloth cannot run under `nn.DataParallel`, which would divide the tiles of a batch without regard "
+                "to whose they are; `Trainer` uses it if one process sees several GPUs. Start one process for each "
+                "GPU, `torchrun --nproc_per_node NUM_GPUS train.py`, or show it one only: `CUDA_VISIBLE_DEVICES=0`."
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
+        if position_ids is None and (packing := [name for name in PACKING if kwargs.get(name) is not None]):
+            raise ValueError(
+                f"`{packing[0]}` says that samples are packed, but there are no `position_ids`, from which FlashSloth "
+                "tells them apart; give positions that start anew with each sample."
+            )
+
+    def _with_config_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the config says of a call, where the call says nothing."""
+        asked = {name: True for name in RECORDS if getattr(self.config, name, False)}
+        if self.training:  # nothing reads a cache then, and layers that are recomputed would warn of it
+            asked["use_cache"] = False
+        return asked | {name: value for name, value in kwargs.items() if value is not None}
+
+    def _recorded(self, context: QueryContext, spans: PromptSpans) -> QueryContext:
+        is_query = spans.query_mask.gather(1, context.query_positions)
+        return context._replace(recorder=QueryRecorder(is_query, self.config.num_query_tokens))
+
+    def _image_outputs(self, features: BaseModelOutputWithPooling | None, context: QueryContext | None) -> dict:
+        """What a call gives besides the decoder's outputs, if there are pictures."""
+        if features is None:
+            return {}
+        outputs = {"image_hidden_states": features.pooler_output, "image_outputs": features}
+        if context.recorder is not None:
+            outputs["pooling_attentions"] = self.spatial_attention_pooling.window_weights(features.last_hidden_state)
+            outputs["query_attentions"] = context.recorder.weights
+        return outputs
+
     def _embed_prompt(
-        self, inputs_embeds: torch.Tensor, patch_features: torch.Tensor | None, spans: PromptSpans, sizes: PromptSizes
-    ) -> tuple[torch.Tensor, torch.Tensor | None, QueryContext | None]:
+        self,
+        inputs_embeds: torch.Tensor,
+        features: BaseModelOutputWithPooling | None,
+        spans: PromptSpans,
+        sizes: PromptSizes,
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None, QueryContext | None]:
         """Put query and image tokens in their places, and gather what the Embedded Query module needs."""
+        self._check_packing(sizes)
         inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
         is_blank = not sizes.tiles_per_row
         if is_blank:
             if not self.touches_every_module():
                 return inputs_embeds, None, None
             # A picture that no token stands for and no query reads: all its gradients are zero.
-            patch_features, sizes = self._encode(self._blank_tile(inputs_embeds)), sizes._replace(tiles_per_row=1)
-        image_tokens = self._pool(patch_features).to(inputs_embeds)
-        inputs_embeds = self._insert_image_tokens(inputs_embeds, image_tokens, spans)
-        context = self._query_context(patch_features, spans, sizes)
-        return inputs_embeds, None if is_blank else image_tokens, context
+            features, sizes = self._encode(self._blank_tile(inputs_embeds)), sizes._replace(tiles_per_row=1)
+        patches = features.last_hidden_state
+        features.pooler_output = self._pool(patches).to(inputs_embeds)
+        inputs_embeds = self._insert_image_tokens(inputs_embeds, features.pooler_output, spans)
+        return inputs_embeds, None if is_blank else features, self._query_context(patches, spans, sizes)
+
+    def _check_packing(self, sizes: PromptSizes) -> None:
+        layers = set(getattr(self.config.text_config, "layer_types", None) or ())
+        mixing = sorted(kind for kind in layers if not kind.endswith("_attention") or kind == "linear_attention")
+        if sizes.is_packed and mixing:
+            raise ValueError(
+                f"`position_ids` start anew within a row, as for packed samples, but the decoder "
+                f"({self.config.text_config.model_type}) has layers of type {', '.join(mixing)}, which would mix them; "
+                "pad rows of one sample each instead."
+            )
 
     def _blank_tile(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         num_channels = getattr(self.config.vision_config, "num_channels", 3)
@@ -488,9 +573,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def _insert_query_tokens(self, inputs_embeds: torch.Tensor, spans: PromptSpans) -> torch.Tensor:
         queries = self.query_tokens.to(inputs_embeds)
         if self.config.query_anchor_token_id is not None:
-            anchor = spans.query_start.new_full((), self.config.query_anchor_token_id)
-            queries = queries + self.get_input_embeddings()(anchor)
-        queries = queries[spans.query_rank]  # (batch, seq_length, hidden_size)
+            # As long as a row, so that the noise of NEFTune, which goes by length, is the same as on other tokens.
+            anchor = spans.query_start.new_full((1, inputs_embeds.shape[1]), self.config.query_anchor_token_id)
+            queries = queries[spans.query_rank] + self.get_input_embeddings()(anchor)
+        else:
+            queries = queries[spans.query_rank]  # (batch, seq_length, hidden_size)
         return torch.where(spans.query_mask.unsqueeze(-1), queries, inputs_embeds)
 
     def _insert_image_tokens(
@@ -506,19 +593,24 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         slots = torch.arange(sizes.tiles_per_row, device=spans.query_mask.device)
         tiles = (spans.first_tile.unsqueeze(1) + slots).clamp(max=patches.shape[0] - 1)  # (batch, tiles_per_row)
         query_positions = spans.query_positions(sizes.queries_per_row)
-        is_query, num_tiles, instruction_start, instruction_end = (
-            fact.gather(1, query_positions).unsqueeze(-1)  # (batch, queries_per_row, 1)
-            for fact in (spans.query_mask, spans.num_tiles_before, spans.instruction_start, spans.query_start)
-        )
+
+        def at_queries(fact: torch.Tensor) -> torch.Tensor:
+            return fact.gather(1, query_positions).unsqueeze(-1)  # (batch, queries_per_row, 1)
+
+        is_query, num_tiles = at_queries(spans.query_mask), at_queries(spans.num_tiles_before)
+        instruction_start, instruction_end = at_queries(spans.instruction_start), at_queries(spans.query_start)
+        is_read = slots < num_tiles
+        if spans.num_foreign_tiles is not None:
+            is_read = is_read & (slots >= at_queries(spans.num_foreign_tiles))
         tokens = torch.arange(spans.query_mask.shape[1], device=spans.query_mask.device)
         instruction = (tokens >= instruction_start) & (tokens < instruction_end)
         return QueryContext(
             patch_features=patches,
             tiles=tiles,
             query_positions=query_positions,
-            patch_mask=(slots < num_tiles).repeat_interleave(patches.shape[1], dim=-1),
+            patch_mask=is_read.repeat_interleave(patches.shape[1], dim=-1),
             instruction_mask=instruction & is_query,
-            update_mask=(is_query & (num_tiles > 0)).squeeze(-1),
+            update_mask=(is_query & is_read.any(dim=-1, keepdim=True)).squeeze(-1),
         )
 
 
@@ -535,7 +627,13 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def _get_name(self) -> str:
+        """The name by which `Trainer` knows that `label_smoothing_factor` has to shift labels; subclasses keep it."""
+        return FlashSlothForConditionalGeneration.__name__
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
         """Encode tiles; see `FlashSlothModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -552,8 +650,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         logits_to_keep: int | torch.Tensor = 0,
         patch_features: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> FlashSlothCausalLMOutputWithPast:
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | FlashSlothCausalLMOutputWithPast:
         """Run the model and its head; see `FlashSlothModel.forward` for what both take.
 
         Args:
@@ -591,6 +689,12 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         kept_outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return FlashSlothCausalLMOutputWithPast(loss=loss, logits=logits, **kept_outputs)
+
+
+def _without_fused_attentions(kwargs: dict[str, Any], backbone: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of a backbone; fused attention has no `output_attentions` to give, and would warn."""
+    is_eager = backbone.config._attn_implementation == "eager"
+    return {name: value for name, value in kwargs.items() if is_eager or name != "output_attentions"}
 
 
 __all__ = ["FlashSlothForConditionalGeneration", "FlashSlothModel", "FlashSlothPreTrainedModel"]

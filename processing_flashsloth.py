@@ -10,6 +10,7 @@ The original prompt format, with the placeholders that the processor expands:
 import dataclasses
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,10 +21,12 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import logging
 
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
+from .original_flashsloth import is_high_definition, is_original_config
 from .video_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 
 try:
@@ -32,6 +35,9 @@ except ImportError:
     HTTPException = Exception
 
 logger = logging.get_logger(__name__)
+
+SERVER_MODULE = "transformers.cli.serving.server"
+"""What is imported in a process of `transformers serve`, and in no other."""
 
 DEFAULT_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -251,8 +257,11 @@ class FlashSlothProcessor(ProcessorMixin):
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         except OSError:  # a processor without a model
             config = {}
-        if "mm_vision_tower" not in config:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if not is_original_config(config):
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            num_positions = (config.get("text_config") or {}).get("max_position_embeddings")
+            _limit_length(processor.tokenizer, num_positions)
+            return processor
         return cls.from_original(pretrained_model_name_or_path, config, **hub_kwargs)
 
     @classmethod
@@ -268,13 +277,16 @@ class FlashSlothProcessor(ProcessorMixin):
             **kwargs: Passed on to `AutoTokenizer.from_pretrained`.
         """
         config = config or FlashSlothConfig.from_pretrained(source, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **kwargs)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<learnable>", "<image>"]})
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
         tokenizer.eos_token, tokenizer.pad_token = "</s>", "<|endoftext|>"
+        # The releases' own value; transformers does not do it for a tokenizer of bytes, but warns at every answer.
+        tokenizer.init_kwargs["clean_up_tokenization_spaces"] = tokenizer.clean_up_tokenization_spaces = False
+        _limit_length(tokenizer, getattr(config.text_config, "max_position_embeddings", None))
         side = config.vision_config.image_size
         image_processor = FlashSlothImageProcessor(
-            size={"height": side, "width": side}, do_image_splitting=bool(original_config.get("image_hd"))
+            size={"height": side, "width": side}, do_image_splitting=is_high_definition(original_config)
         )
         return cls(
             image_processor,
@@ -331,6 +343,9 @@ class FlashSlothProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Load the pictures, and make one flat list of them.
 
+        Rows that are `None` (TRL has them) tell that images are wanted even if there are none: `pixel_values` of no
+        tiles, which the model takes.
+
         Raises:
             TypeError: If videos or audio are given, or a text is no string.
             ValueError: If the pictures are more or fewer than the placeholders, in all or in a row.
@@ -346,6 +361,7 @@ class FlashSlothProcessor(ProcessorMixin):
             raise TypeError(
                 f"`text` must be a string or a list of strings, one for each row, but has {_show(wrong[0])}."
             )
+        has_none_row = isinstance(images, (list, tuple)) and any(row is None for row in images)
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         rows = _as_list([] if images is None else images)
         is_nested = any(isinstance(row, (list, tuple)) for row in rows)
@@ -353,7 +369,8 @@ class FlashSlothProcessor(ProcessorMixin):
         if text is not None:
             self._check_image_counts(text, counts if is_nested else [sum(counts)])
             self._warn_of_missing_queries(text)
-        return [image for row in rows for image in _as_list(row)] or None, text, videos, audio
+        images = [image for row in rows for image in _as_list(row)]
+        return images if images or has_none_row else None, text, videos, audio
 
     def _check_image_counts(self, text: Sequence[str], num_images: Sequence[int]) -> None:
         """Compare placeholders and pictures: row by row if the pictures came in rows, else in total."""
@@ -447,14 +464,28 @@ class FlashSlothProcessor(ProcessorMixin):
                         f"Row {row} has {expected} `{token}` tokens, but {found} are left after tokenization: the "
                         "prompt was truncated through them. Raise `max_length`, shorten the text, or do not truncate."
                     )
+        self._check_length(rows)
+
+    def _check_length(self, rows: Sequence[Sequence[int]]) -> None:
+        """Warn of prompts that are longer than the model was made for, or refuse them.
+
+        Whoever has the model at hand may know that it reads more. A stranger at a server does not, and would get
+        nonsense.
+        """
         longest = max(rows, key=len, default=[])
-        if len(longest) > self.tokenizer.model_max_length:
-            num_image_tokens = max(list(ids).count(self.image_token_id) for ids in rows)
-            logger.warning(
-                f"A prompt has {len(longest)} tokens, {num_image_tokens} of them for "
-                f"{num_image_tokens // self.image_seq_length} tiles of pictures, but the model was made for "
-                f"{self.tokenizer.model_max_length}; expect worse answers, or give fewer pictures or frames."
+        num_image_tokens = max((list(ids).count(self.image_token_id) for ids in rows), default=0)
+        what = (
+            f"prompt has {len(longest)} tokens, {num_image_tokens} of them for "
+            f"{num_image_tokens // self.image_seq_length} tiles of images, but the model was made for "
+            f"{self.tokenizer.model_max_length}"
+        )
+        if SERVER_MODULE in sys.modules and len(longest) >= self.tokenizer.model_max_length:
+            raise ConversationError(
+                f"The {what}, with the answer. Shorten the conversation, begin a new one, or give fewer images or "
+                "frames."
             )
+        if len(longest) > self.tokenizer.model_max_length:
+            logger.warning(f"A {what}; expect worse answers, or give fewer images or frames.")
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
         """Sort the arguments of a call by modality; unknown ones are refused instead of ignored."""
@@ -512,6 +543,12 @@ def _token_id(tokenizer: Any, token: str) -> int:
             f"`tokenizer.add_special_tokens({{'additional_special_tokens': ['{token}']}})`."
         )
     return token_id
+
+
+def _limit_length(tokenizer: Any, num_positions: int | None) -> None:
+    """Tell a tokenizer that knows no longest text how many positions its model has."""
+    if num_positions is not None and tokenizer.model_max_length > LARGE_INTEGER:
+        tokenizer.model_max_length = num_positions
 
 
 def _ignore_guard(tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
 """What training must know of FlashSloth: recomputed activations, sharded parameters, batches without a picture."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class FlashSlothTrainingMixin(PreTrainedModel):
     ) -> None:
         """Recompute activations in the backward pass; always non-re-entrant.
 
-        The newer `activation_checkpointing_enable`, which the Trainer calls, leads here as well.
+        The newer `activation_checkpointing_enable` leads here as well; peft, TRL and transformers 5.17 use this name.
 
         Args:
             gradient_checkpointing_kwargs: Arguments for `torch.utils.checkpoint.checkpoint`.
@@ -45,7 +46,27 @@ class FlashSlothTrainingMixin(PreTrainedModel):
                 "FlashSloth needs `use_reentrant=False`: re-entrant checkpointing loses the gradients of the picture "
                 "features, which reach a decoder layer by keyword. Leave the argument out, or set it to False."
             )
-        super().gradient_checkpointing_enable(checkpointing_kwargs, **kwargs)
+        # Where there is a newer name, the base class's method of this one warns of its end.
+        enable = getattr(super(), "_activation_checkpointing_enable", super().gradient_checkpointing_enable)
+        enable(checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        getattr(super(), "_activation_checkpointing_disable", super().gradient_checkpointing_disable)()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights; see `torch.nn.Module.load_state_dict`.
+
+        A tied weight may be missing, as `save_pretrained` leaves it out: it is its source.
+        """
+        tied = getattr(self, "all_tied_weights_keys", {}).items()
+        missing = {copy: state_dict[source] for copy, source in tied if copy not in state_dict and source in state_dict}
+        return super().load_state_dict({**state_dict, **missing} if missing else state_dict, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save weights, config and code; see `PreTrainedModel.save_pretrained`.

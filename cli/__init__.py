@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 PROGRAM = "flashsloth"
 SHIPPED_CHECKPOINT = Path(__file__).parents[1]
+SHIPPED_CHECKPOINT_NOTE = (
+    "This is the small demonstration checkpoint: it knows drawn scenes of coloured shapes, and signs with a word or a "
+    "number, but no photographs and nothing else."
+)
 STDIN = "-"
 URL_PREFIXES = ("http://", "https://")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
@@ -129,7 +133,7 @@ def _add_init(commands: Any) -> None:
         "--vision",
         metavar="DIR_OR_ID",
         required=True,
-        help="a vision tower with square patches: SigLIP, CLIP, DINOv2 …",
+        help="a vision tower with square patches: SigLIP, CLIP, DINOv2, AIMv2 …, or a FlashSloth, for its tower",
     )
     parser.add_argument(
         "--language", metavar="DIR_OR_ID", required=True, help="a causal decoder: Phi, Llama, Qwen3, SmolLM3 …"
@@ -138,13 +142,16 @@ def _add_init(commands: Any) -> None:
         "--vision-layer",
         metavar="N",
         type=int,
-        default=-2,
         help="the hidden state of the tower that is read: -1 leaves its last layer, -2 enters it, and so on; layers "
-        "behind it are left out (default: %(default)s, as in the released models)",
+        "after it are left out (default: -2, as in the released models; -1 of a FlashSloth's, which ends there)",
     )
     for name, explanation in (
         ("--image-size", "side of a tile in pixels (default: the tower's; else its positions are interpolated)"),
-        ("--pooling-window", "side of a pooling window in patches (default: the one that makes about 9x9 tokens)"),
+        (
+            "--pooling-window",
+            "side of a pooling window in patches (default: the one that makes about 9x9 tokens or "
+            "fewer; 1, which compresses nothing, only if the patches' side is prime)",
+        ),
         ("--query-layer", "decoder layer whose input has its queries updated (default: 7 of 32, or as deep as that)"),
     ):
         parser.add_argument(name, metavar="N", type=_positive_int, help=explanation)
@@ -220,16 +227,21 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert, _add_init
 def _ask(options: argparse.Namespace) -> None:
     image = _read_image(options.image)
     model, processor = _load_model(str(SHIPPED_CHECKPOINT if options.model is None else options.model), options.dtype)
+    if options.model is None:
+        sys.stderr.write(f"{PROGRAM}: {SHIPPED_CHECKPOINT_NOTE} Choose another with --model.\n")
     content = [{"type": "image", "image": image}, {"type": "text", "text": options.question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"images_kwargs": {"do_image_splitting": options.hd}},
-    ).to(model.device, model.dtype)
-    model.generate(**inputs, max_new_tokens=options.max_new_tokens, streamer=_build_streamer(processor.tokenizer))
+    try:
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"images_kwargs": {"do_image_splitting": options.hd}},
+        ).to(model.device, model.dtype)
+        model.generate(**inputs, max_new_tokens=options.max_new_tokens, streamer=_build_streamer(processor.tokenizer))
+    except ValueError as error:  # such as a question that is too long
+        raise CommandError(f"the question cannot be answered: {first_line(error)}") from error
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -247,16 +259,19 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
-    from .init import init
+    from .init import NOTHING_POOLED, init
     from .repository import RepositoryError
 
     _silence_transformers()
     template = _read_bytes(options.chat_template).decode("utf-8") if options.chat_template else None
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "hd", "chat_template")}
     try:
-        done = init(**settings, high_definition=options.hd, chat_template=template)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", NOTHING_POOLED.partition(":")[0])
+            done = init(**settings, high_definition=options.hd, chat_template=template)
     except (RepositoryError, OSError) as error:
         raise CommandError(first_line(error)) from error
+    sys.stderr.writelines(f"{PROGRAM}: warning: {warning.message}\n" for warning in caught)
     config, decoder = done.config, done.config.text_config
     sys.stdout.write(
         f"{done.output}: {done.num_parameters:,} parameters, {done.num_new_parameters:,} of them new, {done.dtype}\n"
@@ -302,7 +317,7 @@ def _onnx(options: argparse.Namespace) -> None:
     try:
         from .onnx import export_onnx
 
-        done = export_onnx(model.to("cpu"), processor, options.output)
+        done = export_onnx(model.to("cpu"), processor, options.output, progress=True)
     except (RepositoryError, OSError) as error:
         raise CommandError(first_line(error)) from error
     for name, difference in done.differences.items():
@@ -347,13 +362,12 @@ def _read_bytes(source: str) -> bytes:
 def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
     """Load model and processor, onto the accelerator if there is one."""
     import torch
-    from safetensors import SafetensorError
 
     from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
     from ..backbones_flashsloth import working_dtype
 
     _silence_transformers()
-    _check_model_type(source)
+    check_model(source)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     dtype = working_dtype(device) if dtype == "auto" else dtype
     try:
@@ -361,28 +375,55 @@ def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
         model, report = FlashSlothForConditionalGeneration.from_pretrained(
             source, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # transformers, huggingface_hub, safetensors and tokenizers share no class
         raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
     if missing := report["missing_keys"]:
         raise CommandError(f"{source} is not complete: {len(missing)} tensors are missing, such as {min(missing)}.")
     return model.to(device).eval(), processor
 
 
-def _check_model_type(source: str) -> None:
+def check_model(source: str) -> None:
+    """Find out whether a folder or Hub id is a FlashSloth that is whole, without loading its weights.
+
+    Args:
+        source: Folder or Hub id, in this package's layout or in that of the original releases.
+
+    Raises:
+        CommandError: If it is none, or is not there.
+    """
+    from ..original_flashsloth import is_flashsloth_config
+    from .weight_files import check_json_files, find_weight_files
+
+    config = _read_config(source)
+    if not is_flashsloth_config(config):
+        kind = f"model_type is {config.get('model_type')!r}, its `architectures` {config.get('architectures')!r}"
+        raise CommandError(f"{source} is not a FlashSloth: its {kind}.")
+    if Path(source).is_dir():
+        try:
+            find_weight_files(Path(source))
+            check_json_files(Path(source))
+        except ValueError as error:
+            raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
+
+
+def _read_config(source: str) -> dict:
     from transformers.configuration_utils import PreTrainedConfig
 
+    from .weight_files import read_json
+
+    file = Path(source, "config.json")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError):
-        config = {}
-    if config.get("model_type") == "flashsloth":
-        return
-    if config:
-        raise CommandError(f"{source} is not a FlashSloth: its model_type is {config.get('model_type')!r}.")
-    if source == str(SHIPPED_CHECKPOINT):
-        raise CommandError(f"the shipped checkpoint is not in {source}; name another one with --model.")
-    reason = "it has no config.json" if Path(source).is_dir() else "neither a folder nor a Hub id that can be reached"
-    raise CommandError(f"no such model: {source} ({reason})")
+        if Path(source).is_dir():
+            return read_json(file)
+        return PreTrainedConfig.get_config_dict(source)[0]
+    except Exception as error:  # huggingface_hub has no common class for no such repository, no access, no network
+        if file.exists():
+            raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
+        if source == str(SHIPPED_CHECKPOINT):
+            raise CommandError(f"the shipped checkpoint is not in {source}; name another one with --model.") from error
+        is_folder = Path(source).is_dir()
+        reason = "it has no config.json" if is_folder else "neither a folder nor a Hub id that can be reached"
+        raise CommandError(f"no such model: {source} ({reason})") from error
 
 
 def _build_streamer(tokenizer: Any) -> Any:
@@ -442,5 +483,9 @@ def _positive_int(text: str) -> int:
 
 
 def first_line(error: object) -> str:
-    """What an error says, without what follows; its type if it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """What an error says, without what follows; its type if it says nothing, or nothing that could be understood."""
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):  # a headline, such as "Validation error for field 'hidden_size':"
+        first = f"{first} {rest.strip().partition(chr(10))[0]}".strip()
+    name = type(error).__name__
+    return f"{name}: {first}" if isinstance(error, (LookupError, AttributeError)) else first or name

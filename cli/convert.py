@@ -22,7 +22,14 @@ from transformers import GenerationConfig
 
 from ..configuration_flashsloth import FlashSlothConfig
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
-from ..original_flashsloth import ORIGINAL_KEY_MAPPING, original_generation_config, translate_original_config
+from ..original_flashsloth import (
+    ORIGINAL_ARCHITECTURE,
+    ORIGINAL_KEY_MAPPING,
+    is_flashsloth_config,
+    is_original_config,
+    original_generation_config,
+    translate_original_config,
+)
 from ..processing_flashsloth import FlashSlothProcessor
 from . import first_line, model_card
 from .repository import RepositoryError as ConversionError
@@ -30,6 +37,7 @@ from .repository import complete_or_absent, copy_code, unused_folder
 from .weight_files import (
     SAFETENSORS_DTYPES,
     TensorInfo,
+    check_json_files,
     find_weight_files,
     read_json,
     read_tensor_infos,
@@ -41,6 +49,7 @@ from .weight_files import (
 DTYPES = ("F32", "F16", "BF16")
 HUB_PATTERNS = ["*.json", "*.txt", "*.model"]
 SAFETENSORS_PATTERN, BIN_PATTERN = "model*.safetensors", "pytorch_model*.bin"
+MAX_UNCHECKED_LAYERS = 256
 LANGUAGE_MODEL, ORIGINAL_LANGUAGE_MODEL = "model.language_model.", "model."
 DROPPED = (
     r"^model\.vision_tower\.(post_layernorm|head)\.",
@@ -132,14 +141,12 @@ def _plan(source: str | Path, vision_config: Path | None) -> Plan:
     folder = _find_source(source)
     try:
         original_config = read_json(folder / "config.json")
+        check_json_files(folder)
         shards = [_describe(file) for file in find_weight_files(folder)]
-        config = _translate_config(original_config, folder, vision_config, shards)
-        with torch.device("meta"):
-            model = FlashSlothForConditionalGeneration(config)
+        config, model = _build_model(original_config, folder, vision_config, shards)
         shards = _check_tensors(shards, model)
         config.dtype = _main_dtype(shards)
-        file = folder / "generation_config.json"
-        generation_config = original_generation_config(read_json(file) if file.is_file() else {}, config)
+        generation_config = _build_generation_config(folder / "generation_config.json", config)
         processor = _build_processor(folder, original_config, config)
     except (ValueError, OSError) as error:
         raise ConversionError(f"{source} cannot be converted: {error}") from error
@@ -226,13 +233,37 @@ def original_name_of(name: str) -> str:
     return name
 
 
-def _translate_config(
+def _build_model(
     original: dict, folder: Path, vision_config: Path | None, shards: list[Shard]
-) -> FlashSlothConfig:
-    """The config, with the sizes that no original config holds read off the tensors."""
-    if "mm_vision_tower" not in original:
-        is_ours = original.get("model_type") == "flashsloth" and "vision_config" in original
-        reason = "it is in this package's layout already" if is_ours else "its config.json has no `mm_vision_tower`"
+) -> tuple[FlashSlothConfig, FlashSlothForConditionalGeneration]:
+    """The config, and the model that it describes, without data."""
+    fields = _translate_config(original, folder, vision_config, shards)
+    num_tensors = sum(len(shard.infos) for shard in shards)
+    try:
+        config = FlashSlothConfig(**fields)
+        for part in (config.text_config, config.vision_config):
+            if part.num_hidden_layers > max(num_tensors, MAX_UNCHECKED_LAYERS):  # all of which would be built
+                raise ValueError(f"num_hidden_layers={part.num_hidden_layers}, but there are {num_tensors} tensors.")
+        with torch.device("meta"):
+            return config, FlashSlothForConditionalGeneration(config)
+    except Exception as error:  # a field of a wrong type may fail anywhere
+        raise ValueError(f"its config.json, or the vision tower's, cannot be right: {first_line(error)}") from error
+
+
+def _build_generation_config(file: Path, config: FlashSlothConfig) -> GenerationConfig:
+    original = read_json(file) if file.is_file() else {}
+    try:
+        return original_generation_config(original, config)
+    except Exception as error:  # as above
+        raise ValueError(f"its {file.name} cannot be right: {first_line(error)}") from error
+
+
+def _translate_config(original: dict, folder: Path, vision_config: Path | None, shards: list[Shard]) -> dict:
+    """Fields of the config, with the sizes that no original config holds read off the tensors."""
+    if not is_original_config(original):
+        is_ours = is_flashsloth_config(original)
+        missing = f"its config.json names neither the architecture {ORIGINAL_ARCHITECTURE} nor an `mm_vision_tower`"
+        reason = "it is in this package's layout already" if is_ours else missing
         raise ValueError(f"it is no original FlashSloth release: {reason}.")
     fields = translate_original_config(original, folder=folder, vision_config=vision_config)
     shapes = {name: info.shape for shard in shards for name, info in shard.infos.items()}
@@ -242,7 +273,7 @@ def _translate_config(
     ):
         if shapes.get(name):
             fields[field] = shapes[name][0]
-    return FlashSlothConfig(**fields)
+    return fields
 
 
 def _check_tensors(shards: list[Shard], model: FlashSlothForConditionalGeneration) -> list[Shard]:
@@ -313,7 +344,7 @@ def _build_processor(folder: Path, original_config: dict, config: FlashSlothConf
     try:
         processor = FlashSlothProcessor.from_original(folder, original_config, config=config)
     except Exception as error:  # tokenizers raises bare exceptions
-        raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {first_line(error)}).") from error
+        raise ValueError(f"its tokenizer cannot be read ({first_line(error)}).") from error
     for name, expected in (("image_token", config.image_token_id), ("query_token", config.query_token_id)):
         token, found = getattr(processor, name), getattr(processor, f"{name}_id")
         if found != expected:

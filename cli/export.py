@@ -15,20 +15,19 @@ from typing import NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..original_flashsloth import is_flashsloth_config
 from ..processing_flashsloth import FlashSlothProcessor
 from . import URL_PREFIXES, first_line, model_card
 from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder
-from .weight_files import find_weight_files, read_json
+from .weight_files import check_json_files, find_weight_files, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 CARD, LICENSE, APACHE = "README.md", "LICENSE", "apache-2.0"
 EXAMPLES = "examples"
 LICENSE_ID = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 ORIGIN = "Exported by `flashsloth export`."
-UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
 
 
 class Export(NamedTuple):
@@ -90,8 +89,8 @@ def export(
         _check_together(model, used_processor)
         own_results = [file for file in [checkpoint / "evaluation.json"] if file.is_file()]
         results = [result for file in evaluations or own_results for result in model_card.read_results(Path(file))]
-    except UNREADABLE as error:
-        raise RepositoryError(f"{checkpoint} cannot be exported: {error}") from error
+    except Exception as error:  # transformers, huggingface_hub, safetensors, tokenizers and peft share no class
+        raise RepositoryError(f"{checkpoint} cannot be exported: {first_line(error)}") from error
     known = _read_card(checkpoint)
     if license_id and not LICENSE_ID.fullmatch(license_id):
         raise RepositoryError(f"the Hub knows licences by names such as apache-2.0, mit or other, not {license_id!r}.")
@@ -127,9 +126,6 @@ def _load_model(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGener
         return _merge_adapter(folder, dtype)
     if not (folder / "config.json").is_file():
         raise ValueError("it has no config.json; give the folder that `save_pretrained` or a training wrote.")
-    if (found := read_json(folder / "config.json").get("model_type")) != "flashsloth":
-        raise ValueError(f"its model_type is {found!r}, not 'flashsloth'.")
-    find_weight_files(folder)
     return _load_whole(folder, dtype), folder
 
 
@@ -139,11 +135,11 @@ def _merge_adapter(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGe
     except ImportError as error:
         raise ValueError('merging a LoRA adapter needs peft: pip install "flashsloth[train]"') from error
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise ValueError(f"its {ADAPTER_CONFIG} does not name a base model in `base_model_name_or_path`.")
     try:
         model = _load_whole(base, dtype)
-    except UNREADABLE as error:
+    except Exception as error:  # as above
         raise ValueError(
             f"it is a LoRA adapter, whose base model {base} cannot be loaded ({first_line(error)}); put the base "
             f"model there, or change `base_model_name_or_path` in {ADAPTER_CONFIG}."
@@ -152,6 +148,12 @@ def _merge_adapter(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGe
 
 
 def _load_whole(source: str | Path, dtype: str) -> FlashSlothForConditionalGeneration:
+    if Path(source).is_dir():
+        config = read_json(Path(source) / "config.json")
+        if not is_flashsloth_config(config):
+            raise ValueError(f"its model_type is {config.get('model_type')!r}, and it is no original release.")
+        find_weight_files(Path(source))
+        check_json_files(Path(source))
     model, report = FlashSlothForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if missing := report["missing_keys"]:
         raise ValueError(f"{len(missing)} tensors are missing in its weights, such as {min(missing)}.")
@@ -167,7 +169,7 @@ def _load_processor(source: str | Path, base: str | Path) -> FlashSlothProcessor
     for folder in (source, base):
         try:
             return FlashSlothProcessor.from_pretrained(folder)
-        except UNREADABLE as error:
+        except Exception as error:  # as above
             reason = error
     raise ValueError(
         f"it has no processor that can be loaded ({first_line(reason)}); name one with --processor, such as the "

@@ -11,20 +11,32 @@ The model takes the tensors over from its parts without a copy, so about one mod
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from PIL import Image
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 
+from ..backbones_flashsloth import build_vision_tower
 from ..configuration_flashsloth import FlashSlothConfig
 from ..image_processing_flashsloth import FlashSlothImageProcessor
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..original_flashsloth import is_flashsloth_config
 from ..processing_flashsloth import FlashSlothProcessor, build_chat_template
 from . import first_line, model_card
 from .chat_format import (
@@ -38,9 +50,14 @@ from .chat_format import (
 )
 from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder
 
+NOTHING_POOLED = (
+    "Nothing is pooled: no window but 1 divides the {grid}x{grid} patches, so that each becomes an image token; "
+    "--image-size gives another grid."
+)
 PAD_TOKEN, ANCHOR_TEXT, PROBE_TEXT = "<pad>", " .", "The picture shows a small house, and behind it"
 RELEASED_WINDOWS_PER_SIDE = 9
 MAX_WINDOWS_PER_SIDE = 2 * RELEASED_WINDOWS_PER_SIDE
+VISION_FAMILIES, LANGUAGE_FAMILIES = "SigLIP, CLIP, DINOv2, AIMv2 or ViT", "Phi, Llama, Qwen3, Gemma 3 or SmolLM3"
 RELEASED_QUERY_DEPTH = 7 / 32  # the layer that reads updated queries, of all layers
 MAX_SHARD_SIZE = "5GB"
 PIXEL_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor", "do_rescale", "resample")
@@ -78,11 +95,13 @@ class Tower(NamedTuple):
         source: Folder or Hub id.
         native_config: Config with the layers that are read, at the size in pixels that the tower was trained for.
         config: The same at the size that is asked for.
+        key_mapping: What its tensors are called in the source, as regular expressions, and in the tower.
     """
 
     source: str
     native_config: PreTrainedConfig
     config: PreTrainedConfig
+    key_mapping: dict[str, str]
 
 
 def init(
@@ -90,7 +109,7 @@ def init(
     language: str | Path,
     output: str | Path,
     *,
-    vision_layer: int = -2,
+    vision_layer: int | None = None,
     image_size: int | None = None,
     pooling_window: int | None = None,
     query_layer: int | None = None,
@@ -104,12 +123,15 @@ def init(
     """Build a FlashSloth that is to be trained from two pretrained models.
 
     Args:
-        vision: Folder or Hub id of a vision tower, or of a model with a `vision_config`, such as CLIP.
+        vision: Folder or Hub id of a vision tower, or of a model with a `vision_config`, such as CLIP or a FlashSloth,
+            also an original release.
         language: Folder or Hub id of a causal decoder with `layers`.
         output: Folder to write, which must not exist or be empty. It appears when it is complete.
         vision_layer: Which of the tower's hidden states is read: -1 is what leaves the last layer, -2 what enters it.
+            Default: -2, or -1 of a FlashSloth, whose tower ends with what it reads.
         image_size: Side of a tile in pixels, if not the tower's own; its position embeddings are interpolated.
-        pooling_window: Side of a pooling window in patches. Default: the one that makes about 9×9 windows.
+        pooling_window: Side of a pooling window in patches. Default: the one that makes about 9×9 windows or fewer; of
+            a grid whose side is prime it is 1, which compresses nothing, and a warning says so.
         query_layer: Decoder layer on whose input the queries are updated. Default: 7 of 32, or as deep as that.
         num_query_tokens: Number of queries behind a question.
         query_width: Width of the Embedded Query module.
@@ -126,9 +148,10 @@ def init(
         RepositoryError: If no FlashSloth can be built of the two, or the output is in use.
     """
     output = unused_folder(output)
-    with _refusal():
+    with _refusal(str(language)):
         tower = _find_tower(str(vision), vision_layer, image_size)
-        window = pooling_window or default_pooling_window(FlashSlothConfig(vision_config=tower.config).patch_grid_size)
+        grid = _find_grid(tower)
+        window = pooling_window or default_pooling_window(grid)
         tokenizer = _load_tokenizer(str(language))
         template, end_token = _adapt_tokenizer(tokenizer, chat_template)
         starts = find_instruction_starts(tokenizer, template)
@@ -144,8 +167,10 @@ def init(
             query_hidden_size=query_width,
             instruction_start_ids=starts,
         )
-        model, num_new_parameters = _build_model(config, decoder, tower, tokenizer, seed)
+        expected = _compute_logits(decoder, tokenizer, str(language))
+        model, num_new_parameters = _build_model(config, decoder, tower, tokenizer, expected, seed)
         processor = _build_processor(config, tokenizer, template, tower, high_definition)
+        _check_queries(model, processor, str(language))
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     result = Initialisation(
         output=output,
@@ -156,6 +181,8 @@ def init(
         dtype=str(model.dtype).removeprefix("torch."),
         end_token=end_token,
     )
+    if window == 1 and pooling_window is None:
+        warnings.warn(NOTHING_POOLED.format(grid=grid), stacklevel=2)
     with complete_or_absent(output, num_bytes) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         processor.save_pretrained(folder)
@@ -165,7 +192,9 @@ def init(
 
 
 def default_pooling_window(grid: int) -> int:
-    """Side of the pooling window that makes about as many windows as the released models have.
+    """Side of the pooling window that makes about as many windows as the released models have, or fewer.
+
+    A window of 1 compresses nothing, so it is taken only where there is no other: where the grid's side is prime.
 
     Args:
         grid: Side of the patch grid, in patches.
@@ -173,27 +202,38 @@ def default_pooling_window(grid: int) -> int:
     Raises:
         RepositoryError: If none makes a sensible number of them.
     """
-    windows = [window for window in range(1, max(grid, 2)) if grid % window == 0]
+    windows = [window for window in range(2, grid) if grid % window == 0] or [1]
     best = min(windows, key=lambda window: (abs(grid // window - RELEASED_WINDOWS_PER_SIDE), -window))
     if grid // best > MAX_WINDOWS_PER_SIDE:
         raise RepositoryError(
-            f"the tower cuts a picture into {grid}x{grid} patches, and no pooling window makes about 9x9 tokens of "
-            "them; give another size in pixels with --image-size (224, if the tower was trained at several), or a "
+            f"the vision tower cuts a picture into {grid}x{grid} patches, and no pooling window makes about 9x9 tokens "
+            "of them; give another size in pixels with --image-size (224, if the tower was trained at several), or a "
             "divisor with --pooling-window."
         )
     return best
 
 
 @contextlib.contextmanager
-def _refusal() -> Iterator[None]:
+def _refusal(language: str) -> Iterator[None]:
     """Turn what cannot be built into one clear line."""
     try:
         yield
-    except (ValueError, OSError, TypeError) as error:
+    except RepositoryError:
+        raise
+    except (ValueError, OSError) as error:
         raise RepositoryError(first_line(error)) from error
+    except Exception as error:  # the tower was tried by itself, so this is a decoder of another shape
+        detail = str(error).partition("\n")[0].removesuffix(".")
+        raise _unfit("--language", language, f"is no decoder that fits: {detail}") from error
 
 
-def _load(load: Any, source: str, **kwargs: Any) -> Any:
+def _unfit(option: str, source: str, reason: str) -> RepositoryError:
+    """A base model that FlashSloth cannot be built of."""
+    families = VISION_FAMILIES if option == "--vision" else LANGUAGE_FAMILIES
+    return RepositoryError(f"{source} {reason}; choose another {option}, such as a {families}.")
+
+
+def _load(option: str, load: Any, source: str, **kwargs: Any) -> Any:
     """Load a part of a base model, and say which one if that fails."""
     try:
         return load(source, **kwargs)
@@ -201,17 +241,22 @@ def _load(load: Any, source: str, **kwargs: Any) -> Any:
         if not Path(source).is_dir():
             kind = "a file" if Path(source).exists() else "neither a folder nor a Hub model that can be reached"
             raise RepositoryError(f"{source} is {kind}.") from error
-        raise RepositoryError(f"{source} cannot be loaded: {first_line(error)}") from error
+        raise _unfit(option, source, f"cannot be loaded: {first_line(error).removesuffix('.')}") from error
 
 
-def _find_tower(source: str, layer: int, image_size: int | None) -> Tower:
-    config = _load(AutoConfig.from_pretrained, source)
+def _find_tower(source: str, layer: int | None, image_size: int | None) -> Tower:
+    content, _ = _load("--vision", PreTrainedConfig.get_config_dict, source)
+    is_flashsloth = is_flashsloth_config(content)
+    load = FlashSlothConfig if is_flashsloth else AutoConfig
+    config = _load("--vision", load.from_pretrained, source)
     config = getattr(config, "vision_config", config)
-    num_layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(num_layers, int):
-        raise RepositoryError(
-            f"{source} ({config.model_type}) is no vision tower with layers; choose another --vision."
-        )
+    num_layers = _count(config, "num_hidden_layers")
+    if type(config) not in MODEL_MAPPING:
+        raise _unfit("--vision", source, f"({config.model_type}) is no vision tower that `AutoModel` can build")
+    if num_layers is None or _count(config, "hidden_size") is None:
+        raise _unfit("--vision", source, f"({config.model_type}) is no vision tower of layers of one width")
+    if layer is None:
+        layer = -1 if is_flashsloth else -2
     kept = num_layers + 1 + layer if layer < 0 else layer
     if not 0 < kept <= num_layers:
         raise RepositoryError(
@@ -219,18 +264,46 @@ def _find_tower(source: str, layer: int, image_size: int | None) -> Tower:
             f"or -{num_layers} to -1."
         )
     native = _changed(config, num_hidden_layers=kept)
-    return Tower(source, native, _changed(native, image_size=image_size) if image_size else native)
+    key_mapping = {r"^model\.vision_tower\.(vision_tower\.vision_model\.)?": ""} if is_flashsloth else {}
+    return Tower(source, native, _changed(native, image_size=image_size) if image_size else native, key_mapping)
+
+
+def _count(config: PreTrainedConfig, name: str) -> int | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _find_grid(tower: Tower) -> int:
+    """Side of the tower's patch grid."""
+    try:
+        return FlashSlothConfig(vision_config=tower.config).patch_grid_size
+    except ValueError as error:
+        sizes = {name: getattr(tower.config, name, None) for name in ("image_size", "patch_size")}
+        shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        reason = f"({tower.config.model_type}) is no vision tower with square pictures and patches: it has {shown}"
+        raise _unfit("--vision", tower.source, reason) from error
 
 
 def _changed(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     """A config with other fields, made anew because some fields follow from others."""
     drop = {"_name_or_path", "architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
     fields = {name: value for name, value in config.to_dict().items() if name not in drop | BACKBONE_FIELDS}
+    if num_layers := changes.get("num_hidden_layers"):
+        for name, types in fields.items():
+            if name.endswith("layer_types") and types:
+                fields[name] = [types[min(i, len(types) - 1)] for i in range(num_layers)]
     return AutoConfig.for_model(config.model_type, **{**fields, **changes})
 
 
 def _load_tokenizer(source: str) -> Any:
-    tokenizer = _load(AutoTokenizer.from_pretrained, source)
+    config = _load("--language", AutoConfig.from_pretrained, source)
+    if is_flashsloth_config(config.to_dict()):
+        raise _unfit("--language", source, "is a whole FlashSloth, not a decoder alone")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _unfit(
+            "--language", source, f"cannot be loaded as a causal decoder, but is a model of type {config.model_type}"
+        )
+    tokenizer = _load("--language", AutoTokenizer.from_pretrained, source)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise RepositoryError(f"{source} has no fast tokenizer (tokenizer.json), but {type(tokenizer).__name__}.")
     return tokenizer
@@ -269,15 +342,21 @@ def _add_special_tokens(tokenizer: Any, tokens: list[str]) -> None:
 
 
 def _load_decoder(source: str, dtype: str) -> PreTrainedModel:
-    model, report = _load(AutoModelForCausalLM.from_pretrained, source, dtype=dtype, output_loading_info=True)
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
-        raise RepositoryError(
-            f"{source} is a {type(model).__name__}, whose decoder has no list `layers`; choose another --language, "
-            "such as a Phi, Llama, Qwen3 or SmolLM3."
-        )
+    model, report = _load(
+        "--language", AutoModelForCausalLM.from_pretrained, source, dtype=dtype, output_loading_info=True
+    )
+    reason = f"is a {type(model).__name__}"
+    decoder = model.get_decoder()
+    if not isinstance(getattr(decoder, "layers", None), torch.nn.ModuleList):
+        raise _unfit("--language", source, f"{reason}, whose decoder has no list `layers`")
     if model.get_output_embeddings() is None:
-        raise RepositoryError(f"{source} is a {type(model).__name__}, which has no output embedding.")
+        raise _unfit("--language", source, f"{reason}, which has no output embedding")
+    if any(
+        _count(decoder.config, name) is None for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+    ):
+        raise _unfit("--language", source, f"{reason}, whose layers are not of attention heads")
+    if MODEL_MAPPING.get(type(decoder.config), None) is not type(decoder):
+        raise _unfit("--language", source, f"{reason}, whose decoder `AutoModel` does not build alone")
     if missing := set(report["missing_keys"]):
         raise RepositoryError(f"{source} is not complete: {len(missing)} tensors are missing, such as {min(missing)}.")
     return model.eval()
@@ -333,17 +412,28 @@ def _build_config(
     return config
 
 
+@torch.no_grad()
+def _compute_logits(model: PreTrainedModel, tokenizer: Any, source: str) -> torch.Tensor:
+    """What a decoder says to a sentence."""
+    try:
+        return model(tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]).logits.float()
+    except Exception as error:  # a decoder of another shape fails in a way of its own
+        raise _unfit("--language", source, f"cannot read a sentence: {first_line(error).removesuffix('.')}") from error
+
+
 def _build_model(
-    config: FlashSlothConfig, decoder: PreTrainedModel, tower: Tower, tokenizer: Any, seed: int
+    config: FlashSlothConfig,
+    decoder: PreTrainedModel,
+    tower: Tower,
+    tokenizer: Any,
+    expected: torch.Tensor,
+    seed: int,
 ) -> tuple[FlashSlothForConditionalGeneration, int]:
     """Join the pretrained parts and initialise what lies between.
 
     Returns:
         The model, and the number of parameters that are not pretrained.
     """
-    probe = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        expected = decoder(probe).logits.float()
     state = {f"{DECODER}{name}": tensor for name, tensor in decoder.get_decoder().state_dict().items()}
     state |= {f"lm_head.{name}": tensor for name, tensor in decoder.get_output_embeddings().state_dict().items()}
     state |= _load_tower(tower, decoder.dtype)
@@ -359,14 +449,14 @@ def _build_model(
             f"{len(wrong)} tensors of the base models are missing or have other shapes than their configs say, such as "
             f"{min(wrong)}; are their weights complete?"
         )
-    with torch.no_grad():
-        difference = (model(probe).logits.float() - expected).abs().max() / expected.abs().max()
+    found = _compute_logits(model, tokenizer, config.text_config.model_type)
+    difference = (found - expected).abs().max() / expected.abs().max()
     if not difference < TOLERANCE:
         raise RepositoryError(
             f"as a part of FlashSloth the decoder ({config.text_config.model_type}) gives other logits than alone, by "
-            f"{difference:.1%}: its own head does something that FlashSloth does not know; choose another --language."
+            f"{difference:.1%}: its own head does something that FlashSloth does not know; choose another --language, "
+            f"such as a {LANGUAGE_FAMILIES}."
         )
-    _check_tower(model)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -378,27 +468,101 @@ def _build_model(
 
 
 @torch.no_grad()
-def _check_tower(model: FlashSlothForConditionalGeneration) -> None:
-    config = model.config
-    height, width = config.tile_size
+def _check_queries(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, source: str) -> None:
+    """Refuse a decoder that cannot answer, or whose layers do not get what the Embedded Query module needs, or twice.
+
+    Raises:
+        RepositoryError: If it is such a decoder.
+    """
+    updates = []
+    hook = model.model.embedded_query.register_forward_hook(lambda *_: updates.append(1))
+    height, width = model.config.tile_size
+    content = [{"type": "image", "image": Image.new("RGB", (width, height))}, {"type": "text", "text": PROBE_TEXT}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.dtype)
+    reason = None
     try:
-        model.get_image_features(torch.zeros(1, 3, height, width))
-    except (RuntimeError, TypeError) as error:
-        raise RepositoryError(
-            f"the vision tower ({config.vision_config.model_type}) does not give one feature for each of its "
-            f"{config.num_patches} patches of a {height}x{width} picture; choose another --vision."
-        ) from error
+        model.generate(**inputs, max_new_tokens=2)
+    except Exception as error:  # as above
+        reason = error
+    finally:
+        hook.remove()
+    if reason is not None or len(updates) != 1:
+        failure = f"cannot answer: {first_line(reason).removesuffix('.')}" if reason else ""
+        detail = failure or f"has its queries updated {len(updates)} times, not once"
+        raise _unfit("--language", source, f"({model.config.text_config.model_type}) {detail}") from reason
 
 
 def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tower's tensors, by their names in FlashSloth, without those that the checkpoint does not have."""
+    num_layers = tower.native_config.num_hidden_layers
     model, report = _load(
-        AutoModel.from_pretrained, tower.source, config=tower.native_config, dtype=dtype, output_loading_info=True
+        "--vision",
+        AutoModel.from_pretrained,
+        tower.source,
+        config=_changed(tower.native_config, num_hidden_layers=num_layers + 1),  # whose input is what FlashSloth reads
+        dtype=dtype,
+        output_loading_info=True,
+        **({"key_mapping": tower.key_mapping} if tower.key_mapping else {}),
     )
-    tensors = {name: t for name, t in model.state_dict().items() if name not in report["missing_keys"]}
+    used = build_vision_tower(tower.native_config).to(dtype)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in report["missing_keys"]}
+    tensors = {name: tensors[name] for name in used.state_dict() if name in tensors}
+    if absent := used.state_dict().keys() - tensors.keys():
+        reason = f"does not hold the weights of a vision tower: {len(absent)} are missing, such as {min(absent)}"
+        raise _unfit("--vision", tower.source, reason)
+    used.load_state_dict(tensors, strict=False, assign=True)
+    _check_tower(tower, model.eval(), used.eval())
     if tower.config is not tower.native_config:
         tensors |= _resize_positions(model, tower.config.image_size)
     return {f"{TOWER}{name}": tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _check_tower(tower: Tower, model: PreTrainedModel, used: PreTrainedModel) -> None:
+    """Refuse a tower that does not give one feature for each patch, row by row, or whose features are changed.
+
+    Args:
+        tower: The tower.
+        model: The tower as transformers has it, with a further layer, which reads what FlashSloth reads.
+        used: The tower as FlashSloth has it.
+
+    Raises:
+        RepositoryError: If it is such a tower.
+    """
+    config = tower.native_config
+    grid, side, patch = (
+        _side(config.image_size) // _side(config.patch_size),
+        *map(_side, (config.image_size, config.patch_size)),
+    )
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    pixels[1] = pixels[0]
+    pixels[1, :, :patch, (grid - 1) * patch : grid * patch] += 1  # the last patch of the first row is another
+    try:
+        states = model(pixels, output_hidden_states=True).hidden_states
+        first, expected = (
+            states[index].reshape(2, -1, config.hidden_size)[:, -(grid**2) :] for index in (0, config.num_hidden_layers)
+        )
+        changed = (first[0] != first[1]).any(dim=-1).nonzero().flatten().tolist()
+        found = used(pixels).last_hidden_state[:, -(grid**2) :]
+        is_right = changed == [grid - 1] and found.shape == expected.shape
+        is_right = is_right and (found - expected).abs().max() < TOLERANCE * expected.abs().max()
+    except Exception as error:  # a tower of another shape fails in a way of its own
+        is_right, reason = False, error
+    else:
+        reason = None
+    if not is_right:
+        raise _unfit(
+            "--vision",
+            tower.source,
+            f"({config.model_type}) does not give one feature for each of the {grid**2} patches of a {side}x{side} "
+            "picture, row by row",
+        ) from reason
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
@@ -28,6 +29,7 @@ from .repository import RepositoryError, complete_or_absent, unused_folder
 VISION, DECODER, STEP = "vision.onnx", "decoder.onnx", "decoder_step.onnx"
 TOLERANCE = 1e-4  # of the largest value
 NUM_CHECKED_STEPS = 3
+NUM_STEPS = 4  # three graphs, and the comparison
 BYTES_PER_WEIGHT = 4
 
 
@@ -97,7 +99,11 @@ class StepGraph(nn.Module):
 
 
 def export_onnx(
-    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, output: str | Path
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    output: str | Path,
+    *,
+    progress: bool = False,
 ) -> OnnxExport:
     """Write the graphs of a model, in float32, with its processor and configs.
 
@@ -105,6 +111,7 @@ def export_onnx(
         model: The model, on the CPU; it is converted to float32.
         processor: Its processor.
         output: Folder to write, which must not exist or be empty. It appears when it is complete.
+        progress: Whether to show on stderr which graph is being written.
 
     Returns:
         What was written, and how exact it is.
@@ -121,9 +128,13 @@ def export_onnx(
         raise RepositoryError('ONNX graphs need further packages: pip install "flashsloth[onnx]"') from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else it says which operators torchvision would have
     model = model.float().eval()
-    with complete_or_absent(output, 2 * BYTES_PER_WEIGHT * model.num_parameters()) as partial, torch.no_grad():
+    with (
+        complete_or_absent(output, 2 * BYTES_PER_WEIGHT * model.num_parameters()) as partial,
+        torch.no_grad(),
+        tqdm(total=NUM_STEPS, unit="step", disable=not progress) as bar,
+    ):
         try:
-            _write_graphs(model, _build_inputs(processor, ["What is on the left?", None]), partial)
+            _write_graphs(model, _build_inputs(processor, ["What is on the left?", None]), partial, bar)
         except RepositoryError:
             raise
         except Exception as error:  # the exporter raises what the layer raises that it cannot carry
@@ -131,7 +142,9 @@ def export_onnx(
             raise RepositoryError(
                 f"the exporter cannot carry this model ({type(error).__name__}: {reason}); nothing was written."
             ) from error
+        bar.set_description("comparing with the model")
         differences = _compare(model, _build_inputs(processor, ["What?", "How many are there?"]), partial)
+        bar.update()
         for part in (model.config, model.generation_config, processor):
             part.save_pretrained(partial)
     return OnnxExport(output, differences)
@@ -181,13 +194,18 @@ def _build_inputs(processor: FlashSlothProcessor, questions: Iterable[str | None
     )
 
 
-def _write_graphs(model: FlashSlothForConditionalGeneration, inputs: dict[str, torch.Tensor], folder: Path) -> None:
+def _write_graphs(
+    model: FlashSlothForConditionalGeneration, inputs: dict[str, torch.Tensor], folder: Path, bar: tqdm
+) -> None:
     prompt = (inputs["input_ids"], inputs["attention_mask"])
     tiles, row, length = {0: "num_tiles"}, {0: "batch"}, {0: "batch", 1: "length"}
+    bar.set_description(VISION)
     vision = _export(
         VisionGraph(model), (inputs["pixel_values"],), (tiles,), ["pixel_values"], ["patch_features", "image_tokens"]
     )
     vision.save(folder / VISION, external_data=True)
+    bar.update()
+    bar.set_description(DECODER)
     features = VisionGraph(model)(inputs["pixel_values"])
     _, *cache = DecoderGraph(model)(*prompt, *features)
     names = [f"{{}}.{number // 2}.{('key', 'value')[number % 2]}" for number in range(len(cache))]
@@ -201,6 +219,8 @@ def _write_graphs(model: FlashSlothForConditionalGeneration, inputs: dict[str, t
         ["logits", *present],
     )
     decoder.save(folder / DECODER, external_data=True)
+    bar.update()
+    bar.set_description(STEP)
     step = _export(
         StepGraph(model),
         (prompt[0][:, -1:], nn.functional.pad(prompt[1], (0, 1), value=1), cache),
@@ -209,6 +229,7 @@ def _write_graphs(model: FlashSlothForConditionalGeneration, inputs: dict[str, t
         ["logits", *present],
     )
     _save_beside(step, folder / STEP, folder / DECODER)
+    bar.update()
 
 
 def _export(graph: nn.Module, inputs: tuple, shapes: tuple, names: list[str], outputs: list[str]) -> Any:

@@ -1,10 +1,23 @@
-"""Model repositories that are complete or not there at all."""
+"""Model repositories that are complete or not there at all.
+
+A repository is written into a hidden folder beside it, which is locked as long as its process lives. A process that is
+killed leaves the folder behind; whoever writes the same repository next removes what is locked no more.
+"""
 
 import contextlib
+import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: what killed processes left is not removed
+    fcntl = None
+
+LOCK = ".flashsloth-lock"
 
 
 class RepositoryError(ValueError):
@@ -30,6 +43,8 @@ def unused_folder(output: str | Path) -> Path:
 def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
     """A folder beside the output, which becomes the output when the block ends, and vanishes when it fails.
 
+    What an earlier process that was killed left of the same output is removed.
+
     Args:
         output: What `unused_folder` gave.
         num_bytes: Size of the weights.
@@ -38,6 +53,7 @@ def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
         RepositoryError: If there is no room for the weights.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
     free = shutil.disk_usage(output.parent).free
     if free < num_bytes:
         raise RepositoryError(
@@ -45,14 +61,45 @@ def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
         )
     workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        partial = workplace / output.name  # `mkdtemp` is for its owner only; this one has the usual permissions
-        partial.mkdir()
-        yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
+        with _lock(workplace):
+            partial = workplace / output.name  # `mkdtemp` is for its owner only; this one has the usual permissions
+            partial.mkdir()
+            yield partial
+            if output.exists():
+                output.rmdir()
+            partial.rename(output)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(workplace: Path) -> Iterator[None]:
+    """Hold a lock in a folder, which the system releases when the process ends, however it ends."""
+    descriptor = None
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            descriptor = os.open(workplace / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (workplace / "lock").rename(workplace / LOCK)  # so that it is never there unlocked
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove what killed processes left of the same output."""
+    if fcntl is None:
+        return
+    for workplace in output.parent.glob(f".{glob.escape(output.name)}-*"):
+        with contextlib.suppress(OSError):  # no lock in it, so it is none of ours; or a living process holds it
+            descriptor = os.open(workplace / LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(workplace)
+            finally:
+                os.close(descriptor)
 
 
 def copy_code(folder: Path) -> None:

@@ -29,8 +29,11 @@ SAFETENSORS_DTYPES = {
 TORCH_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_LENGTH_BYTES = 8  # safetensors: a little-endian length, that many bytes of JSON, the data
 CHUNK_BYTES = 2**22
+JSON_FILES = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+)
 MAX_MAPPED_BYTES = 2**25  # of a mapped file, what was read stays in memory as long as the map
-UNREADABLE = (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 class TensorInfo(NamedTuple):
@@ -57,19 +60,31 @@ def find_weight_files(folder: Path) -> list[Path]:
         folder: The checkpoint's folder.
 
     Raises:
-        ValueError: If there are none, or a file that the index names is missing.
+        ValueError: If there are none, the index is broken, or a file that it names is missing.
     """
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
+        index, whole = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
         if index.is_file():
-            files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-            if absent := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"{index.name} names {', '.join(absent)}, but there is no such file in {folder}.")
-            return files
-        whole = folder / f"{stem}{suffix}"
+            return _read_index(index, suffix)
         if files := [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*-of-*{suffix}")):
             return files
     raise ValueError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin.")
+
+
+def _read_index(index: Path, suffix: str) -> list[Path]:
+    """The files that an index names, all of which lie beside it."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index.name} should hold a `weight_map` of tensor names to file names, but does not.")
+    for name in names.values():
+        if not isinstance(name, str) or not name.endswith(suffix) or Path(name).name != name or "\\" in name:
+            raise ValueError(
+                f"{index.name} should name files `*{suffix}` that lie beside it, without a folder, but names {name!r}."
+            )
+    files = [index.with_name(name) for name in sorted(set(names.values()))]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{index.name} names {', '.join(absent)}, but there is no such file in {index.parent}.")
+    return files
 
 
 def read_json(file: Path) -> dict:
@@ -83,11 +98,25 @@ def read_json(file: Path) -> dict:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON file that can be read: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} should hold a JSON object, but holds a {type(content).__name__}.")
     return content
+
+
+def check_json_files(folder: Path) -> None:
+    """Refuse a folder in which a file that is going to be read holds no JSON object.
+
+    Args:
+        folder: A checkpoint's folder.
+
+    Raises:
+        ValueError: If there is such a file; names it.
+    """
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name)
 
 
 def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
@@ -172,7 +201,7 @@ def _read_header(file: Path) -> tuple[dict[str, dict], int]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
             header = json.loads(stream.read(length))
-    except UNREADABLE as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file: {error}. Download it again.") from error
     header.pop("__metadata__", None)
     return header, HEADER_LENGTH_BYTES + length
@@ -187,10 +216,12 @@ def _load_bin(file: Path, *, map_location: str) -> dict[str, torch.Tensor]:
             f"{file} is damaged or holds more than tensors, such as code, which is not run; get the weights as "
             "safetensors, or from a source that you trust."
         ) from error
-    except UNREADABLE as error:
+    except Exception as error:  # whatever the bytes of a broken pickle happen to say
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(f"{file} is damaged or not written by torch.save: {reason}. Download it again.") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(f"{file} should hold a dict of tensors by name, as a model's `state_dict()`, but does not.")
     return tensors
 

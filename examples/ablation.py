@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -212,7 +213,11 @@ class StoredFeatures(nn.Module):
 
     dtype = torch.float32
 
-    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutput:
         """Lay `(batch, width, GRID, GRID)` out as patches, `(batch, num_patches, width)`."""
         return BaseModelOutput(last_hidden_state=pixel_values.flatten(2).transpose(1, 2))
 
@@ -261,7 +266,7 @@ def build_model(variant: Variant, intermediate_size: int = 320) -> FlashSlothFor
     model = FlashSlothForConditionalGeneration(build_config(variant, intermediate_size))
     parts = model.model
     parts.language_model.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
-    parts.vision_tower = StoredFeatures()
+    parts.vision_tower = StoredFeatures(model.config.vision_config)
     if variant.is_average or variant.window_size == 1:
         parts.spatial_attention_pooling.requires_grad_(False)
         nn.init.zeros_(parts.spatial_attention_pooling.fc2.weight)  # equal scores: equal weights

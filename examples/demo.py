@@ -7,6 +7,7 @@ given by a Hub id.
 """
 
 import argparse
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # which would keep visitors' pictures, and talk to the Hub
 
 import torch
 from PIL import Image
@@ -22,6 +24,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 import flashsloth
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.backbones_flashsloth import working_dtype
+from flashsloth.cli import SHIPPED_CHECKPOINT_NOTE
 from flashsloth.image_processing_flashsloth import PICTURE_ERRORS
 from flashsloth.saliency_flashsloth import overlay
 
@@ -32,9 +35,13 @@ except ImportError as error:
 
 SHIPPED_CHECKPOINT = Path(flashsloth.__file__).parent
 MAX_NEW_TOKENS = 512
+MAX_QUESTION_LENGTH = 100_000  # characters; a question that the model can read is shorter
+MAX_FILE_SIZE = "32mb"
+PROGRAMS = ("EPS",)  # formats of which Pillow has another program make a picture
 SHOWN_SIDE = 640  # pixels of the longer side of a heat map
 DELETE_FILES = (600, 3600)  # seconds: how often, and how old an upload or a map must be
 SECONDS_TO_STOP = 30
+SHOWN_LENGTH = 300  # characters of a refused question
 SYSTEM_FONTS = ("system-ui", "sans-serif")
 VIEWS = ("What the answer depends on", "Where the queries looked", "How patches were pooled")
 EXPLANATION = """
@@ -50,7 +57,15 @@ EXAMPLES = [
 STYLE = """
 .gradio-container { max-width: 1200px !important; margin: auto !important; }
 footer { display: none !important; }
+#about p { margin: 0; }
+@media (max-width: 640px) {
+    #about p { font-size: 0.85rem; line-height: 1.35; }
+    #picture { height: 160px !important; }
+    #chat { height: 150px !important; }
+}
 """
+
+logger = logging.getLogger(__name__)
 
 
 class Turn(NamedTuple):
@@ -59,6 +74,42 @@ class Turn(NamedTuple):
     question: str
     answer: str
     views: list[Image.Image]
+
+
+class Page(gr.Blocks):
+    """A page that reads no file but what visitors have uploaded.
+
+    Gradio itself reads any path of the server that comes without its mark, `meta`, and downloads what comes as a URL.
+    """
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Check the files among the inputs of an event before anything reads them.
+
+        Raises:
+            gr.Error: If one was not uploaded.
+        """
+        folder = Path(self.GRADIO_CACHE).resolve()
+        if not all(_is_in(folder, path) for path in _paths(inputs)):
+            raise gr.Error("This file was not uploaded here. Please upload it.", print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
+def _paths(node: Any) -> Iterator[Any]:
+    """Everything in the data of a request that could be taken for the path of a file."""
+    if isinstance(node, dict):
+        if node.get("path") is not None:
+            yield node["path"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from _paths(item)
+
+
+def _is_in(folder: Path, path: Any) -> bool:
+    try:
+        return Path(path).resolve().is_relative_to(folder)
+    except (TypeError, ValueError, OSError):  # no path at all
+        return False
 
 
 class PictureInput(gr.Image):
@@ -75,9 +126,13 @@ class PictureInput(gr.Image):
         try:
             picture = super().preprocess(payload)
             if picture is not None:
+                if picture.format in PROGRAMS:
+                    raise ValueError(picture.format)
                 picture.load()
+                picture.filename = ""  # the server's, which errors would show
         except PICTURE_ERRORS as error:
-            raise gr.Error("This file is not a picture that can be read. Please choose another one.") from error
+            text = "This file is not a picture that can be read. Please choose another one."
+            raise gr.Error(text, print_exception=False) from error
         return picture
 
 
@@ -127,6 +182,27 @@ class Answering(threading.Thread):
             self.streamer.end()
 
 
+class Sampling(NamedTuple):
+    """How words are chosen.
+
+    Attributes:
+        temperature: 0 always takes the likeliest word.
+        top_p: Only the likeliest words are drawn from, which together have this probability.
+        max_new_tokens: Longest answer.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+    def options(self, room: int) -> dict[str, Any]:
+        """Arguments of `generate`, with `room` tokens left for the answer."""
+        options: dict[str, Any] = {"max_new_tokens": min(int(self.max_new_tokens), room)}
+        if self.temperature > 0:
+            return {**options, "do_sample": True, "temperature": float(self.temperature), "top_p": float(self.top_p)}
+        return {**options, "do_sample": False}
+
+
 class Demo:
     """The chat, for any number of visitors.
 
@@ -147,14 +223,22 @@ class Demo:
         self.answering: dict[str | None, Answering] = {}  # by visitor
 
     def ask(
-        self, picture: Image.Image | None, question: str, splitting: bool, turns: list[Turn], request: gr.Request
+        self,
+        picture: Image.Image | None,
+        question: str,
+        splitting: bool,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        turns: list[Turn],
+        request: gr.Request,
     ) -> Iterator[tuple]:
         """Answer a question while the answer grows; then show what the model looked at.
 
         Yields:
-            Chat, question box, turns, choice of question, and the views.
+            Chat, question box, stop button, turns, choice of question, and the views.
         """
-        question = question.strip()
+        question = (question or "").strip()
         if picture is None or not question:
             missing = "Please choose a picture first." if picture is None else "Please type a question first."
             gr.Warning(missing)
@@ -162,16 +246,18 @@ class Demo:
             return
         try:
             inputs = self.pictures(self._inputs(picture, question, splitting, turns))
-        except ValueError as error:  # such as a picture of 70000 x 1 pixels
-            raise gr.Error(str(error)) from error
+            options = Sampling(temperature, top_p, max_new_tokens).options(self._room(inputs))
+        except ValueError as error:  # such as a picture of 70000 x 1 pixels, or a question that is too long
+            yield _refused(turns, question, str(error))
+            return
         answering = Answering(
             self.model,
             self.processor.tokenizer,
             picture,
             inputs,
-            max_new_tokens=self._room(inputs),
             output_attentions=True,
             return_dict_in_generate=True,
+            **options,
         )
         self.answering[request.session_hash] = answering
         try:
@@ -179,7 +265,7 @@ class Demo:
             yield _unchanged()  # Gradio sends the last update twice, and the chat may have been emptied meanwhile
             if answering.is_unwanted:  # the browser may draw the emptied chat before the last words of the answer
                 chat, *others = _emptied()
-                yield (chat, gr.skip(), *others)
+                yield (chat, gr.skip(), _stop_button(False), *others)
         finally:  # also if the visitor went away
             answering.stop.set()
             answering.join()
@@ -189,27 +275,37 @@ class Demo:
     def _show(self, question: str, turns: list[Turn], answering: Answering) -> Iterator[tuple]:
         answer = ""
         answering.start()
-        yield (_chat(turns, question), "", *(gr.skip() for _ in range(2 + len(VIEWS))))
+        yield (_chat(turns, question), "", _stop_button(True), *(gr.skip() for _ in range(2 + len(VIEWS))))
         for piece in answering.streamer:
             if answering.is_unwanted:
                 return
             answer += piece
-            yield (_chat(turns, question, answer), *(gr.skip() for _ in range(3 + len(VIEWS))))
+            yield (_chat(turns, question, answer), *(gr.skip() for _ in range(4 + len(VIEWS))))
         answering.join()
         if answering.is_unwanted:
             return
-        if answering.error is not None:
-            raise gr.Error(f"The model could not answer: {answering.error}") from answering.error
-        turns = [*turns, Turn(question, answer.strip(), self._views(answering))]
+        try:
+            if answering.error is not None:
+                raise answering.error
+            views = self._views(answering)
+        except Exception:  # its words may name the server's folders
+            logger.exception("A question could not be answered.")
+            yield _refused(turns, question, "The model could not answer. Please try again, or ask something else.")
+            return
+        turns = [*turns, Turn(question, answer.strip(), views)]
         names = [f"{number}. {turn.question}" for number, turn in enumerate(turns, start=1)]
         choice = gr.Dropdown(choices=names, value=names[-1], visible=len(turns) > 1)
-        yield (_chat(turns), gr.skip(), turns, choice, *turns[-1].views)
+        yield (_chat(turns), gr.skip(), _stop_button(False), turns, choice, *turns[-1].views)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that a visitor is waiting for."""
         answering = self.answering.get(request.session_hash)
         if answering is not None:
             answering.stop.set()
+
+    def clear(self, request: gr.Request) -> list[Any]:
+        """Forget everything: the picture and what is typed as well."""
+        return [None, "", *self.begin_anew(request)]
 
     def begin_anew(self, request: gr.Request) -> list[Any]:
         """Forget the answer that a visitor is waiting for, if any; gives an empty chat, when nothing of it can come."""
@@ -228,6 +324,8 @@ class Demo:
         return self.begin_anew(request)
 
     def _inputs(self, picture: Image.Image, question: str, splitting: bool, turns: list[Turn]) -> dict[str, Any]:
+        if len(question) > MAX_QUESTION_LENGTH:
+            raise ValueError(f"This question has {len(question)} characters; the model cannot read so many.")
         messages = []
         for text, *answer in [*((turn.question, turn.answer) for turn in turns), (question,)]:
             messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
@@ -243,11 +341,19 @@ class Demo:
         ).to(self.model.device, self.model.dtype)
 
     def _room(self, inputs: dict[str, Any]) -> int:
-        """Tokens that are left for the answer."""
-        room = self.model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
-        if room < 1:
-            raise gr.Error("This conversation is longer than the model can read. Please start a new one.")
-        return min(room, self.max_new_tokens)
+        """Tokens that are left for the answer.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        num_tokens = inputs["input_ids"].shape[1]
+        num_positions = self.model.config.text_config.max_position_embeddings
+        if num_tokens >= num_positions:
+            raise ValueError(
+                f"This conversation is longer than the model can read: it has {num_tokens} tokens, and with the answer "
+                f"{num_positions} are possible. Please shorten the question, or press Clear and begin a new chat."
+            )
+        return num_positions - num_tokens
 
     def _views(self, answering: Answering) -> list[Image.Image]:
         inputs, output = answering.inputs, answering.output
@@ -258,12 +364,21 @@ class Demo:
         answered = self.model.answer_maps(inputs, output.sequences, sizes)
         return [overlay(shown, heat) for heat in (answered[0], looked.questions[-1][0], looked.pooling[0])]
 
+    def _about(self) -> str:
+        """What this is, and which model answers."""
+        name = self.model.name_or_path
+        if Path(name).resolve() == SHIPPED_CHECKPOINT.resolve():
+            model = f"FlashSloth's shipped checkpoint. {SHIPPED_CHECKPOINT_NOTE}"
+        else:
+            model = f"{Path(name).resolve().name if Path(name).is_dir() else name}."
+        return f"Ask about a picture, and see what the model looked at.  \n**Model**: {model}"
+
     def build(self) -> gr.Blocks:
         """Lay out the page."""
-        splitting = self.processor.image_processor.do_image_splitting
-        with gr.Blocks(title="FlashSloth", analytics_enabled=False, delete_cache=DELETE_FILES) as page:
+        with Page(title="FlashSloth", analytics_enabled=False, delete_cache=DELETE_FILES) as page:
             turns = gr.State([])
-            gr.Markdown("# FlashSloth\nAsk about a picture, and see what the model looked at.")
+            gr.Markdown("# FlashSloth")
+            gr.Markdown(self._about(), elem_id="about")
             with gr.Row():
                 with gr.Column(min_width=300):
                     picture = PictureInput(
@@ -275,53 +390,92 @@ class Demo:
                         height=340,
                         elem_id="picture",
                     )
-                    high = gr.Checkbox(
-                        splitting, label="High definition", info="Five tiles instead of one.", elem_id="high"
-                    )
                 with gr.Column(min_width=300):
                     chat = gr.Chatbot(height=340, label="Chat", feedback_options=None, buttons=[], elem_id="chat")
-                    question = gr.Textbox(
-                        placeholder="Ask about the picture …",
-                        label="Question",
-                        show_label=False,
-                        max_lines=4,
-                        elem_id="question",
-                    )
-                    with gr.Row():
-                        send = gr.Button("Ask", variant="primary", min_width=80, elem_id="send")
-                        stop = gr.Button("Stop", min_width=80, elem_id="stop")
-                        clear = gr.Button("Clear", min_width=80, elem_id="clear")
-            gr.Markdown("## What the model looked at")
-            choice = gr.Dropdown([], type="index", label="Question", visible=False, elem_id="choice")
-            views = []
+            question = gr.Textbox(
+                placeholder="Ask about the picture …",
+                label="Question",
+                show_label=False,
+                max_lines=4,
+                elem_id="question",
+            )
             with gr.Row():
-                for number, name in enumerate(VIEWS):
-                    with gr.Column(min_width=240):
-                        gr.Markdown(f"**{name}**")  # a label of the picture would hide its corner
-                        view = gr.Image(
-                            label=name,
-                            show_label=False,
-                            interactive=False,
-                            buttons=["fullscreen"],
-                            elem_id=f"view{number}",
-                        )
-                        views.append(view)
-            gr.Markdown(EXPLANATION)
+                send = gr.Button("Ask", variant="primary", min_width=80, elem_id="send")
+                stop = gr.Button("Stop", min_width=80, interactive=False, elem_id="stop")
+                clear = gr.Button("Clear", min_width=80, elem_id="clear")
+            settings = self._settings()
             folder = Path(__file__).parent
             examples = [[str(folder / name), text] for name, text in EXAMPLES if (folder / name).is_file()]
             if examples:
-                gr.Examples(examples, [picture, question])
+                gr.Examples(examples, [picture, question], elem_id="examples", api_visibility="private")
+            choice, views = _views_of_answers()
 
-            outputs = [chat, question, turns, choice, *views]
+            emptied = [chat, turns, choice, *views]
+            quiet = {"show_progress": "hidden", "api_visibility": "private"}
             asked = [send.click, question.submit]
-            gr.on(asked, self.ask, [picture, question, high, turns], outputs, show_progress="hidden")
-            stop.click(self.stop, queue=False)
-            for event in (clear.click, chat.clear):
-                event(self.begin_anew, None, [chat, turns, choice, *views], show_progress="hidden")
-            picture.change(self.look_at, picture, [chat, turns, choice, *views], show_progress="hidden")
-            picture.upload(lambda picture: None, picture, None, show_progress="hidden")  # refuses what is no picture
-            choice.input(lambda index, turns: turns[index].views, [choice, turns], views, show_progress="hidden")
+            shown = [chat, question, stop, turns, choice, *views]
+            gr.on(asked, self.ask, [picture, question, *settings, turns], shown, **quiet)
+            stop.click(self.stop, queue=False, **quiet)
+            clear.click(self.clear, None, [picture, question, *emptied], **quiet)
+            chat.clear(self.begin_anew, None, emptied, **quiet)
+            picture.change(self.look_at, picture, emptied, **quiet)
+            picture.upload(lambda picture: None, picture, None, **quiet)  # refuses what is no picture
+            choice.input(lambda index, turns: turns[index].views, [choice, turns], views, **quiet)
         return page
+
+    def _settings(self) -> list[gr.components.Component]:
+        """Lay out what a visitor may set: the tiles, and how words are chosen."""
+        defaults = self.model.generation_config
+        splitting = gr.Checkbox(
+            self.processor.image_processor.do_image_splitting,
+            label="Look closer",
+            info="Reads small print and finds small things; takes longer.",
+            elem_id="high",
+        )
+        with gr.Accordion("How words are chosen", open=False, elem_id="sampling"):
+            temperature = gr.Slider(
+                0,
+                2,
+                (defaults.temperature or 1) if defaults.do_sample else 0,
+                step=0.05,
+                label="Temperature",
+                info="0 always takes the likeliest word; more is more various, and less reliable.",
+                elem_id="temperature",
+            )
+            top_p = gr.Slider(
+                0.05,
+                1,
+                defaults.top_p or 1,
+                step=0.05,
+                label="Top-p",
+                info="With a temperature above 0: leaves out unlikely words.",
+                elem_id="top-p",
+            )
+            length = gr.Slider(
+                1, self.max_new_tokens, self.max_new_tokens, step=1, label="Longest answer, in tokens", elem_id="length"
+            )
+        return [splitting, temperature, top_p, length]
+
+
+def _views_of_answers() -> tuple[gr.Dropdown, list[gr.Image]]:
+    """Lay out the choice of a question, and what the model looked at for it."""
+    gr.Markdown("## What the model looked at")
+    choice = gr.Dropdown([], type="index", label="Question", visible=False, elem_id="choice")
+    views = []
+    with gr.Row():
+        for number, name in enumerate(VIEWS):
+            with gr.Column(min_width=240):
+                gr.Markdown(f"**{name}**")  # a label of the picture would hide its corner
+                view = gr.Image(
+                    label=name,
+                    show_label=False,
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id=f"view{number}",
+                )
+                views.append(view)
+    gr.Markdown(EXPLANATION)
+    return choice, views
 
 
 def _emptied() -> list[Any]:
@@ -329,7 +483,22 @@ def _emptied() -> list[Any]:
 
 
 def _unchanged() -> tuple:
-    return tuple(gr.skip() for _ in range(4 + len(VIEWS)))
+    return tuple(gr.skip() for _ in range(5 + len(VIEWS)))
+
+
+def _refused(turns: list[Turn], question: str, reason: str) -> tuple:
+    """Show why a question has no answer; it stays in its box to be mended, and is not part of the conversation."""
+    shown = question if len(question) <= SHOWN_LENGTH else f"{question[:SHOWN_LENGTH]} …"
+    return (
+        _chat(turns, shown, f"⚠️ {reason}"),
+        question,
+        _stop_button(False),
+        *(gr.skip() for _ in range(2 + len(VIEWS))),
+    )
+
+
+def _stop_button(is_active: bool) -> gr.Button:
+    return gr.Button(interactive=is_active)
 
 
 def _chat(turns: list[Turn], *last: str) -> list[dict[str, str]]:
@@ -340,7 +509,9 @@ def _chat(turns: list[Turn], *last: str) -> list[dict[str, str]]:
 def launch(demo: Demo, **kwargs: Any) -> gr.Blocks:
     """Serve the demo; see `gr.Blocks.launch`. Its fonts are those of the visitor's system."""
     page = demo.build()
-    page.launch(theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=("monospace",)), css=STYLE, **kwargs)
+    theme = gr.themes.Default(font=SYSTEM_FONTS, font_mono=("monospace",))
+    options = {"max_file_size": MAX_FILE_SIZE, "enable_monitoring": False, "show_error": False}
+    page.launch(theme=theme, css=STYLE, **(options | kwargs))
     return page
 
 

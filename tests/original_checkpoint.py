@@ -1,7 +1,7 @@
 """Makes tiny checkpoints in the layout of the original FlashSloth releases.
 
-The sizes are tiny, but the names, the files and the token ids are the releases': the vocabulary has Phi-2's ids where
-FlashSloth needs them, and meaningless entries elsewhere.
+The sizes are tiny, but the names, the files, the fields of the config, its `model_type` "phi" among them, and the token
+ids are the releases': the vocabulary has Phi-2's ids where FlashSloth needs them, and meaningless entries elsewhere.
 """
 
 import json
@@ -26,7 +26,7 @@ TOWER = {
 }
 CONFIG = {
     "architectures": ["FlashSlothForCausalLM"],
-    "model_type": "flashsloth",
+    "model_type": "phi",
     "vocab_size": VOCAB_SIZE,
     "hidden_size": HIDDEN,
     "intermediate_size": 40,
@@ -44,8 +44,12 @@ CONFIG = {
     "bos_token_id": 50256,
     "eos_token_id": 50256,
     "pad_token_id": None,
-    "image_hd": False,
-    "image_token_index": 50297,
+    "image_aspect_ratio": "square",
+    "initializer_range": 0.02,
+    "resid_pdrop": 0.0,
+    "tokenizer_model_max_length": 3072,
+    "tokenizer_padding_side": "right",
+    "use_mm_proj": True,
     "mm_hidden_size": VISION_HIDDEN,
     "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_feature": "patch",

@@ -1,18 +1,21 @@
 """One process of a data-parallel training run with the Trainer; the batch of four rows is split among the processes.
 
-    torchrun --nproc_per_node 2 parallel_training.py MODEL OUTPUT
+    torchrun --nproc_per_node 2 parallel_training.py MODEL OUTPUT [stream | plain-stream]
 
-Rows with and without pictures take turns, so that some process has no picture in some steps.
+Rows with and without pictures take turns, so that some process has no picture in some steps. A stream is read by
+`FlashSlothTrainer` as it is, by the plain `Trainer` with the option that docs/training.md names.
 """
 
 import os
 import sys
 
+from datasets import IterableDataset
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.training import FlashSlothDataCollator
+from flashsloth.training.trainer import FlashSlothTrainer
 
 COLOURS = ("red", "green", "blue", "white")
 BATCH_SIZE = 4
@@ -28,7 +31,7 @@ def rows():
 
 
 def main():
-    source, output = sys.argv[1:]
+    source, output, *how = sys.argv[1:]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     model = FlashSlothForConditionalGeneration.from_pretrained(source, pooling_dropout=0.0)
     args = TrainingArguments(
@@ -46,9 +49,12 @@ def main():
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
+        accelerator_config={"dispatch_batches": False} if how == ["plain-stream"] else None,
     )
     collator = FlashSlothDataCollator(FlashSlothProcessor.from_pretrained(source))
-    trainer = Trainer(model, args, train_dataset=list(rows()), data_collator=collator)
+    dataset = IterableDataset.from_generator(rows) if how else list(rows())
+    trainer_class = FlashSlothTrainer if how == ["stream"] else Trainer
+    trainer = trainer_class(model, args, train_dataset=dataset, data_collator=collator)
     trainer.train()
     trainer.save_model(output)
 

@@ -3,10 +3,14 @@
 import functools
 import http.server
 import io
+import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -114,8 +118,21 @@ def test_ask_opens_urls(run, refused, checkpoint, picture):
     assert "cannot be read" in refused("ask", f"{url}/{picture.name}", *arguments)
 
 
-def test_ask_loads_an_original_release(run, tmp_path, picture):
-    source = make_original(tmp_path / "original")
+RELEASES = {  # what differs from a release's config, or is absent
+    "as on the Hub": {},
+    "of the authors' class": {"model_type": "flashsloth"},
+    "without a model_type": {"model_type": None},
+    "without an architecture": {"architectures": None},
+    "without padding or sampling": {"resid_pdrop": None, "tokenizer_padding_side": None, "image_aspect_ratio": None},
+    "in high definition": {"image_hd": True, "image_token_index": 50297},
+}
+
+
+@pytest.mark.parametrize("kind", RELEASES)
+def test_ask_loads_an_original_release(run, tmp_path, picture, kind):
+    source = make_original(tmp_path / "original", **RELEASES[kind])
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {name: value for name, value in config.items() if value is not None})
     code, output, errors = run("ask", picture, QUESTION, "--model", source, "--max-new-tokens", NUM_TOKENS)
     assert (code, errors) == (0, "")
     assert output.strip() == expected_answer(source, picture)
@@ -123,8 +140,10 @@ def test_ask_loads_an_original_release(run, tmp_path, picture):
 
 def test_the_shipped_checkpoint_is_the_default(run, checkpoint, picture, monkeypatch):
     monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", checkpoint)
-    code, output, _ = run("ask", picture, QUESTION, "--max-new-tokens", NUM_TOKENS)
+    code, output, errors = run("ask", picture, QUESTION, "--max-new-tokens", NUM_TOKENS)
     assert (code, output.strip()) == (0, expected_answer(checkpoint, picture))
+    assert errors == f"flashsloth: {cli.SHIPPED_CHECKPOINT_NOTE} Choose another with --model.\n"
+    assert "\n" not in cli.SHIPPED_CHECKPOINT_NOTE
 
 
 def test_pictures_that_cannot_be_read_are_one_clear_line(refused, tmp_path, checkpoint, picture):
@@ -172,6 +191,50 @@ def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, chec
         assert str(model) in line
 
 
+BROKEN = {  # file, content, part of the message
+    "config is a list": ("config.json", "[]", "should hold a JSON object, but holds a list"),
+    "config is no JSON": ("config.json", "{", "is not a JSON file that can be read"),
+    "text_config is a number": ("config.json", '{"model_type": "flashsloth", "text_config": 3}', "cannot be loaded"),
+    "a field is text": (
+        "config.json",
+        '{"model_type": "flashsloth", "num_query_tokens": "4"}',
+        "Validation error for field 'num_query_tokens': TypeError: Field 'num_query_tokens' expected int, got str",
+    ),
+    "a decoder is unknown": (
+        "config.json",
+        '{"model_type": "flashsloth", "text_config": {"model_type": "nothing"}}',
+        "cannot be loaded",
+    ),
+    "another model": ("config.json", '{"model_type": "phi", "architectures": ["PhiForCausalLM"]}', "its model_type is"),
+    "index without a map": ("model.safetensors.index.json", "{}", "should hold a `weight_map`"),
+    "index names a file outside": (
+        "model.safetensors.index.json",
+        '{"weight_map": {"model.query_tokens": "../outside.safetensors"}}',
+        "without a folder, but names '../outside.safetensors'",
+    ),
+    "tokenizer is broken": ("tokenizer.json", "{}", "cannot be loaded"),
+    "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json should hold a JSON object, but holds a list"),
+    "processor is a list": ("processor_config.json", "[]", "processor_config.json should hold a JSON object"),
+    "processor's sizes are text": ("processor_config.json", '{"image_processor": {"size": "a"}}', "cannot be loaded"),
+    "generation config is a list": ("generation_config.json", "[]", "generation_config.json should hold a JSON object"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("command", ["ask", "export", "onnx"])
+def test_broken_checkpoints_are_one_clear_line(refused, tmp_path, checkpoint, picture, command, kind):
+    folder = shutil.copytree(checkpoint, tmp_path / "broken", ignore=shutil.ignore_patterns("*.py"))
+    file, content, part = BROKEN[kind]
+    (folder / file).write_text(content)
+    arguments = {"ask": [picture, QUESTION, "--model", folder], "export": [folder, tmp_path / "out"]}
+    line = refused(command, *arguments.get(command, [folder, tmp_path / "out"]))
+    assert str(folder) in line
+    if command == "export":
+        part = part.replace("cannot be loaded", "cannot be exported")
+    assert part in line
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_convert_says_what_it_wrote_and_shows_progress(run, tmp_path):
     code, output, errors = run("convert", make_original(tmp_path / "in", num_shards=2), tmp_path / "out")
     assert code == 0
@@ -213,6 +276,80 @@ def test_a_terminated_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     assert error.value.code == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == [source]
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+WRITES = f"""
+import runpy, sys
+from pathlib import Path
+
+complete_or_absent = runpy.run_path({str(Path(cli.__file__).with_name("repository.py"))!r})["complete_or_absent"]
+with complete_or_absent(Path(sys.argv[1]), 0) as folder:
+    (folder / "model.safetensors").write_text("half")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def writing():
+    """Starts processes that have half-written an output; gives the process and its hidden folder."""
+    processes = []
+
+    def start(output):
+        command = [sys.executable, "-c", WRITES, str(output)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        folder = Path(process.stdout.readline().strip())
+        assert (folder / "model.safetensors").is_file()
+        return process, folder.parent
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(run, writing, tmp_path):
+    source, output = make_original(tmp_path / "in"), tmp_path / "out"
+    _, alive = writing(output)
+    killed, abandoned = writing(output)
+    killed.kill()
+    killed.wait()
+    _, of_another = writing(tmp_path / "out-2")
+    own = tmp_path / ".out-backup"
+    own.mkdir()
+    assert abandoned.is_dir()  # as `kill -9` leaves it
+    assert run("convert", source, output)[0] == 0
+    assert set(tmp_path.iterdir()) == {source, output, alive, of_another, own}
+    assert (alive / "out" / "model.safetensors").read_text() == "half"
+
+
+def test_two_runs_that_write_one_folder_leave_one_of_them_whole(writing, tmp_path):
+    output = tmp_path / "out"
+    (first, _), (second, _) = writing(output), writing(output)
+    assert (first.communicate()[0], first.returncode) == ("", 0)
+    second.communicate()
+    assert second.returncode != 0
+    assert list(tmp_path.iterdir()) == [output]
+    assert [file.name for file in output.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs `kill -9`")
+def test_a_killed_onnx_export_is_cleared_by_the_next_one(run, checkpoint, tmp_path):
+    pytest.importorskip("onnxscript")
+    command = [PROGRAM, "onnx", str(checkpoint), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out-*/out")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert len(list(tmp_path.iterdir())) == 1
+    code, output, errors = run("onnx", checkpoint, tmp_path / "out")
+    assert (code, output.count("differs from the model")) == (0, 3)
+    assert all(name in errors for name in ("vision.onnx", "decoder.onnx", "decoder_step.onnx", "comparing"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["ask"], ["dance"], ["ask", "a", "b", "--max-new-tokens", "0"]])

@@ -1,12 +1,16 @@
 """The configuration: defaults, round trips, and impossible combinations."""
 
 import json
+import logging
+import warnings
 
 import pytest
+import torch
 from conftest import VISION
 from transformers import AutoConfig
 
 from flashsloth import FlashSlothConfig, FlashSlothModel
+from flashsloth.original_flashsloth import is_flashsloth_config, is_original_config
 
 
 def test_defaults_are_the_released_model():
@@ -95,27 +99,85 @@ def test_a_decoder_without_layers_is_refused(make_config):
         FlashSlothModel(make_config(text_config=text))
 
 
-def test_an_original_config_is_translated(tmp_path):
-    original = {
-        "model_type": "flashsloth",
-        "hidden_size": 2560,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "intermediate_size": 10240,
-        "vocab_size": 51200,
-        "partial_rotary_factor": 0.4,
-        "mm_vision_tower": "google/siglip-so400m-patch14-384",
-        "mm_vision_select_layer": -2,
-        "mm_projector_type": "mlp2x_gelu",
-        "torch_dtype": "float16",
-        "image_hd": True,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(original))
-    config = FlashSlothConfig.from_pretrained(tmp_path)
+ORIGINAL = {  # as on the Hub: what it says of the tower is a path that exists nowhere
+    "model_type": "phi",
+    "architectures": ["FlashSlothForCausalLM"],
+    "hidden_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 10240,
+    "vocab_size": 51200,
+    "partial_rotary_factor": 0.4,
+    "eos_token_id": 50256,
+    "resid_pdrop": 0.1,
+    "torch_dtype": "float16",
+    "tokenizer_model_max_length": 3072,
+    "transformers_version": "4.38.0",
+    "mm_vision_tower": "checkpoints/base/siglip-so400m-patch14-384",
+    "mm_hidden_size": 1152,
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_projector_type": "mlp2x_gelu",
+    "image_aspect_ratio": "square",
+}
+FIELDS = ("hidden_size", "num_hidden_layers", "rope_parameters", "vocab_size", "eos_token_id", "pad_token_id")
+VARIANTS = {  # what differs, or is absent
+    "as on the Hub": {},
+    "of the authors' class": {"model_type": "flashsloth"},
+    "without a model_type": {"model_type": None},
+    "of an unknown model_type": {"model_type": "llava_phi"},
+    "without an architecture": {"architectures": None},
+    "without a tower": {"mm_vision_tower": None},
+    "without any mm_ field": {name: None for name in ORIGINAL if name.startswith("mm_")},
+    "of the class of another version": {"architectures": ["FlashSlothForConditionalGenerationV2"]},
+    "with what newer ones have": {"image_hd": True, "image_token_index": 50297, "use_cache": False},
+}
+
+
+def write_original(folder, **changes):
+    config = {name: value for name, value in (ORIGINAL | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_an_original_config_is_translated(tmp_path, caplog, kind):
+    content = write_original(tmp_path, **VARIANTS[kind])
     default = FlashSlothConfig()
-    assert config.vision_config.to_diff_dict() == default.vision_config.to_diff_dict()
-    for name in ("hidden_size", "num_hidden_layers", "rope_parameters", "vocab_size", "eos_token_id", "pad_token_id"):
-        assert getattr(config.text_config, name) == getattr(default.text_config, name), name
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            configs = [
+                FlashSlothConfig.from_pretrained(tmp_path),
+                FlashSlothConfig.from_pretrained(tmp_path / "config.json"),
+                FlashSlothConfig.from_json_file(tmp_path / "config.json"),
+                FlashSlothConfig.from_dict(content),
+            ]
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
+    for config in configs:
+        assert config.to_dict()["model_type"] == "flashsloth"
+        assert config.vision_config.to_diff_dict() == default.vision_config.to_diff_dict()
+        assert config.text_config.resid_pdrop == 0.1
+        assert (config.dtype, config.image_token_id) == (torch.float16, 50297)
+        assert config.text_config.use_cache
+        for name in FIELDS:
+            assert getattr(config.text_config, name) == getattr(default.text_config, name), name
+
+
+def test_the_tower_is_found_in_a_subfolder_too(tmp_path):
+    (tmp_path / "release" / "tower").mkdir(parents=True)
+    write_original(tmp_path / "release", mm_vision_tower="tower")
+    tower = {"hidden_size": 64, "num_hidden_layers": 3, "image_size": 42}
+    (tmp_path / "release" / "tower" / "config.json").write_text(json.dumps(tower))
+    for config in (
+        FlashSlothConfig.from_pretrained(tmp_path / "release"),
+        FlashSlothConfig.from_pretrained(tmp_path, subfolder="release"),
+    ):
+        assert (config.vision_config.hidden_size, config.vision_config.num_hidden_layers) == (64, 2)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +185,36 @@ def test_an_original_config_is_translated(tmp_path):
     [
         ({"mm_projector_type": "linear"}, "mm_projector_type.*'linear'"),
         ({"mm_vision_select_layer": -40}, "`mm_vision_select_layer`=-40 is not a layer"),
+        ({"architectures": ["LlavaLlamaForCausalLM"]}, r"`architectures` must be \['FlashSlothForCausalLM'\]"),
+        ({"hidden_size": "2560"}, "`hidden_size` must be a whole number from 1, but is '2560'"),
+        ({"image_hd": "yes"}, "`image_hd` must be true or false, but is 'yes'"),
+        ({"torch_dtype": "half precision"}, "`torch_dtype` must be a type of torch"),
     ],
 )
 def test_an_original_config_of_another_model_is_refused(tmp_path, change, message):
-    original = {"model_type": "flashsloth", "mm_vision_tower": "google/siglip-so400m-patch14-384", **change}
-    (tmp_path / "config.json").write_text(json.dumps(original))
+    write_original(tmp_path, **change)
     with pytest.raises(ValueError, match=message):
         FlashSlothConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("loader", [FlashSlothConfig, AutoConfig])
+def test_where_a_config_was_read_from_is_not_a_part_of_it(make_config, tmp_path, loader):
+    config = make_config("qwen3")
+    config.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    assert loaded.to_dict() == FlashSlothConfig.from_dict(config.to_dict()).to_dict()
+    assert "_name_or_path" not in loaded.to_dict()
+
+
+def test_a_config_of_another_model_is_no_release():
+    for config in ({}, {"model_type": "phi", "architectures": ["PhiForCausalLM"]}, {"architectures": None}):
+        assert not is_original_config(config)
+        assert not is_flashsloth_config(config)
+    assert not is_original_config({"model_type": "flashsloth"})
+    assert is_flashsloth_config({"model_type": "flashsloth"})
+
+
+@pytest.mark.parametrize("field", ["num_query_tokens", "image_token_id", "lm_head_bias", "instruction_start_ids"])
+def test_a_field_of_a_wrong_type_is_named(make_config, field):
+    with pytest.raises(Exception, match=f"Validation error for field '{field}'"):
+        make_config(**{field: "a"})

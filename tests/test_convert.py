@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from original_checkpoint import PREFIX, make_original, original_shapes, original_tensors, write_json, write_weights
+from original_checkpoint import (
+    CONFIG,
+    PREFIX,
+    TOWER,
+    make_original,
+    original_shapes,
+    original_tensors,
+    write_json,
+    write_weights,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import GenerationConfig
@@ -270,10 +279,207 @@ def test_what_is_no_release_is_refused(tmp_path, tensors):
     assert_refused(source / "config.json", tmp_path / "out", "is a file")
     assert_refused(tmp_path / "nowhere", tmp_path / "out", "no such folder")
     assert_refused("nobody/nothing", tmp_path / "out", "neither a folder nor a Hub model")
-    write_json(source / "config.json", {"model_type": "phi"})
-    assert_refused(source, tmp_path / "out", "mm_vision_tower")
+    write_json(source / "config.json", {"model_type": "phi", "architectures": ["PhiForCausalLM"]})
+    assert_refused(source, tmp_path / "out", "neither the architecture FlashSlothForCausalLM nor an `mm_vision_tower`")
+    write_json(source / "config.json", {"architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/clip"})
+    assert_refused(source, tmp_path / "out", "`architectures` must be ['FlashSlothForCausalLM']")
     (source / "config.json").unlink()
     assert_refused(source, tmp_path / "out", "config.json")
+
+
+def change_config(**fields):
+    return lambda folder: write_json(folder / "config.json", CONFIG | fields)
+
+
+def change_tower(**fields):
+    return lambda folder: write_json(folder / "siglip-tower/config.json", TOWER | fields)
+
+
+def write(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
+def write_index(content, file="model.safetensors.index.json"):
+    return lambda folder: write_json(folder / file, content)
+
+
+def save_bin(content):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+    return change
+
+
+def cut(file, length):
+    def change(folder):
+        with (folder / file).open("r+b") as stream:
+            stream.truncate(length)
+
+    return change
+
+
+def edit_header(change):
+    """Rewrites a safetensors header; the data stay."""
+
+    def edit(folder):
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        change(header)
+        encoded = json.dumps(header).encode()
+        file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+
+    return edit
+
+
+BIN_INDEX = "pytorch_model.bin.index.json"
+SHARD = "model-00001-of-00001.safetensors"
+BROKEN = {  # change: part of the message
+    "config is a list": (write("config.json", "[1]"), "should hold a JSON object, but holds a list"),
+    "config is text": (write("config.json", '"phi"'), "should hold a JSON object"),
+    "config is no JSON": (write("config.json", "{"), "is not a JSON file that can be read"),
+    "config is empty": (write("config.json", ""), "is not a JSON file that can be read"),
+    "config is nested too deeply": (write("config.json", "[" * 100_000), "is not a JSON file that can be read"),
+    "config is no UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "is not a JSON file"),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        "is not a JSON file that can be read",
+    ),
+    "hidden_size is text": (change_config(hidden_size="a"), "`hidden_size` must be a whole number from 1, but is 'a'"),
+    "hidden_size is a fraction": (change_config(hidden_size=32.5), "`hidden_size` must be a whole number"),
+    "hidden_size is true": (change_config(hidden_size=True), "`hidden_size` must be a whole number"),
+    "hidden_size is negative": (change_config(hidden_size=-32), "`hidden_size` must be a whole number from 1"),
+    "hidden_size is huge": (change_config(hidden_size=10**12), "cannot be right"),
+    "vocab_size is 0": (change_config(vocab_size=0), "`vocab_size` must be a whole number from 1, but is 0"),
+    "more layers than tensors": (change_config(num_hidden_layers=10**9), "num_hidden_layers=1000000000, but"),
+    "no heads": (change_config(num_attention_heads=0), "`num_attention_heads` must be a whole number from 1"),
+    "heads are a list": (change_config(num_key_value_heads=[2]), "`num_key_value_heads` must be a whole number"),
+    "epsilon is not a number": (
+        change_config(layer_norm_eps=float("nan")),
+        "`layer_norm_eps` must be a number above 0",
+    ),
+    "epsilon is an object": (change_config(layer_norm_eps={}), "`layer_norm_eps` must be a number above 0"),
+    "theta is text": (change_config(rope_theta="10000"), "`rope_theta` must be a number above 0"),
+    "theta is infinite": (change_config(rope_theta=float("inf")), "`rope_theta` must be a number above 0"),
+    "more than all is rotated": (change_config(partial_rotary_factor=4), "`partial_rotary_factor` must be a number"),
+    "scaling is text": (change_config(rope_scaling="linear"), "`rope_scaling` must be an object"),
+    "dropout is 2": (change_config(resid_pdrop=2), "`resid_pdrop` must be a number from 0 to 1"),
+    "activation is unknown": (change_config(hidden_act="a"), "`hidden_act` must be an activation function"),
+    "norms are text": (change_config(qk_layernorm="no"), "`qk_layernorm` must be true or false"),
+    "dtype is unknown": (change_config(torch_dtype="float99"), "`torch_dtype` must be a type of torch"),
+    "dtype is a number": (change_config(dtype=16), "`dtype` must be a type of torch"),
+    "dtype is a function": (change_config(torch_dtype="save"), "`torch_dtype` must be a type of torch"),
+    "tower is a number": (change_config(mm_vision_tower=3), "`mm_vision_tower` must be text"),
+    "tower is a list": (change_config(mm_vision_tower=["a"]), "`mm_vision_tower` must be text"),
+    "projector is a list": (change_config(mm_projector_type=[]), "`mm_projector_type` must be text"),
+    "layer is text": (change_config(mm_vision_select_layer="-2"), "`mm_vision_select_layer` must be a whole number"),
+    "layer is not there": (change_config(mm_vision_select_layer=9), "`mm_vision_select_layer`=9 is not a layer"),
+    "image_hd is text": (change_config(image_hd="false"), "`image_hd` must be true or false"),
+    "image token is text": (change_config(image_token_index="<image>"), "`image_token_index` must be a whole number"),
+    "image token is another": (change_config(image_token_index=50301), "gives <image> the id 50297, but 50301"),
+    "image token is not in the vocabulary": (
+        change_config(image_token_index=10**6),
+        "outside the decoder's vocabulary",
+    ),
+    "tower's config is a list": (write("siglip-tower/config.json", "[]"), "should hold a vision tower's config"),
+    "tower's config is no JSON": (write("siglip-tower/config.json", "{"), "should hold a vision tower's config"),
+    "tower's sizes are text": (change_tower(hidden_size="16"), "`hidden_size` must be a whole number from 1"),
+    "tower's picture is negative": (change_tower(image_size=-24), "`image_size` must be a whole number from 1"),
+    "tower's kind is unknown": (change_tower(model_type="nothing"), "cannot be right"),
+    "tower has more layers than tensors": (change_tower(num_hidden_layers=10**9), "but there are"),
+    "tower's grid has no window": (change_tower(image_size=28), "`pooling_window_size`=3 must divide"),
+    "index is a list": (write_index([]), "should hold a JSON object, but holds a list"),
+    "index is no JSON": (write("model.safetensors.index.json", "{"), "is not a JSON file that can be read"),
+    "index without a map": (write_index({"metadata": {}}), "should hold a `weight_map` of tensor names to file names"),
+    "map is a list": (write_index({"weight_map": ["a"]}), "should hold a `weight_map`"),
+    "map is empty": (write_index({"weight_map": {}}), "should hold a `weight_map`"),
+    "map is null": (write_index({"weight_map": None}), "should hold a `weight_map`"),
+    "file is a number": (write_index({"weight_map": {"a": 1}}), "without a folder, but names 1"),
+    "files are lists": (write_index({"weight_map": {"a": [SHARD]}}), "without a folder, but names ['model-"),
+    "file is null": (write_index({"weight_map": {"a": None}}), "without a folder, but names None"),
+    "file has no name": (write_index({"weight_map": {"a": ""}}), "without a folder, but names ''"),
+    "file lies outside": (write_index({"weight_map": {"a": f"../{SHARD}"}}), "without a folder, but names '../model"),
+    "file lies inside": (write_index({"weight_map": {"a": f"siglip-tower/{SHARD}"}}), "without a folder, but names"),
+    "file is absolute": (write_index({"weight_map": {"a": f"/{SHARD}"}}), "without a folder, but names '/model"),
+    "file lies outside on Windows": (write_index({"weight_map": {"a": f"..\\{SHARD}"}}), "without a folder, but names"),
+    "file is of another kind": (write_index({"weight_map": {"a": "config.json"}}), "should name files `*.safetensors`"),
+    "file of the other index lies outside": (
+        lambda f: ((f / "model.safetensors").unlink(), write_index({"weight_map": {"a": "../a.bin"}}, BIN_INDEX)(f)),
+        "should name files `*.bin` that lie beside it, without a folder, but names '../a.bin'",
+    ),
+    "file name holds a zero byte": (write_index({"weight_map": {"a": "a\0.safetensors"}}), "no such file"),
+    "file is too long a name": (write_index({"weight_map": {"a": "a" * 300 + ".safetensors"}}), ".safetensors"),
+    "weights are empty": (cut("model.safetensors", 0), "is damaged or no safetensors file"),
+    "weights end in the header": (cut("model.safetensors", 100), "is damaged or no safetensors file"),
+    "weights end in the data": (cut("model.safetensors", 10**6), "is damaged or no safetensors file"),
+    "weights are text": (write("model.safetensors", "no weights"), "is damaged or no safetensors file"),
+    "header holds overlapping tensors": (
+        edit_header(lambda h: h["lm_head.bias"].update(data_offsets=h["lm_head.weight"]["data_offsets"])),
+        "is damaged or no safetensors file",
+    ),
+    "header holds an unknown dtype": (
+        edit_header(lambda h: h["lm_head.bias"].update(dtype="F7")),
+        "is damaged or no safetensors file",
+    ),
+    "header holds a negative shape": (
+        edit_header(lambda h: h["lm_head.bias"].update(shape=[-1])),
+        "is damaged or no safetensors file",
+    ),
+    "bin is a list": (save_bin([torch.zeros(1)]), "should hold a dict of tensors by name"),
+    "bin is a tensor": (save_bin(torch.zeros(1)), "should hold a dict of tensors by name"),
+    "bin has numbers as names": (save_bin({1: torch.zeros(1)}), "should hold a dict of tensors by name"),
+    "bin has pairs as names": (save_bin({("a", "b"): torch.zeros(1)}), "should hold a dict of tensors by name"),
+    "bin holds text": (save_bin({"a": "b"}), "should hold a dict of tensors by name"),
+    "bin holds a dict of dicts": (save_bin({"state_dict": {"a": torch.zeros(1)}}), "should hold a dict of tensors"),
+    "bin is empty": (save_bin({}), "tensors are not as expected"),
+    "bin holds sparse tensors": (save_bin({"a": torch.eye(2).to_sparse()}), "not as expected"),
+    "bin holds complex numbers": (save_bin({"lm_head.bias": torch.zeros(50304, dtype=torch.complex64)}), "wrong dtype"),
+    "bin is no pickle": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_bytes(b"no pickle")),
+        "damaged",
+    ),
+    "bin is 0 bytes": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").touch()),
+        "damaged",
+    ),
+    "vocabulary is a list": (write("vocab.json", "[]"), "vocab.json should hold a JSON object, but holds a list"),
+    "vocabulary is no JSON": (write("vocab.json", "{"), "vocab.json is not a JSON file that can be read"),
+    "vocabulary has texts as ids": (write("vocab.json", '{"a": "b"}'), "tokenizer cannot be read"),
+    "merges are bytes": (lambda f: (f / "merges.txt").write_bytes(b"\xff" * 99), "tokenizer cannot be read"),
+    "added tokens are a list": (write("added_tokens.json", "[]"), "added_tokens.json should hold a JSON object"),
+    "special tokens are a text": (
+        write("special_tokens_map.json", '"a"'),
+        "special_tokens_map.json should hold a JSON",
+    ),
+    "tokenizer's config is a list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json should hold a JSON"),
+    "tokenizer's config is no JSON": (write("tokenizer_config.json", "{"), "tokenizer_config.json is not a JSON file"),
+    "tokenizer's class is a number": (write("tokenizer_config.json", '{"tokenizer_class": 3}'), "tokenizer"),
+    "tokenizer is broken": (write("tokenizer.json", "{}"), "tokenizer cannot be read"),
+    "generation config is a list": (write("generation_config.json", "[]"), "should hold a JSON object"),
+    "generation config is no JSON": (write("generation_config.json", "{"), "is not a JSON file"),
+    "beams are text": (write("generation_config.json", '{"num_beams": "a"}'), "generation_config.json cannot be right"),
+    "temperature is text": (
+        write("generation_config.json", '{"do_sample": true, "temperature": "hot"}'),
+        "generation_config.json cannot be right",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_sources_are_refused_with_a_clear_line(tmp_path, tensors, kind):
+    source = make_original(tmp_path / "in", tensors)
+    change, part = BROKEN[kind]
+    change(source)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConversionError) as error:
+        convert.convert(source, tmp_path / "out")
+    message = str(error.value)
+    assert part in message
+    assert message.startswith(f"{source} cannot be converted: ")
+    assert "\n" not in message or "not as expected; nothing was written" in message
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_missing_files_of_a_release_are_named(tmp_path, tensors):

@@ -3,10 +3,14 @@
 import base64
 import io
 import json
+import re
 import shutil
 import socket
 import sys
 import time
+import urllib.error
+import urllib.request
+import uuid
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ pytest.importorskip("gradio", reason='the demo needs Gradio: pip install "flashs
 webdriver = pytest.importorskip("selenium.webdriver", reason="driving a browser needs selenium")
 from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor  # noqa: E402
@@ -98,6 +103,31 @@ class Page:
     def ask(self, question):
         self.all("#question textarea")[0].send_keys(question)
         self.all("#send")[0].click()
+
+    def type(self, text):
+        """Put a text in the question's box, at once."""
+        self.browser.execute_script(
+            "const [box, text] = arguments;"
+            "Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set.call(box, text);"
+            "box.dispatchEvent(new Event('input', {bubbles: true}));",
+            self.all("#question textarea")[0],
+            text,
+        )
+        time.sleep(0.3)
+
+    def question(self):
+        return self.all("#question textarea")[0].get_attribute("value")
+
+    def set(self, selector, number):
+        """Put a number beside a slider."""
+        (box,) = self.all(f"{selector} input[type=number]")
+        box.clear()
+        box.send_keys(str(number), Keys.TAB)
+        time.sleep(0.3)
+
+    def is_active(self, selector):
+        (button,) = self.all(selector)
+        return button.is_enabled()
 
     def answers(self):
         return [message.text.strip() for message in self.all("#chat .bot.message")]
@@ -246,7 +276,10 @@ def test_a_picture_that_the_model_refuses_is_explained(page, tmp_path):
     page.wait.until(lambda _: page.all("#picture img"))
     time.sleep(0.5)
     page.ask("What is it?")
-    assert "70000" in page.warning()
+    page.wait.until(lambda _: page.answers())
+    assert "70000" in page.answers()[0]
+    assert "/" not in page.answers()[0]  # where the server keeps it is nobody's business
+    assert not page.all(".toast-body")
 
 
 def test_what_is_missing_is_said(page, tmp_path):
@@ -278,6 +311,277 @@ def test_an_earlier_question_can_be_looked_at_again(page):
     assert again[0].split("/")[-2:] == first[0].split("/")[-2:]
     page.all("#clear")[0].click()
     page.wait.until(lambda _: not page.views() and not page.answers())
+
+
+def test_a_question_that_is_too_long_is_explained_where_it_stays(page, capfd):
+    page.show("scene.png")
+    page.ask("Read the sign.")
+    first = page.wait_for_views()
+    page.type("star " * 2000)
+    page.all("#send")[0].click()
+    page.wait.until(lambda _: len(page.answers()) == 2)
+    assert "longer than the model can read" in page.answers()[1]
+    assert re.search(r"has \d{4} tokens, and with the answer 1024 are possible", page.answers()[1])
+    assert not page.all(".toast-body")
+    assert not page.all("#chat .error")
+    assert page.question() == ("star " * 2000).strip()  # to be shortened
+    assert page.views() == first
+    page.type("Which colour is the star?")
+    page.all("#send")[0].click()
+    page.wait_for_views(first)
+    assert page.answers() == ["PULL", "green"]  # the refused one was not part of the conversation
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_an_error_of_the_model_is_told_without_its_words(page, demo, caplog):
+    demo.model.generation_config.num_beams = 2  # which cannot stream
+    try:
+        page.show("scene.png")
+        page.ask("Read the sign.")
+        page.wait.until(lambda _: page.answers())
+        assert "The model could not answer" in page.answers()[0]
+        assert "streamer" not in page.answers()[0]
+        assert "streamer" in caplog.text  # but whoever runs the demo is told
+        assert not page.is_active("#stop")
+    finally:
+        demo.model.generation_config.num_beams = None
+
+
+def test_stop_is_active_only_while_an_answer_is_given(page, demo):
+    assert not page.is_active("#stop")
+    demo.model.generation_config.min_new_tokens = 400
+    try:
+        page.show("shapes.png")
+        assert not page.is_active("#stop")
+        page.ask("Describe the picture.")
+        page.wait.until(lambda _: page.is_active("#stop"))
+        page.all("#stop")[0].click()
+        page.wait_for_views()
+        page.wait.until(lambda _: not page.is_active("#stop"))
+        page.ask("Describe the picture.")
+        page.wait.until(lambda _: page.is_active("#stop"))
+        page.all("#clear")[0].click()
+        page.wait.until(lambda _: not page.is_active("#stop"))
+    finally:
+        demo.model.generation_config.min_new_tokens = None
+
+
+def test_clear_clears_the_picture_and_the_question(page):
+    page.show("scene.png")
+    page.ask("Read the sign.")
+    page.wait_for_views()
+    page.type("Which colour is the star?")
+    page.all("#clear")[0].click()
+    page.wait.until(lambda _: not page.views() and not page.answers() and not page.all("#picture img"))
+    page.wait.until(lambda _: not page.question())
+    page.ask("Read the sign.")
+    assert "choose a picture first" in page.warning()
+
+
+def test_an_example_fills_picture_and_question(page):
+    page.wait.until(lambda _: page.all("#examples tbody tr, #examples .gallery-item"))
+    page.all("#examples tbody tr, #examples .gallery-item")[0].click()
+    page.wait.until(lambda _: page.all("#picture img") and page.question() == "Read the sign.")
+    time.sleep(0.5)
+    page.all("#send")[0].click()
+    page.wait_for_views()
+    assert page.answers() == ["PULL"]
+
+
+def test_words_are_chosen_as_the_folded_settings_say(page):
+    assert not page.all("#temperature input[type=number]") or not page.all("#temperature")[0].is_displayed()
+    page.show("shapes.png")
+    page.ask("Describe the picture.")
+    first = page.wait_for_views()
+    page.all("#sampling button")[0].click()
+    page.wait.until(lambda _: page.all("#temperature") and page.all("#temperature")[0].is_displayed())
+    page.set("#length", 5)
+    page.ask("Describe the picture.")
+    page.wait_for_views(first)
+    greedy, short = page.answers()
+    assert greedy.startswith(short)
+    assert len(short) < len(greedy)
+    page.set("#length", 60)
+    page.set("#temperature", 2)
+    answers = set()
+    for number in range(3):
+        before = page.views()
+        page.ask("Describe the picture.")
+        page.wait_for_views(before)
+        answers.add(page.answers()[2 + number])
+    assert len(answers | {greedy}) > 1
+
+
+def test_the_page_names_the_model_and_says_what_it_knows(page, demo, tmp_path):
+    import demo as module
+
+    text = page.all("#about")[0].text
+    assert module.SHIPPED_CHECKPOINT_NOTE in text
+    assert str(ROOT) not in page.browser.page_source
+    (tmp_path / "my-sloth").mkdir()
+    for name, shown in ((str(tmp_path / "my-sloth"), "my-sloth"), ("Tongbo/FlashSloth-3.2B", "Tongbo/FlashSloth-3.2B")):
+        demo.model.name_or_path, kept = name, demo.model.name_or_path
+        try:
+            about = demo._about()
+        finally:
+            demo.model.name_or_path = kept
+        assert f"**Model**: {shown}." in about
+        assert str(tmp_path) not in about
+        assert "demonstration" not in about
+
+
+class Stranger:
+    """Somebody who sends requests without the page."""
+
+    def __init__(self, url):
+        self.url, self.visitor = url.rstrip("/"), uuid.uuid4().hex
+        dependencies = json.loads(self.get("/config"))["dependencies"]
+        self.ask_index = max(dependencies, key=lambda dependency: len(dependency["inputs"]))["id"]
+        self.show_index = next(each for each in dependencies if each["targets"][0][1] == "upload")["id"]
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=TIMEOUT) as response:
+            return response.read().decode()
+
+    def post(self, path, body, kind="application/json"):
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": kind})
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            return json.loads(response.read())
+
+    def upload(self, content, name="scene.png"):
+        boundary = uuid.uuid4().hex
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+        body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+        return self.post("/gradio_api/upload", body, f"multipart/form-data; boundary={boundary}")[0]
+
+    def send(self, index, *data):
+        """All that comes back, as text."""
+        body = {"data": data, "fn_index": index, "session_hash": self.visitor}
+        self.post("/gradio_api/queue/join", json.dumps(body).encode())
+        return self.get(f"/gradio_api/queue/data?session_hash={self.visitor}")
+
+    def ask(self, picture, question="Read the sign."):
+        return self.send(self.ask_index, picture, question, False, 0, 1, 64, None)
+
+
+@pytest.fixture
+def stranger(demo):
+    return Stranger(demo.url)
+
+
+def words(reply):
+    """An answer, of the pieces in which it comes."""
+    return "".join(re.findall(r'\["append",\[\d+,"content",0,"text"\],"(.*?)"\]', reply)).strip()
+
+
+META = {"_type": "gradio.FileData"}
+
+
+def secrets_of(folder, website):
+    """Ways to name an image that is not the visitor's: `{name: what stands for a picture}`."""
+    secret = folder / "secret.png"
+    shutil.copy(ROOT / "examples" / "scene.png", secret)
+    upwards = "../" * 20
+    paths = {
+        "path": str(secret),
+        "upwards": f"/tmp/gradio/{upwards}{str(secret).lstrip('/')}",
+        "from here": f"{upwards}{str(secret).lstrip('/')}",
+        "file URL": f"file://{secret}",
+        "web page": f"{website}/gradio_api/file=/etc/passwd",
+        "private network": "http://169.254.169.254/latest/meta-data/",
+        "zero byte": f"{secret}\0.png",
+        "folder": str(folder),
+        "nothing": "",
+    }
+    kinds = {f"{name}, {kind}": {"path": path} | mark for name, path in paths.items() for kind, mark in MARKS.items()}
+    kinds["a stream"] = {"path": str(secret), "is_stream": True}
+    kinds["a name"] = {"path": str(secret), "orig_name": "secret.svg"}
+    kinds["a URL alone"] = {"url": f"file://{secret}"}
+    kinds["two"] = {"path": str(secret), "url": f"file://{secret}"}
+    kinds["a text"] = str(secret)
+    kinds["a list"] = [{"path": str(secret)}]
+    return kinds
+
+
+MARKS = {"no meta": {}, "meta": {"meta": META}, "another meta": {"meta": {"_type": "else"}}}
+
+
+def test_a_stranger_reads_no_picture_of_the_server(stranger, demo, tmp_path, capfd):
+    for name, picture in secrets_of(tmp_path, demo.url).items():
+        for reply in (stranger.ask(picture), stranger.send(stranger.show_index, picture)):
+            assert "assistant" not in reply, name
+            assert str(tmp_path) not in reply, name
+            assert '"success":true' not in reply or "choose a picture" in reply, (name, reply)
+    capfd.readouterr()
+
+
+def test_a_stranger_cannot_have_files_fetched_in_the_place_of_a_question(stranger, tmp_path):
+    secret = tmp_path / "secret.png"
+    shutil.copy(ROOT / "examples" / "scene.png", secret)
+    picture = {"path": stranger.upload((ROOT / "examples" / "scene.png").read_bytes()), "meta": META}
+    for path in (str(secret), "http://127.0.0.1:9/nothing.png", "https://example.org/nothing.png"):
+        for question in ({"path": path, "meta": META}, [[{"deep": {"path": path, "meta": META}}]]):
+            reply = stranger.ask(picture, question)
+            assert "was not uploaded here" in reply
+            assert str(tmp_path) not in reply
+
+
+def test_what_was_uploaded_is_read(stranger):
+    path = stranger.upload((ROOT / "examples" / "scene.png").read_bytes())
+    assert words(stranger.ask({"path": path, "meta": META})) == "PULL"
+    encoded = base64.b64encode((ROOT / "examples" / "scene.png").read_bytes()).decode()
+    assert words(stranger.ask({"url": f"data:image/png;base64,{encoded}"})) == "PULL"
+
+
+def test_a_link_in_the_upload_folder_leads_nowhere_else(stranger, tmp_path):
+    shutil.copy(ROOT / "examples" / "scene.png", tmp_path / "secret.png")
+    link = Path(stranger.upload(b"anything")).with_name("link.png")
+    link.symlink_to(tmp_path / "secret.png")
+    try:
+        for mark in MARKS.values():
+            reply = stranger.ask({"path": str(link)} | mark)
+            assert "was not uploaded here" in reply
+            assert str(tmp_path) not in reply
+    finally:
+        link.unlink()
+
+
+def test_a_stranger_gets_no_file_of_the_repository(stranger, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    for path in (ROOT / "config.json", ROOT / "examples" / "demo.py", tmp_path / "secret.txt", "/etc/passwd"):
+        for way in ("file=", "file/", "proxy=", "proxy=file://"):
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                stranger.get(f"/gradio_api/{way}{path}")
+            assert refusal.value.code in (400, 403, 404), (way, path)
+    assert json.loads(stranger.get("/gradio_api/info"))["named_endpoints"] == {}
+    assert str(ROOT) not in stranger.get("/config")
+
+
+def test_what_is_uploaded_has_a_limit(stranger):
+    with pytest.raises(urllib.error.URLError):  # status 413, or a connection that ends before all is sent
+        stranger.upload(bytes(40 * 2**20))
+    assert stranger.upload(bytes(2**20))
+
+
+def test_a_program_is_not_run_to_draw_a_picture(stranger):
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    reply = stranger.ask({"path": stranger.upload(program, "program.png"), "meta": META})
+    assert "not a picture that can be read" in reply
+
+
+def test_the_question_box_is_on_a_phones_first_screen_and_examples_stand_above_the_maps(browser, demo):
+    browser.set_window_size(*NARROW)
+    try:
+        page = Page(browser, demo.url)
+        for number in range(2):
+            box = page.all("#question textarea")[0].rect
+            assert box["y"] + box["height"] < 620  # pixels: of a small phone, without the browser's own bars
+            if number == 0:
+                page.show("scene.png")
+        page.wait.until(lambda _: page.all("#examples"))
+        assert page.all("#send")[0].rect["y"] < page.all("#examples")[0].rect["y"] < page.all("#view0")[0].rect["y"]
+    finally:
+        browser.set_window_size(*WIDE)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

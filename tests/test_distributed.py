@@ -121,13 +121,25 @@ def test_the_plain_loop_trains_as_one_process_does_and_goes_on_where_it_was(prep
     assert all(torch.equal(straight[name], tensor) for name, tensor in resumed.items())
 
 
-def test_data_parallel_training_equals_one_process_with_the_whole_batch(prepared, processor, tmp_path):
+@pytest.mark.parametrize("how", [[], ["stream"], ["plain-stream"]], ids=["rows", "stream", "plain stream"])
+def test_data_parallel_training_equals_one_process_with_the_whole_batch(prepared, processor, tmp_path, how):
     processor.save_pretrained(prepared / "model")
     script = TESTS / "parallel_training.py"
-    run_processes(script, prepared / "model", tmp_path / "two")
-    subprocess.run([sys.executable, str(script), str(prepared / "model"), str(tmp_path / "one")], check=True)
+    run_processes(script, prepared / "model", tmp_path / "two", *how)
+    subprocess.run([sys.executable, str(script), str(prepared / "model"), str(tmp_path / "one"), *how], check=True)
     one, two = (FlashSlothForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("one", "two"))
     before = FlashSlothForConditionalGeneration.from_pretrained(prepared / "model")
     assert not torch.equal(one.model.query_tokens, before.model.query_tokens)
     for (name, expected), parameter in zip(one.named_parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_metrics_are_gathered_from_processes_with_different_numbers_of_pictures(prepared, processor, tmp_path):
+    processor.save_pretrained(prepared / "model")
+    for number in (1, 2):
+        run_processes(TESTS / "parallel_evaluation.py", prepared / "model", tmp_path / f"{number}.pt", number=number)
+    one, two = (torch.load(tmp_path / f"{number}.pt") for number in (1, 2))
+    kept = [found["labels"] != -100 for found in (one, two)]
+    assert kept[0].sum() > 20
+    assert torch.equal(one["labels"][kept[0]], two["labels"][kept[1]])
+    torch.testing.assert_close(one["logits"][kept[0]], two["logits"][kept[1]], atol=1e-4, rtol=0)

@@ -1,5 +1,12 @@
-"""What the pages of docs/ show is what happens: their commands and their code are run, in order, in a clone."""
+"""What the pages of docs/ show is what happens: every block that can run here does, on its own, in a fresh clone.
 
+A page says in words, and to these tests in a comment right before a block, what a block needs besides a clone:
+`<!-- setup -->` marks the one block that runs before each of the others, `<!-- continues -->` a block that goes on in
+the folder that the block before it left. Python's names are never handed on.
+"""
+
+import ast
+import builtins
 import contextlib
 import io
 import os
@@ -25,8 +32,26 @@ TASK = re.compile(r"^(?:task|group): *[\"']?([\w-]+)", flags=re.MULTILINE)
 
 def blocks(page, language):
     """Language and content of a page's blocks in the languages of a pattern."""
-    text = page.read_text(encoding="utf-8")
-    return re.findall(rf"^```({language})\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [(language, block) for _, language, block in marked_blocks(page, language)]
+
+
+def marked_blocks(page, language):
+    """Mark (or ""), language and content of a page's blocks in the languages of a pattern."""
+    pattern = rf"(?:^<!-- (setup|continues) -->\n)?^```({language})\n(.*?)^```"
+    return re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def runs(page):
+    """What is run of a page, each in a folder of its own: lists of blocks, as language and content."""
+    setup, found = [], []
+    for mark, *block in marked_blocks(page, "sh|python"):
+        if mark == "setup":
+            setup.append(block)
+        elif mark == "continues":
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return [[*setup, *one] for one in found]
 
 
 def commands(block):
@@ -34,7 +59,7 @@ def commands(block):
 
 
 SHELL = re.compile(r"\w+\(\) {|}|[A-Z]+=.*")  # a function begins or ends, a variable is set
-RUNNABLE = [page for page in PAGES if blocks(page, "sh|python")]
+RUNS = [pytest.param(page, run, id=f"{page.stem}-{i}") for page in PAGES for i, run in enumerate(runs(page), start=1)]
 
 
 @pytest.fixture
@@ -63,19 +88,66 @@ def run(command, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
-def test_everything_on_a_page_runs(page, clone, monkeypatch):
+@pytest.mark.parametrize(("page", "shown"), RUNS)
+def test_every_block_of_a_page_runs_on_its_own(page, shown, clone, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    namespace = {}
-    for language, block in blocks(page, "sh|python"):
+    for language, block in shown:
         if language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(compile(block, page.name, "exec"), namespace)
+                exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
             if said := re.findall(r"^# (.*)$", block, flags=re.MULTILINE):
                 assert printed.getvalue().splitlines() == said
         else:
             for command in filter(None, commands(block)):
                 run(command, monkeypatch)
+    assert not_ignored(f"{entry.name}/x" if entry.is_dir() else entry.name for entry in new_entries(clone)) == []
+
+
+def new_entries(clone):
+    """What was written into a clone, which begins as symbolic links."""
+    return [entry for entry in clone.iterdir() if not entry.is_symlink()]
+
+
+def not_ignored(paths):
+    """Those of some paths from the root that git would show as new; none where this is no git checkout."""
+    if not (ROOT / ".git").exists():
+        return []
+    paths = list(paths)
+    command = ["git", "-C", str(ROOT), "check-ignore", "--stdin"]
+    ignored = subprocess.run(command, input="\n".join(paths), capture_output=True, text=True, check=False)
+    assert ignored.returncode in (0, 1), ignored.stderr
+    return sorted({*paths} - {*ignored.stdout.splitlines()})
+
+
+def undefined_names(code):
+    """Names that code reads and never sets: what a block that is copied alone would miss."""
+    read, known = set(), set(dir(builtins))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else known).add(node.id)
+        elif isinstance(node, ast.alias):
+            known.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            known.add(node.name)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            known.add(node.name)
+    return read - known
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_no_block_reads_names_of_another(page):
+    for _, block in blocks(page, "python|py"):
+        assert undefined_names(block) == set(), block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_marks_stand_where_they_are_read(page):
+    text = page.read_text(encoding="utf-8")
+    marks = [mark for mark, *_ in marked_blocks(page, "sh|python") if mark]
+    assert re.findall(r"<!-- (setup|continues)\b", text) == marks
+    assert marks.count("setup") <= 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -87,6 +159,24 @@ def test_what_a_page_names_is_there(page):
     assert [name for name in names if not any((start / name).exists() for start in (ROOT, ROOT / "docs"))] == []
 
 
+def anchors(page):
+    """Where a link into a page may lead, as GitHub and the Hub name its headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_links_into_pages_lead_to_headings(page):
+    links = re.findall(r"\]\((?!http)([^)#]*)#([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if link[1] not in anchors(page.parent / link[0] if link[0] else page)] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_extras_are_those_of_the_clone(page):
+    """No package index has a `flashsloth` to install."""
+    assert re.findall(r"pip install [^&`\n]*flashsloth\b.*", page.read_text(encoding="utf-8")) == []
+
+
 def shown_commands():
     """The commands for a network, a GPU or hours, of every page and the README."""
     for page in (ROOT / "README.md", *PAGES):
@@ -96,6 +186,29 @@ def shown_commands():
                     words = shlex.split(part, comments=True)
                     if words and not SHELL.fullmatch(" ".join(words)):
                         yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:60])
+
+
+OUTPUT = re.compile(r"--(?:output|output_dir|output_path|use_cache|local-dir)[ =]\"?([\w.-][\w./-]*)")
+
+
+def test_what_shown_commands_write_into_a_clone_is_ignored():
+    """Those that run here are checked where they run; these are the others, and those of the examples' docstrings."""
+    outputs = []
+    for words in (param.values[0] for param in shown_commands()):
+        if words[0] == "flashsloth":
+            outputs.append(getattr(build_parser().parse_args(words[1:]), "output", None))
+        outputs += OUTPUT.findall(" ".join(words))
+    for script in [*ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        outputs += OUTPUT.findall(ast.get_docstring(ast.parse(script.read_text("utf-8"))) or "")
+    new = {f"{output}/x" for output in outputs if output and not (ROOT / output).parent.is_relative_to(ROOT / "docs")}
+    assert {"my-sloth/x", "flashsloth-3.2b/x", "captions/x", "stage2/x", "cache/x"} <= new
+    assert not_ignored(new) == []
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
+def test_nothing_that_belongs_to_the_repository_is_ignored():
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
 
 
 def script_and_arguments(words):

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from original_checkpoint import make_original
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.cli import main
+from flashsloth.cli.convert import convert
 from flashsloth.training.lora import LORA_TARGET_MODULES
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +187,45 @@ def test_an_adapter_is_merged(run, trained, tmp_path):
     assert not any(str(tmp_path) in text for text in texts)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(found[name], load_file(trained / "model.safetensors")[name])
+
+
+def test_an_original_release_is_exported_and_an_adapter_for_one_is_merged(run, tmp_path):
+    release = make_original(tmp_path / "release")
+    assert run(release, tmp_path / "out")[0] == 0
+    convert(release, tmp_path / "converted")
+    expected = load_file(tmp_path / "converted" / "model.safetensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["text_config"]["model_type"]) == ("flashsloth", "phi")
+
+    model = FlashSlothForConditionalGeneration.from_pretrained(release)
+    adapted = get_peft_model(model, LoraConfig(target_modules=LORA_TARGET_MODULES, init_lora_weights=False, r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert run(tmp_path / "adapter", tmp_path / "merged")[0] == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = adapted.merge_and_unload().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+    assert FlashSlothProcessor.from_pretrained(tmp_path / "merged").image_seq_length == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "should hold a JSON object"),
+        ("{", "is not a JSON file"),
+        ("{}", "does not name a base model"),
+        ('{"base_model_name_or_path": 3}', "does not name a base model"),
+        ('{"base_model_name_or_path": ""}', "does not name a base model"),
+        (f'{{"base_model_name_or_path": "{ROOT}", "peft_type": "NOTHING"}}', "cannot be exported"),
+        (f'{{"base_model_name_or_path": "{ROOT}", "peft_type": "LORA", "r": "a"}}', "cannot be exported"),
+    ],
+)
+def test_a_broken_adapter_is_refused(refused, tmp_path, content, reason):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+    assert reason in refused(tmp_path / "adapter")
 
 
 def test_an_adapter_without_its_base_model_is_refused(refused, tmp_path):

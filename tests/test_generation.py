@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
 from flashsloth.backbones_flashsloth import CACHE_NAME, CACHE_NAMES
 
@@ -229,3 +229,19 @@ def test_beams_refuse_more_pictures_than_placeholders(model, ask, pictures):
     inputs["pixel_values"] = torch.cat([inputs["pixel_values"]] * 2)
     with pytest.raises(ValueError, match=r"1 tiles are expected.*gives 2"):
         answers(model, inputs, num_beams=2)
+
+
+@pytest.mark.parametrize("asked", [{"suppress_tokens": [50]}, {"suppress_tokens": []}, {"suppress_tokens": None}, {}])
+def test_image_and_query_tokens_stay_banned_whatever_else_is(make_model, ask, pictures, asked):
+    model, inputs = make_model("phi"), ask([(pictures[:1], "What is it?")])
+    placeholders = [model.config.image_token_id, model.config.query_token_id]
+    with torch.no_grad():  # a model that would like nothing better
+        model.lm_head.bias[placeholders] += 1000
+        model.lm_head.bias[50] += 500
+    model.generation_config.suppress_tokens = None
+    banned = asked.get("suppress_tokens") or []
+    for kwargs in (asked, {"generation_config": GenerationConfig(**asked)}):
+        found = {token for row in answers(model, inputs, **kwargs) for token in row}
+        assert not found.intersection([*placeholders, *banned])
+        assert banned or found == {50}
+    assert model.generation_config.suppress_tokens is None

@@ -1,16 +1,26 @@
 """The handler of Inference Endpoints, called as an endpoint does: from a repository's folder, without the package."""
 
 import base64
+import contextlib
 import functools
 import http.server
+import importlib.util
+import io
 import json
 import os
+import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
+import urllib.parse
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from flashsloth.cli.export import export
 
@@ -57,8 +67,36 @@ SIGN = {"image": encoded(SCENE), "text": "Read the sign."}
 DESCRIPTION = (
     "a yellow star top left, an orange square top right, a green circle bottom left, a purple cross bottom right"
 )
+PROGRAM = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n").decode()
+
+
+def blank(width, height):
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def deep_grey():
+    """The scene with 16 bits a pixel."""
+    buffer = io.BytesIO()
+    levels = np.asarray(Image.open(SCENE).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(levels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+WIDE = blank(10_000, 5_000)
+URL_ALPHABET = str.maketrans("+/", "-_")
 ANSWERED = {
     "base64": ({"inputs": SIGN}, "PULL"),
+    "base64 of URLs": ({"inputs": SIGN | {"image": SIGN["image"].translate(URL_ALPHABET).rstrip("=")}}, "PULL"),
+    "base64 in a URL with escapes": (
+        {"inputs": SIGN | {"image": f"DATA:image/png;base64,{urllib.parse.quote(SIGN['image'])}"}},
+        "PULL",
+    ),
+    "no base64 in a URL": (
+        {"inputs": SIGN | {"image": f"data:image/png,{urllib.parse.quote(SCENE.read_bytes())}"}},
+        "PULL",
+    ),
     "list of pictures": ({"inputs": {"images": [encoded(SHAPES)], "text": "Describe the picture."}}, DESCRIPTION),
     "url": ({"inputs": {"image": "http://SERVER/scene.png", "text": "Read the sign."}}, "PULL"),
     "OpenAI's messages": ({"messages": FIRST_TURN[:1]}, "PULL"),
@@ -67,6 +105,7 @@ ANSWERED = {
         {"inputs": [user({"type": "image", "base64": encoded(SCENE)}, text("Read the sign."))]},
         "PULL",
     ),
+    "16 bits": ({"inputs": {"image": base64.b64encode(deep_grey()).decode(), "text": "Read the sign."}}, "PULL"),
     "short": (
         {"inputs": {"image": encoded(SHAPES), "text": "Describe the picture."}, "parameters": {"max_new_tokens": 3}},
         "a yellow star",
@@ -85,7 +124,24 @@ REFUSED = {
     "half a picture": ({"inputs": {"image": encoded(SCENE)[:200], "text": "?"}}, "a picture that can be read"),
     "a file of the server": ({"inputs": {"image": str(SCENE), "text": "?"}}, "neither base64 nor a URL"),
     "a number": ({"inputs": {"image": 5, "text": "?"}}, "should be base64 or a URL, but is 5"),
-    "no such url": ({"inputs": {"image": "http://SERVER/nothing.png", "text": "?"}}, "a picture that can be read"),
+    "no such url": ({"inputs": {"image": "http://SERVER/nothing.png", "text": "?"}}, "answers 404"),
+    "no picture at a url": ({"inputs": {"image": "http://SERVER/demo.py", "text": "?"}}, "a picture that can be read"),
+    "another scheme": ({"inputs": {"image": f"file://{SCENE}", "text": "?"}}, "neither base64 nor a URL"),
+    "no host": ({"inputs": {"image": "http:///scene.png", "text": "?"}}, "should be http://HOST"),
+    "a program": ({"inputs": {"image": PROGRAM, "text": "?"}}, "is a program in EPS"),
+    "too many beams": ({"inputs": SIGN, "parameters": {"num_beams": 9}}, "may have 8 `num_beams`, but has 9"),
+    "too long an answer": (
+        {"inputs": SIGN, "parameters": {"max_new_tokens": 10**6}},
+        "may have 2048 `max_new_tokens`, but has 1000000",
+    ),
+    "too long a least answer": ({"inputs": SIGN, "parameters": {"min_new_tokens": 2049}}, "2048 `min_new_tokens`"),
+    "too large a number": ({"inputs": SIGN, "parameters": {"temperature": 10**400}}, "should be a number from 0"),
+    "too many pictures": ({"inputs": {"images": [encoded(SCENE)] * 17, "text": "?"}}, "16 images, but has 17"),
+    "too many messages": ({"messages": [user(text("Hi"))] * 65}, "may have 64 messages, but has 65"),
+    "too long a text": ({"messages": [user(text("a" * 60_000), text("a" * 60_000))]}, "100000 characters of text"),
+    "too large a picture": ({"inputs": {"image": "A" * 2**26, "text": "?"}}, "33554432 bytes of images"),
+    "too many pixels": ({"inputs": {"images": [WIDE] * 3, "text": "?"}}, "134217728 pixels of images"),
+    "too long for the model": ({"inputs": "star " * 5_000}, "but the model was made for 1024"),
     "unknown parameter": ({"inputs": "Hi", "parameters": {"max_tokens": 5}}, "max_tokens, which nothing reads"),
     "wrong parameter": (
         {"inputs": SIGN, "parameters": {"max_new_tokens": "many"}},
@@ -127,6 +183,7 @@ def responses(tmp_path_factory, server):
     (folder / "script.py").write_text(ENDPOINT)
     arguments = [folder / "repository", folder / "requests.json", folder / "responses.json"]
     environment = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
+    environment["FLASHSLOTH_ALLOW_PRIVATE_URLS"] = "1"
     command = [sys.executable, folder / "script.py", *arguments]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -143,3 +200,318 @@ def test_bad_requests_are_refused_with_the_reason(responses, name):
     assert isinstance(responses[name], str), responses[name]
     assert REFUSED[name][1] in responses[name]
     assert len(responses[name]) < 400
+
+
+ADDRESSES = [
+    "127.0.0.1",
+    "127.1",
+    "2130706433",
+    "0x7f000001",
+    "0177.0.0.1",
+    "localhost",
+    "user@127.0.0.1",
+    "user:word@localhost",
+    "\uff11\uff12\uff17.0.0.1",  # full-width digits
+    "\u2460\u2461\u2466.0.0.1",  # digits in circles
+    "127\u30020\u30020\u30021",  # ideographic full stops
+    "0",
+    "0.0.0.0",
+    "10.0.0.1",
+    "172.16.0.1",
+    "192.168.1.1",
+    "100.64.0.1",
+    "169.254.169.254",
+    "192.0.0.192",
+    "168.63.129.16",
+    "198.18.0.1",
+    "224.0.0.1",
+    "240.0.0.1",
+    "255.255.255.255",
+    "[::1]",
+    "[::]",
+    "[::ffff:127.0.0.1]",
+    "[::ffff:7f00:1]",
+    "[::127.0.0.1]",
+    "[64:ff9b::7f00:1]",
+    "[64:ff9b:1::7f00:1]",
+    "[2002:7f00:1::]",
+    "[2001:0:7f00:1::]",
+    "[2001:db8::1]",
+    "[fe80::1]",
+    "[fe80::1%1]",
+    "[fec0::1]",
+    "[fd00:ec2::254]",
+    "[ff02::1]",
+]
+PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"  # what stands for a public address here, and what is one of this machine
+
+
+@pytest.fixture(scope="module")
+def module():
+    spec = importlib.util.spec_from_file_location("handler", ROOT / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def endpoint(module):
+    return module.EndpointHandler(str(ROOT))
+
+
+@pytest.fixture
+def public(module, monkeypatch):
+    """Lets `PUBLIC` pass for an address of the open Internet; all others of this machine are refused as ever."""
+    is_public = module._is_public
+    monkeypatch.setattr(module, "_is_public", lambda address: address == PUBLIC or is_public(address))
+
+
+def read_sign(endpoint, *urls):
+    return endpoint({"inputs": {"images": list(urls), "text": "Read the sign."}})[0]["generated_text"]
+
+
+@contextlib.contextmanager
+def website(respond, address=PUBLIC, port=0, context=None):
+    """The address of a server on which `respond(request, path)` answers; it yields what it was asked for as well."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.headers["Host"], self.path))
+            with contextlib.suppress(OSError):  # the other side has gone
+                respond(self, self.path)
+
+        def log_message(self, *args):
+            """Says nothing."""
+
+    server = http.server.ThreadingHTTPServer((address, port), Handler)
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"{'http' if context is None else 'https'}://{address}:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def send(request, content=None, status=200, **headers):
+    request.send_response(status)
+    for name, value in headers.items():
+        request.send_header(name.replace("_", "-"), value)
+    request.end_headers()
+    request.wfile.write(SCENE.read_bytes() if content is None else content)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_spelling_of_an_address_leads_to_the_endpoints_own_network(endpoint, address):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"has no public address|is no host that is known here") as refusal:
+        read_sign(endpoint, f"http://{address}/scene.png")
+    assert time.monotonic() - start < 5  # nobody was asked
+    assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "192.0.1.1", "168.63.129.17", "2606:4700:4700::1111", "2a00:1450::8"])
+def test_addresses_of_the_open_internet_are_public(module, address):
+    assert module._is_public(address)
+
+
+def test_a_server_of_this_machine_is_not_asked(endpoint):
+    with website(lambda request, _: send(request), PRIVATE) as (url, asked):
+        with pytest.raises(ValueError, match="FLASHSLOTH_ALLOW_PRIVATE_URLS"):
+            read_sign(endpoint, f"{url}/scene.png")
+        assert not asked
+
+
+@pytest.mark.usefixtures("public")
+def test_a_public_server_is_asked_and_its_redirects_are_followed(endpoint):
+    def respond(request, path):
+        if path == "/here%20and%C3%A9?a=b%2Fc":
+            send(request)
+        else:
+            send(request, b"", 302, Location="/here and\u00e9?a=b%2Fc#part".encode().decode("latin-1"))
+
+    with website(respond) as (url, asked):
+        assert read_sign(endpoint, f"{url.replace('http', 'HTTP')}/there") == "PULL"
+        assert [path for _, path in asked] == ["/there", "/here%20and%C3%A9?a=b%2Fc"]
+        assert {f"http://{host}" for host, _ in asked} == {url}
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_to_this_machine_is_refused(endpoint, status):
+    with website(lambda request, _: send(request), PRIVATE) as (private, asked):
+        for target in (private, private.replace("127.0.0.1", "2130706433"), private.replace("http:", "")):
+            with (
+                website(lambda request, _, to=target: send(request, b"", status, Location=to)) as (url, _),
+                pytest.raises(ValueError, match="has no public address"),
+            ):
+                read_sign(endpoint, url)
+        assert not asked
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("/again", "more than 5 redirects"),
+        (f"file://{SCENE}", "should be http://HOST"),
+        ("ftp://127.0.0.2/", "should be http://HOST"),
+        ("http://[::1", "which is no URL"),
+    ],
+)
+def test_a_redirect_that_leads_nowhere_is_refused(endpoint, location, reason):
+    with (
+        website(lambda request, _: send(request, b"", 302, Location=location)) as (url, asked),
+        pytest.raises(ValueError, match=reason),
+    ):
+        read_sign(endpoint, url)
+    assert len(asked) <= 6
+
+
+@pytest.mark.usefixtures("public")
+def test_a_name_is_looked_up_once(endpoint, monkeypatch):
+    """A name that stands for a public address when it is checked, and for this machine when it is asked."""
+    look_up, found = socket.getaddrinfo, []
+
+    def rebind(host, port, *args, **kwargs):
+        if host == "rebinding.test":
+            found.append(PRIVATE if found else PUBLIC)
+            host = found[-1]
+        return look_up(host, port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebind)
+    with website(lambda request, _: send(request)) as (url, asked):
+        port = url.rpartition(":")[2]
+        with website(lambda request, _: send(request, b"secret"), PRIVATE, int(port)) as (_, asked_here):
+            assert read_sign(endpoint, f"http://rebinding.test:{port}/scene.png") == "PULL"
+        assert (found, asked, asked_here) == ([PUBLIC], [(f"rebinding.test:{port}", "/scene.png")], [])
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="making a certificate takes openssl")
+def test_a_secure_server_must_be_the_host_of_the_url(endpoint, monkeypatch, tmp_path):
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key.pem -out certificate.pem -subj /CN=images"
+    subprocess.run(
+        [*command.split(), "-addext", "subjectAltName=DNS:images.test"], cwd=tmp_path, check=True, capture_output=True
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+    look_up = socket.getaddrinfo
+    names = ("images.test", "other.test")
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *args, **kwargs: look_up(PUBLIC if host in names else host, *args, **kwargs)
+    )
+    with website(lambda request, _: send(request), context=context) as (url, _):
+        port = url.rpartition(":")[2]
+        assert read_sign(endpoint, f"https://images.test:{port}/scene.png") == "PULL"
+        with pytest.raises(ValueError, match="SSLCertVerificationError"):
+            read_sign(endpoint, f"https://other.test:{port}/scene.png")
+
+
+@pytest.mark.usefixtures("public")
+def test_a_long_download_ends_at_the_limit(endpoint):
+    sent = []
+
+    def endless(request, path):
+        send(request, b"", **({"Content_Length": str(10**12)} if path == "/said" else {}))
+        for _ in range(10_000):
+            request.wfile.write(bytes(2**16))
+            sent.append(2**16)
+
+    with website(endless) as (url, _):
+        for path in ("/said", "/unsaid"):
+            with pytest.raises(ValueError, match=r"bytes; a request may take 33554432 bytes of images"):
+                read_sign(endpoint, url + path)
+        assert sum(sent) < 2**27
+
+
+@pytest.mark.usefixtures("public")
+def test_images_of_a_request_share_its_bytes(endpoint):
+    with website(lambda request, _: send(request, bytes(2**24) if request.path == "/large" else None)) as (url, _):
+        picture = base64.b64encode(SCENE.read_bytes() + bytes(2**24)).decode()
+        with pytest.raises(ValueError, match="bytes of images"):
+            read_sign(endpoint, picture, picture)
+        with pytest.raises(ValueError, match="bytes of images"):
+            read_sign(endpoint, picture, f"{url}/large")
+
+
+def drip(request, _):
+    """Answers for ever, slowly enough to be dull and quickly enough not to be silent."""
+    while True:
+        request.wfile.write(b"a")
+        time.sleep(0.05)
+
+
+def drip_content(request, path):
+    send(request, b"", Content_Length="100000")
+    drip(request, path)
+
+
+def say_nothing(request, path):
+    time.sleep(5)
+
+
+def redirect_slowly(request, path):
+    time.sleep(0.6)
+    send(request, b"", 302, Location="/again")
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize("respond", [drip, drip_content, say_nothing, redirect_slowly])
+def test_a_slow_download_ends_in_time(endpoint, monkeypatch, respond):
+    monkeypatch.setitem(endpoint.limits, "max_seconds", 1)
+    with website(respond) as (url, _):
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=r"takes too long; a request may take .* 1 seconds"):
+            read_sign(endpoint, url)
+        assert time.monotonic() - start < 2.5
+
+
+@pytest.mark.usefixtures("public")
+def test_images_of_a_request_share_its_seconds(endpoint, monkeypatch):
+    monkeypatch.setitem(endpoint.limits, "max_seconds", 1)
+
+    def slow(request, _):
+        time.sleep(0.4)
+        send(request)
+
+    with website(slow) as (url, _):
+        start = time.monotonic()
+        assert read_sign(endpoint, url) == "PULL"
+        with pytest.raises(ValueError, match="takes too long"):
+            read_sign(endpoint, *[url] * 10)
+        assert time.monotonic() - start < 5
+
+
+@pytest.mark.usefixtures("public")
+def test_a_download_that_breaks_off_is_refused(endpoint):
+    with (
+        website(lambda request, _: send(request, Content_Length="100000")) as (url, _),
+        pytest.raises(ValueError, match="cannot be loaded: IncompleteRead"),
+    ):
+        read_sign(endpoint, url)
+
+
+@pytest.mark.usefixtures("public")
+def test_a_16_bit_image_is_read_from_a_url_as_from_base64(endpoint):
+    with website(lambda request, _: send(request, deep_grey())) as (url, _):
+        assert read_sign(endpoint, url) == "PULL"
+
+
+def test_limits_are_the_environments(module, monkeypatch):
+    monkeypatch.setenv("FLASHSLOTH_MAX_IMAGES", "1")
+    endpoint = module.EndpointHandler(str(ROOT))
+    assert read_sign(endpoint, encoded(SCENE)) == "PULL"
+    with pytest.raises(ValueError, match=r"may have 1 images, but has 2; .* FLASHSLOTH_MAX_IMAGES"):
+        read_sign(endpoint, encoded(SCENE), encoded(SCENE))
+    monkeypatch.setenv("FLASHSLOTH_MAX_IMAGES", "many")
+    with pytest.raises(ValueError, match="FLASHSLOTH_MAX_IMAGES should be a whole number, but is 'many'"):
+        module.EndpointHandler(str(ROOT))
+
+
+def test_an_answer_ends_where_the_model_does(endpoint, monkeypatch):
+    outputs, generate = [], endpoint.model.generate
+    monkeypatch.setattr(endpoint.model, "generate", lambda **kwargs: outputs.append(generate(**kwargs)) or outputs[-1])
+    endpoint({"inputs": "star " * 180, "parameters": {"max_new_tokens": 2048, "min_new_tokens": 1023}})
+    assert outputs[0].shape[1] == 1024

@@ -79,7 +79,6 @@ def test_a_question_is_answered_by_a_hub_id(run, published):
 
 
 ASK = """
-from transformers import AutoModelForImageTextToText, AutoProcessor
 {loading}
 content = [{{"type": "image", "path": {scene!r}}}, {{"type": "text", "text": "Read the sign."}}]
 inputs = processor.apply_chat_template(
@@ -143,3 +142,21 @@ def test_base_models_are_joined_by_their_hub_ids(run, hub, tmp_path, page):
     card = (tmp_path / "my-sloth" / "README.md").read_text()
     assert tower in card
     assert decoder in card
+
+
+def test_a_base_model_is_taken_at_a_commit(run, hub, tmp_path):
+    page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    download, init = (shlex.split(line) for line in re.findall(r"^ *((?:hf download|flashsloth init) .*)", page, re.M))
+    make_tower(tmp_path / "tower", "siglip_vision_model")
+    make_decoder(tmp_path / "decoder", "phi", spare_rows=8)
+    tower, decoder = download[2], init[init.index("--language") + 1]
+    for repository in (tower, decoder):
+        hub.repositories.pop(repository, None)
+    pinned = hub.add(tower, tmp_path / "tower")
+    hub.commit(tower, {"config.json": b"{}"})
+    hub.add(decoder, tmp_path / "decoder")
+    download[download.index("--revision") + 1] = pinned
+    for command in (download, init):
+        run(*command, HF_HOME=str(tmp_path / "home"))
+    vision = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / init[2]).config.vision_config
+    assert vision.model_type == "siglip_vision_model"

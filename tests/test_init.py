@@ -11,8 +11,10 @@ import torch
 from base_models import TOKENIZERS, make_decoder, make_tokenizer, make_tower
 from huggingface_hub import ModelCard
 from jinja2 import TemplateError
+from original_checkpoint import make_original
 from PIL import Image
-from transformers import AutoModelForCausalLM, GenerationConfig
+from safetensors.torch import load_file, save_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from flashsloth import (
@@ -389,7 +391,11 @@ def test_only_special_tokens_start_an_instruction(adapted, family):
 
 
 @pytest.mark.parametrize(
-    ("grid", "window"), [(27, 3), (24, 3), (14, 2), (16, 2), (32, 4), (7, 1), (18, 2), (64, 8), (1, 1)]
+    ("grid", "window"),
+    [
+        *((27, 3), (24, 3), (14, 2), (16, 2), (32, 4), (7, 1), (18, 2), (64, 8), (1, 1)),
+        *((4, 2), (5, 1), (6, 2), (8, 2), (9, 3), (10, 2), (12, 2), (15, 3), (2, 1), (3, 1), (13, 1)),
+    ],
 )
 def test_the_pooling_window_makes_about_81_tokens(grid, window):
     assert default_pooling_window(grid) == window
@@ -520,7 +526,7 @@ def test_the_command_says_what_it_made(run, bases, tmp_path):
         tmp_path / "out", "--vision", folder / "clip", "--language", folder / "qwen3", "--query-width", WIDTH
     )
     assert (code, errors) == (0, "")
-    assert "64 patches a tile, 64 image tokens" in output
+    assert "64 patches a tile, 16 image tokens" in output
     assert "<|im_end|>" in output
     picture = tmp_path / "picture.png"
     Image.radial_gradient("L").save(picture)
@@ -553,6 +559,159 @@ def test_a_tower_without_a_square_grid_is_refused(refused, bases, tmp_path):
     assert "square pictures" in refused(vision=folder / "llama")
 
 
+def test_a_window_that_pools_nothing_is_said(run, bases, tmp_path):
+    folder, _ = bases
+    command = ["--vision", folder / "dinov2", "--language", folder / "phi", "--query-width", WIDTH]
+    code, output, errors = run(tmp_path / "out", *command)
+    assert (code, errors.count("\n")) == (0, 1)
+    assert errors.startswith("flashsloth: warning: Nothing is pooled: no window but 1 divides the 5x5 patches")
+    assert "25 patches a tile, 25 image tokens" in output
+    for number, option in enumerate((["--pooling-window", 1], ["--pooling-window", 5], ["--image-size", 64])):
+        assert run(tmp_path / str(number), *command, *option)[::2] == (0, "")
+    with pytest.warns(UserWarning, match="Nothing is pooled"):
+        init(folder / "dinov2", folder / "phi", tmp_path / "again", query_width=WIDTH)
+
+
+TOWER_SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+OTHER_TOWERS = {
+    "aimv2_vision_model": {"use_head": True},
+    "aimv2_vision_model, native": {"use_head": True, "is_native": True},
+    "aimv2_vision_model, without a head": {"use_head": False},
+    "beit": {},
+    "clip_vision_model": {},
+    "deit": {},
+    "dinov2_with_registers": {"num_register_tokens": 3},
+    "dinov3_vit": {"num_register_tokens": 3},
+    "ijepa": {},
+    "internvl_vision": {},
+    "vit": {},
+}
+
+
+@pytest.mark.parametrize("layer", [None, -1])
+@pytest.mark.parametrize("kind", OTHER_TOWERS)
+def test_a_tower_that_gives_its_patches_is_taken_with_its_own_hidden_states(bases, tmp_path, kind, layer):
+    model = make_other(tmp_path / "tower", kind.partition(",")[0], **OTHER_TOWERS[kind])
+    done = init(tmp_path / "tower", bases[0] / "phi", tmp_path / "out", query_width=WIDTH, vision_layer=layer)
+    built = FlashSlothForConditionalGeneration.from_pretrained(done.output)
+    num_layers = 3 if layer == -1 else 2
+    assert (done.config.num_patches, done.config.vision_config.num_hidden_layers) == (64, num_layers)
+    pixels, outputs = torch.randn(2, 3, 64, 64), []
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    layers[num_layers - 1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(pixels)
+        expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        found = built.get_image_features(pixels).last_hidden_state
+    torch.testing.assert_close(found, expected[:, -64:])
+
+
+def make_other(folder, kind, **changes):
+    """Write a tower of another family; gives the model."""
+    torch.manual_seed(3)
+    sizes = {**TOWER_SIZES, "image_size": 64, "patch_size": 8} | changes
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    for name, parameter in model.named_parameters():  # of some, all but the weights of matrices would be 0 or 1
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(folder)
+    return model
+
+
+SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "num_attention_heads": None}
+UNFIT_TOWERS = {
+    "convnext": ({"hidden_sizes": [8] * 4, "depths": [1] * 4, "hidden_size": None}, "no vision tower of layers"),
+    "pixtral": ({}, "does not give one feature for each of the 64 patches"),
+    "swin": (SWIN, "does not give one feature"),
+    "swinv2": (SWIN, "does not give one feature"),
+    "vit_mae": ({"decoder_num_hidden_layers": 1}, "does not give one feature for each of the 64 patches"),
+    "vit_mae, all patches seen": ({"decoder_num_hidden_layers": 1, "mask_ratio": 0.0}, "does not give one feature"),
+    "videomae": ({"num_frames": 2}, "does not give one feature"),
+    "siglip2_vision_model": ({"image_size": None}, "square pictures and patches: it has image_size=None"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT_TOWERS)
+def test_other_towers_are_refused_with_families_that_work(refused, tmp_path, kind):
+    changes, reason = UNFIT_TOWERS[kind]
+    make_other(tmp_path / "tower", kind.partition(",")[0], **changes)
+    line = refused(vision=tmp_path / "tower")
+    assert reason in line
+    assert line.endswith("; choose another --vision, such as a SigLIP, CLIP, DINOv2, AIMv2 or ViT.\n")
+
+
+TINY_TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+UNFIT_DECODERS = {
+    "mamba": ({"state_size": 4}, "whose layers are not of attention heads"),
+    "opt": ({"ffn_dim": 16, "word_embed_proj_dim": 16}, "whose decoder `AutoModel` does not build alone"),
+    "gpt2": ({"n_embd": 16, "n_head": 2, "n_layer": 2}, "whose decoder has no list `layers`"),
+    "bert": ({"is_decoder": True}, "whose decoder has no list `layers`"),
+    "falcon": ({}, "whose decoder has no list `layers`"),
+    "bloom": ({}, "whose decoder has no list `layers`"),
+    "bart": (
+        {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1},
+        "whose decoder `AutoModel` does not build alone",
+    ),
+    "t5": ({"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 8}, "is a model of type t5"),
+    "blip": ({}, "is a model of type blip"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT_DECODERS)
+def test_other_decoders_are_refused_with_families_that_work(refused, tmp_path, kind):
+    changes, reason = UNFIT_DECODERS[kind]
+    make_tokenizer("qwen3").save_pretrained(tmp_path / "decoder")
+    config = AutoConfig.for_model(kind, **({"vocab_size": 400} | TINY_TEXT if kind != "blip" else {}), **changes)
+    if kind == "mamba":
+        del config.num_attention_heads
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "decoder")
+    config.save_pretrained(tmp_path / "decoder")
+    line = refused(language=tmp_path / "decoder")
+    assert reason in line
+    assert line.endswith("; choose another --language, such as a Phi, Llama, Qwen3, Gemma 3 or SmolLM3.\n")
+    assert not any(riddle in line for riddle in ("text_config", "AttributeError", "Unrecognized"))
+    vision = refused(vision=tmp_path / "decoder")
+    assert line != vision
+    assert vision.endswith("; choose another --vision, such as a SigLIP, CLIP, DINOv2, AIMv2 or ViT.\n")
+
+
+@pytest.mark.parametrize("layout", ["ours", "original"])
+def test_the_tower_of_a_flashsloth_is_taken(bases, built, tmp_path, layout):
+    source = make_original(tmp_path / "release") if layout == "original" else built["llama"][0].output
+    expected = FlashSlothForConditionalGeneration.from_pretrained(source)
+    done = init(source, bases[0] / "phi", tmp_path / "out", query_width=WIDTH)
+    found = FlashSlothForConditionalGeneration.from_pretrained(done.output)
+    assert found.config.vision_config.to_dict() == expected.config.vision_config.to_dict()
+    state = expected.model.vision_tower.state_dict()
+    assert found.model.vision_tower.state_dict().keys() == state.keys()
+    for name, tensor in found.model.vision_tower.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    processors = [FlashSlothProcessor.from_pretrained(folder).image_processor for folder in (source, done.output)]
+    assert len({str(processor.image_mean) for processor in processors}) == 1
+    fewer = init(source, bases[0] / "phi", tmp_path / "fewer", query_width=WIDTH, vision_layer=-2)
+    num_layers = expected.config.vision_config.num_hidden_layers
+    assert fewer.config.vision_config.num_hidden_layers == num_layers - 1
+
+
+def test_a_tower_without_its_weights_is_refused(refused, bases, tmp_path):
+    """Such as that of a model whose tensors have other names than the tower's own."""
+    folder, _ = bases
+    (tmp_path / "tower").mkdir()
+    tensors = load_file(folder / "clip" / "model.safetensors")
+    tensors = {f"tower.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "tower" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "tower" / "config.json").write_bytes((folder / "clip" / "config.json").read_bytes())
+    line = refused(vision=tmp_path / "tower")
+    assert "does not hold the weights of a vision tower" in line
+    assert "choose another --vision" in line
+
+
+def test_a_flashsloth_is_no_decoder(refused, tmp_path, built):
+    for source in (make_original(tmp_path / "release"), built["llama"][0].output):
+        assert f"{source} is a whole FlashSloth, not a decoder alone; choose another" in refused(language=source)
+
+
 def test_a_decoder_without_layers_is_refused(refused, bases, tmp_path):
     folder, _ = bases
     make_tokenizer("qwen3").save_pretrained(tmp_path / "gpt2")
@@ -575,8 +734,6 @@ def test_a_decoder_whose_head_does_more_is_refused(refused, tmp_path):
 
 
 def test_incomplete_weights_are_refused(refused, bases, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     make_decoder(tmp_path / "phi", "phi")
     file = tmp_path / "phi/model.safetensors"
     tensors = load_file(file)

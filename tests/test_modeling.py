@@ -9,6 +9,7 @@ from conftest import DECODERS, VISION
 from transformers import PreTrainedModel
 
 from flashsloth import FlashSlothForConditionalGeneration
+from flashsloth.backbones_flashsloth import CACHE_NAME
 from flashsloth.modeling_flashsloth import SpatialAttentionPooling
 
 
@@ -353,3 +354,157 @@ def test_ids_and_embeddings_together_are_refused(model, ask, pictures):
         model(**inputs, inputs_embeds=torch.zeros(1, 1, 32))
     with pytest.raises(ValueError, match="is needed"):
         model()
+
+
+def packed(*batches):
+    """Rows of one sample each as one row, one after the other, as `DataCollatorWithFlattening` lays them."""
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    pixels = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
+    return {
+        "input_ids": torch.cat([batch["input_ids"] for batch in batches], dim=1),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        "pixel_values": torch.cat(pixels) if pixels else None,
+    }, lengths
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_packed_samples_do_not_read_each_other(make_model, ask, conversations, attn_implementation, is_training):
+    for family in DECODERS:
+        model = make_model(family, attn_implementation, pooling_dropout=0.0).train(is_training)
+        alone = [ask(conversation) for conversation in conversations]
+        for order in ([0, 2, 1, 3], [1, 3, 2, 0], [1, 1], [3]):
+            inputs, lengths = packed(*(alone[index] for index in order))
+            found = logits_of(model, inputs)[0].split(lengths)
+            for index, logits in zip(order, found, strict=True):
+                torch.testing.assert_close(logits, logits_of(model, alone[index])[0], atol=1e-4, rtol=0)
+
+
+def test_rows_of_packed_samples_make_a_batch(model, ask, pictures):
+    first, second = (
+        ask([([picture], question)]) for picture, question in zip(pictures, ("What?", "Who?"), strict=False)
+    )
+    inputs, lengths = packed(first, second)
+    other, _ = packed(second, first)
+    both = {name: torch.cat([inputs[name], other[name]]) for name in inputs}
+    found = logits_of(model, both)
+    for row, expected in zip(found, (inputs, other), strict=True):
+        torch.testing.assert_close(row, logits_of(model, expected)[0], atol=1e-4, rtol=0)
+    assert lengths[0] != lengths[1]
+
+
+def test_packed_samples_have_the_gradients_of_separate_ones(make_model, ask, conversations):
+    model = make_model("qwen3", pooling_dropout=0.0).train()
+    alone = [ask(conversation) for conversation in conversations]
+    inputs, _ = packed(*alone)
+    labels = inputs["input_ids"].masked_fill(inputs["position_ids"] == 0, -100)
+    model(**inputs, labels=labels, num_items_in_batch=1).loss.backward()
+    together = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for batch in alone:
+        model(**batch, labels=batch["input_ids"], num_items_in_batch=1).loss.backward()
+    largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(together[name], parameter.grad, atol=1e-6 * largest, rtol=1e-3)
+
+
+def test_a_call_with_packed_samples_leaves_no_cache(model, ask, pictures):
+    sample = ask([(pictures[:1], "What?")])
+    outputs = model(**packed(sample, sample)[0], use_cache=True)
+    assert outputs.get(CACHE_NAME) is None
+    assert model(**packed(sample)[0], use_cache=True)[CACHE_NAME] is not None
+
+
+def test_packed_samples_that_would_be_mixed_are_refused(model, make_model, ask, pictures):
+    sample = ask([(pictures[:1], "What?")])
+    inputs, lengths = packed(sample, sample)
+    with pytest.raises(ValueError, match=r"of row 0 start anew within it.*leave `attention_mask` out"):
+        model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+    with pytest.raises(
+        ValueError, match="`cu_seq_lens_q` says that samples are packed, but there are no `position_ids`"
+    ):
+        model(inputs["input_ids"], inputs["pixel_values"], cu_seq_lens_q=torch.tensor([0, *lengths]).cumsum(dim=0))
+    query = inputs["input_ids"][0] == model.config.query_token_id
+    first_query = int(query.nonzero()[0])
+    inputs["position_ids"] = torch.cat([torch.arange(first_query + 1), torch.arange(len(query) - first_query - 1)])[
+        None
+    ]
+    with pytest.raises(ValueError, match="not in whole blocks of 3"):
+        model(**inputs)
+    image = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+    inputs["position_ids"] = torch.cat([torch.arange(image + 1), torch.arange(len(query) - image - 1)])[None]
+    with pytest.raises(ValueError, match="8 image tokens, cut between packed samples, but a tile has 4"):
+        model(**inputs)
+
+
+def test_a_decoder_whose_layers_mix_packed_samples_is_refused(make_config, ask, pictures):
+    text = {**DECODERS["llama"], "model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2, "pad_token_id": 0}
+    model = FlashSlothForConditionalGeneration(make_config("llama", text_config=text)).eval()
+    sample = ask([(pictures[:1], "What?")])
+    logits_of(model, packed(sample)[0])
+    with pytest.raises(ValueError, match=r"\(lfm2\) has layers of type conv, which would mix them; pad rows"):
+        model(**packed(sample, sample)[0])
+
+
+def test_attention_can_be_set_after_loading(make_model, ask, conversations):
+    model, inputs = make_model("phi"), ask(*conversations)
+    expected = logits_of(model, inputs)
+    model.set_attn_implementation("eager")
+    parts = (model.config, model.model.language_model.config, model.model.vision_tower.config)
+    assert [part._attn_implementation for part in parts] == ["eager"] * 3
+    found = logits_of(model, inputs)
+    for pair in zip(rows_of(found, inputs["attention_mask"]), rows_of(expected, inputs["attention_mask"]), strict=True):
+        torch.testing.assert_close(*pair, atol=1e-4, rtol=0)
+    assert model(**inputs, output_attentions=True).attentions[0] is not None
+    model.set_attn_implementation({"vision_config": "sdpa"})
+    assert [part._attn_implementation for part in parts] == ["eager", "eager", "sdpa"]
+
+
+def test_what_the_config_asks_for_is_what_the_argument_gives(make_model, ask, conversations):
+    inputs = ask(*conversations)
+    for name in ("output_attentions", "output_hidden_states"):
+        model = make_model("phi", "eager")
+        asked = model(**inputs, **{name: True})
+        setattr(model.config, name, True)
+        found = model(**inputs)
+        assert set(found) == set(asked) > set(model(**inputs, **{name: False}))
+        assert [len(found[key]) for key in found] == [len(asked[key]) for key in asked]
+
+
+def test_image_features_come_with_what_the_tower_gives(make_model, ask, pictures):
+    model = make_model("phi", "eager")
+    pixels = ask([(pictures[:2], "What?")])["pixel_values"]
+    num_layers = model.config.vision_config.num_hidden_layers
+    for part in (model, model.model):
+        features = part.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+        assert (len(features.hidden_states), len(features.attentions)) == (num_layers + 1, num_layers)
+        assert torch.equal(features.hidden_states[-1], features.last_hidden_state)
+        plain = part.get_image_features(pixels, return_dict=False)
+        assert isinstance(plain, tuple) and len(plain) == 2
+        assert torch.equal(plain[1], features.pooler_output)
+
+
+def test_outputs_hold_the_image_features(make_model, ask, pictures):
+    model = make_model("phi", "eager")
+    inputs = ask([(pictures[:2], "What?")])
+    features = model.get_image_features(inputs["pixel_values"])
+    for part in (model, model.model):
+        outputs = part(**inputs, output_hidden_states=True)
+        assert torch.equal(outputs.image_outputs.last_hidden_state, features.last_hidden_state)
+        assert torch.equal(outputs.image_outputs.pooler_output, outputs.image_hidden_states)
+        assert len(outputs.image_outputs.hidden_states) == model.config.vision_config.num_hidden_layers + 1
+        assert part(**ask([([], "Hello")])).image_outputs is None
+
+
+def test_replicas_of_data_parallel_are_refused(make_model, ask, pictures):
+    replica = replicate_without_gpus(make_model("phi"))
+    with pytest.raises(RuntimeError, match=r"cannot run under `nn.DataParallel`.*torchrun --nproc_per_node NUM_GPUS"):
+        replica(**ask([(pictures[:1], "What?")]))
+
+
+def replicate_without_gpus(module):
+    """The copies that `nn.DataParallel` makes of a module and of those inside it, by PyTorch's own function."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replicate_without_gpus(child)
+    return replica

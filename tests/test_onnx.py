@@ -132,7 +132,10 @@ def test_a_missing_package_is_named(monkeypatch, model, processor, tmp_path):
 @pytest.mark.slow
 def test_the_shipped_checkpoint_answers_without_the_package(tmp_path, capsys):
     assert main(["onnx", str(ROOT), str(tmp_path / "graphs")]) == 0
-    assert capsys.readouterr().out.count("differs") == 3
+    output, progress = capsys.readouterr()
+    assert output.count("\n") == output.count("differs") == 3
+    steps = ("vision.onnx:", "decoder.onnx:", "decoder_step.onnx:", "comparing with the model:", "100%")
+    assert all(step in progress for step in steps)
     (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
     for picture, question, answer in (

@@ -3,15 +3,18 @@
 `golden/` holds what the original implementation gave in float32 on a small checkpoint with synthetic weights.
 """
 
+import json
+import logging
 import re
 
 import pytest
 import torch
 from golden_checkpoint import CASES, GOLDEN, read_case, write_golden_checkpoint
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
+from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothModel, FlashSlothProcessor
 from flashsloth.cli.convert import convert
 from flashsloth.original_flashsloth import ORIGINAL_KEY_MAPPING
 
@@ -45,11 +48,40 @@ def answer_labels(input_ids):
 
 
 @pytest.mark.parametrize("load", [AutoConfig.from_pretrained, FlashSlothConfig.from_pretrained])
-def test_auto_classes_read_the_original_layout(tmp_path, load):
+def test_auto_classes_read_the_original_layout_where_its_model_type_is_ours(tmp_path, load):
     source = write_golden_checkpoint(tmp_path / "original")
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(content | {"model_type": "flashsloth"}))
     config = load(source)
     assert (config.text_config.hidden_size, config.vision_config.num_hidden_layers) == (128, 2)
     assert AutoProcessor.from_pretrained(source).image_seq_length == config.image_seq_length
+
+
+def test_a_release_of_model_type_phi_loads_without_a_warning(tmp_path, caplog, recwarn):
+    """transformers' auto classes take it for a Phi; this package's classes, and the config that they read, do not."""
+    source = write_golden_checkpoint(tmp_path / "original")
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert AutoConfig.from_pretrained(source).model_type == "phi"
+        processor = FlashSlothProcessor.from_pretrained(source)
+        config = FlashSlothConfig.from_pretrained(source)
+        models = [
+            FlashSlothForConditionalGeneration.from_pretrained(source),
+            AutoModelForImageTextToText.from_pretrained(source, config=config),
+        ]
+        FlashSlothModel.from_pretrained(source)
+        pipe = pipeline("image-text-to-text", model=models[0], processor=processor)
+        content = [{"type": "image", "image": Image.new("RGB", (20, 30))}, {"type": "text", "text": "What is it?"}]
+        pipe(text=[{"role": "user", "content": content}], max_new_tokens=2)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
+    assert [str(warning.message) for warning in recwarn] == []
+    assert {type(model) for model in models} == {FlashSlothForConditionalGeneration}
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert processor.image_seq_length == config.image_seq_length
 
 
 @pytest.mark.parametrize("name", CASES)

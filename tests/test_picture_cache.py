@@ -1,9 +1,12 @@
 """Questions about a known picture get the answers of a fresh prompt, without the picture being encoded again."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
@@ -190,3 +193,94 @@ def test_patch_features_replace_pixels(any_model, ask, conversations):
     with torch.no_grad():
         features = any_model.get_image_features(inputs.pop("pixel_values")).last_hidden_state
     torch.testing.assert_close(scores_of(any_model, {**inputs, "patch_features": features}), expected)
+
+
+def train_a_step(model):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def load_other_weights(model):
+    model.load_state_dict({name: 1.1 * tensor for name, tensor in model.state_dict().items()})
+
+
+def shrink(model):
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [train_a_step, load_other_weights, shrink, torch.nn.Module.double])
+def test_other_weights_make_the_cache_look_again(make_model, ask, pictures, change):
+    model, inputs = make_model("phi"), ask([(pictures[:1], "What is it?")])
+    cache = model.picture_cache()
+    before = scores_of(model, cache(inputs))
+    change(model)
+    expected = scores_of(model, inputs)
+    torch.testing.assert_close(scores_of(model, cache(inputs)), expected, atol=1e-4, rtol=0)
+    assert not torch.allclose(before.to(expected), expected, atol=1e-6)
+
+
+def test_adapters_that_come_and_go_make_the_cache_look_again(make_model, ask, pictures):
+    inputs = ask([(pictures[:1], "What is it?")])
+    config = LoraConfig(target_modules=r".*\.(q_proj|v_proj|fc1)", init_lora_weights=False)
+    model = get_peft_model(make_model("phi"), config)
+    model.add_adapter("other", config)
+    cache = model.picture_cache()
+
+    def check():
+        torch.testing.assert_close(scores_of(model, cache(inputs)), scores_of(model, inputs), atol=1e-4, rtol=0)
+
+    check()
+    with model.disable_adapter():
+        check()
+    check()
+    model.set_adapter("other")
+    check()
+    model.merge_adapter()
+    check()
+    model.unmerge_adapter()
+    check()
+    model.unload()
+    check()
+
+
+def test_a_change_that_cannot_be_noticed_takes_a_clear(make_model, ask, pictures):
+    model, inputs = make_model("phi"), ask([(pictures[:1], "What is it?")])
+    cache = model.picture_cache()
+    scores_of(model, cache(inputs))
+    model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data.mul_(0.5)
+    cache.clear()
+    torch.testing.assert_close(scores_of(model, cache(inputs)), scores_of(model, inputs), atol=1e-4, rtol=0)
+
+
+def test_several_threads_may_use_one_cache(model, ask, pictures):
+    inputs = [ask([([picture], "What is it?")]) for picture in pictures]
+    expected = [scores_of(model, given) for given in inputs]
+    cache = model.picture_cache()
+    scores_of(model, cache(inputs[0]))
+    cache.max_bytes = 2 * next(iter(cache.known.values())).num_bytes
+    errors = []
+
+    def work(first):
+        try:
+            for step in range(12):
+                index = (first + step) % len(inputs)
+                torch.testing.assert_close(scores_of(model, cache(inputs[index])), expected[index], atol=1e-4, rtol=0)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors

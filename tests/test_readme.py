@@ -27,11 +27,11 @@ def in_a_clone(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_the_python_code_prints_what_it_says():
-    namespace, printed = {}, io.StringIO()
-    code = "\n".join(blocks("python"))
+@pytest.mark.parametrize("code", blocks("python"))
+def test_each_block_of_python_prints_what_it_says(code):
+    printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), namespace)
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     assert printed.getvalue().splitlines() == SHOWN.findall(code)
     assert SHOWN.findall(code)
 

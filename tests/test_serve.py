@@ -2,12 +2,14 @@
 
 import base64
 import contextlib
+import functools
 import http.server
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +25,8 @@ import pytest
 from openai import BadRequestError, OpenAI
 from PIL import Image
 from scenes import describe, draw, scene_at
+
+from flashsloth import FlashSlothProcessor
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -82,6 +86,21 @@ def home(tmp_path_factory):
 def client(home):
     with serving(home) as url:
         yield OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def website():
+    """The address of a server that has the example pictures."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            """Says nothing."""
+
+    pictures = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=ROOT / "examples"))
+    threading.Thread(target=pictures.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{pictures.server_port}"
+    pictures.shutdown()
+    pictures.server_close()
 
 
 def data_url(content):
@@ -221,6 +240,68 @@ def test_a_broken_picture_is_refused_and_the_server_lives_on(client, url, call):
     assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
 
 
+@pytest.mark.parametrize("call", [ask, stream])
+def test_a_url_without_a_picture_is_refused_with_the_servers_answer(client, website, call):
+    with pytest.raises(BadRequestError) as refusal:
+        call(client, user(f"{website}/nothing.png", "Read the sign."))
+    assert "the server answered 404" in refusal.value.body["detail"]
+    assert f"{website}/nothing.png" in refusal.value.body["detail"]
+    assert ask(client, user(f"{website}/scene.png", "Read the sign.")) == "PULL"
+
+
+@pytest.mark.parametrize("call", [ask, stream])
+@pytest.mark.parametrize("picture", [[], [shown("scene")]], ids=["text", "picture"])
+def test_a_prompt_longer_than_the_model_is_refused_with_both_numbers(client, picture, call):
+    with pytest.raises(BadRequestError) as refusal:
+        call(client, user(*picture, "star " * 15_000))
+    detail = refusal.value.body["detail"]
+    assert int(re.search(r"prompt has (\d+) tokens", detail)[1]) > 15_000
+    assert "made for 1024" in detail
+    assert "horten" in detail
+    assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
+
+
+def test_a_prompt_may_fill_the_model_but_for_one_token(client):
+    def num_tokens(num_words):
+        turn = user("star " * num_words)
+        return client.chat.completions.create(model=".", messages=[turn], max_tokens=1).usage.prompt_tokens
+
+    step = num_tokens(11) - num_tokens(10)
+    assert step > 0
+    most = 10 + (1023 - num_tokens(10)) // step
+    assert num_tokens(most) > 1023 - step
+    with pytest.raises(BadRequestError):
+        num_tokens(most + 1)
+
+
+def test_a_picture_is_an_image_url_or_an_input_image_and_nothing_else(client):
+    """The server itself leaves out parts that it does not know, as docs/serving.md says."""
+    ways = {"image_url": {"url": shown("scene")}, "input_image": shown("scene"), "image": shown("scene")}
+
+    def num_tokens(*parts):
+        turn = {"role": "user", "content": [*parts, {"type": "text", "text": "Read the sign."}]}
+        return client.chat.completions.create(model=".", messages=[turn], max_tokens=5).usage.prompt_tokens
+
+    blind = num_tokens()
+    seen = {kind: num_tokens({"type": kind, "image_url": url}) > blind for kind, url in ways.items()}
+    assert seen == {"image_url": True, "input_image": True, "image": False}
+
+
+def test_a_tokenizer_without_a_longest_text_gets_the_models_positions(tmp_path):
+    for name in ("config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"):
+        shutil.copy(ROOT / name, tmp_path)
+    settings = json.loads((ROOT / "tokenizer_config.json").read_text())
+    assert settings.pop("model_max_length") == 1024
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert FlashSlothProcessor.from_pretrained(tmp_path).tokenizer.model_max_length == 1024
+
+
+def test_the_responses_api_refuses_a_prompt_that_is_too_long(client):
+    with pytest.raises(BadRequestError) as refusal:
+        client.responses.create(model=".", input="star " * 15_000, stream=False)
+    assert "made for 1024" in refusal.value.body["detail"]
+
+
 def test_a_picture_of_sixteen_bits_is_scaled_not_clipped(client):
     with Image.open(ROOT / "examples" / "shapes.png") as picture:
         grey = np.asarray(picture.convert("L"))
@@ -230,15 +311,6 @@ def test_a_picture_of_sixteen_bits_is_scaled_not_clipped(client):
         urls.append(data_url(buffer.getvalue()))
     eight, sixteen, white = (ask(client, user(url, "Describe the picture.")) for url in urls)
     assert eight == sixteen != white
-
-
-def test_a_url_that_answers_404_says_so(client):
-    with http.server.ThreadingHTTPServer(("localhost", 0), http.server.SimpleHTTPRequestHandler) as website:
-        threading.Thread(target=website.serve_forever, daemon=True).start()
-        with pytest.raises(BadRequestError) as refusal:
-            ask(client, user(f"http://localhost:{website.server_port}/no/such/picture.png", "Read the sign."))
-        website.shutdown()
-    assert "the server answered 404" in refusal.value.body["detail"]
 
 
 def test_a_question_without_text_and_image_is_refused(client):

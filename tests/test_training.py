@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.cli import main as flashsloth
 from flashsloth.training import FlashSlothDataCollator, load_rows
 from flashsloth.training.collator import IGNORED
-from flashsloth.training.lora import LORA_TARGET_MODULES, PAPER_MODULES, UNQUANTIZED_MODULES
+from flashsloth.training.lora import LORA_TARGET_MODULES, PAPER_MODULES
 from flashsloth.training.trainer import FlashSlothTrainer, freeze_for_stage
 
 ROOT = Path(__file__).parents[1]
@@ -190,11 +192,127 @@ def test_a_global_batch_that_cannot_be_reached_is_refused(recipe, arguments, tmp
 
 @pytest.mark.parametrize(
     ("changes", "error"),
-    [({"load_in_8bit": True}, "trains by adapters only"), ({"stage": 1, "lora_rank": 4}, "leaves the language model")],
+    [
+        ({"load_in_8bit": True}, "in 8 bits trains by adapters only"),
+        ({"load_in_4bit": True}, "in 4 bits trains by adapters only"),
+        ({"load_in_8bit": True, "load_in_4bit": True, "lora_rank": 4}, "leave out --load_in_8bit or --load_in_4bit"),
+        ({"stage": 1, "lora_rank": 4}, "leaves the language model"),
+        ({"train_vision_tower": True, "lora_rank": 4}, "leave out --train_vision_tower"),
+        ({"streaming": True, "max_steps": -1}, "--streaming needs --max_steps"),
+        ({"fp16": True, "bf16": False}, "fp16 needs a GPU"),
+        ({"fp16": True, "bf16": False, "dtype": "bfloat16", "check_data": True}, "set it to float32"),
+        ({"lerning_rate": 1}, "unknown argument --lerning_rate; did you mean --learning_rate?"),
+        ({"learning_rate": "much"}, "invalid float value: 'much'; --help lists all arguments"),
+    ],
 )
 def test_arguments_that_contradict_each_other_are_refused(recipe, arguments, tmp_path, changes, error):
     with pytest.raises(ValueError, match=error):
         recipe.parse(arguments("stage2", tmp_path, **changes))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_a_cpu_must_be_asked_for(recipe):
+    with pytest.raises(recipe.UsageError, match=r"no GPU .* add `--use_cpu true`.*fp16\.yaml"):
+        recipe.parse([str(RECIPES / "stage2.yaml"), *NEEDED[:-1]])
+
+
+def test_the_recipe_for_gpus_without_bfloat16_scales_gradients_of_float32(recipe):
+    files = [str(RECIPES / f"{name}.yaml") for name in ("stage2", "fp16")]
+    model_args, _, args = recipe.parse([*files, *NEEDED, "--check_data"])  # the only use that a CPU allows
+    assert (args.fp16, args.bf16, model_args.dtype) == (True, False, "float32")
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_both_names_of_recomputing_are_taken_at_any_version(recipe, name):
+    arguments = [*NEEDED, f"--{name}", "true", f"--{name}_kwargs", '{"use_reentrant": false}']
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        _, _, args = recipe.parse(arguments)
+    assert args.gradient_checkpointing
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_more_workers_than_cpus_are_not_started(recipe, monkeypatch):
+    cpus = len(os.sched_getaffinity(0))
+    for processes, expected in ((1, cpus), (1000, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert recipe.parse([*NEEDED, "--dataloader_num_workers", "1000"])[2].dataloader_num_workers == expected
+
+
+def run_script(*arguments, **environment):
+    """What the script writes to stderr, without what the installation of bitsandbytes and torchao says at import."""
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    installation = "torchao|torch/utils/_pytree|kernels"
+    said = [line for line in done.stderr.splitlines() if line and not re.search(installation, line)]
+    return done.returncode, said
+
+
+WRONG = {
+    "no recipe": ({"recipe": "none.yaml"}, "there is no recipe none.yaml"),
+    "a broken recipe": ({"recipe": "broken.yaml"}, "the recipe broken.yaml cannot be read: while parsing"),
+    "a list": ({"recipe": "list.yaml"}, "must hold lines `argument: value`, but holds a list"),
+    "no model": ({"model_name_or_path": "no/model"}, "no such model: no/model (neither a folder nor a Hub id"),
+    "another model": ({"model_name_or_path": "llama"}, "llama is not a FlashSloth"),
+    "no data": ({"train_data": "none.json"}, "--train_data none.json cannot be read: There is no file"),
+    "broken data": ({"train_data": "rows.parquet"}, "--train_data rows.parquet cannot be read: Parquet file"),
+    "empty data": ({"train_data": "empty.jsonl"}, "--train_data empty.jsonl holds no rows"),
+    "no data for the evaluation": ({"eval_data": "none.json"}, "--eval_data none.json cannot be read: There is no"),
+    "no folder of images": ({"image_folder": "nowhere"}, "there is no folder nowhere (--image_folder)"),
+    "no output": ({"output_dir": ""}, "give --output_dir, a folder for checkpoints"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_user_can_put_right_is_one_line_before_weights_are_loaded(
+    recipe, arguments, tmp_path, monkeypatch, capsys, name
+):
+    changes, error = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    for file, text in {"broken.yaml": "a: [1,", "list.yaml": "[1]", "rows.parquet": "?", "empty.jsonl": ""}.items():
+        (tmp_path / file).write_text(text)
+    monkeypatch.setattr(recipe, "load_model", None)
+    files = [changes["recipe"]] if "recipe" in changes else []
+    changes = {key: value for key, value in changes.items() if key != "recipe"}
+    monkeypatch.setattr(sys, "argv", ["train.py", *files, *arguments("stage2", tmp_path / "out", **changes)])
+    assert recipe.command() == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"train.py: error: {error}") or error in said[-1]
+    assert not any("Traceback" in line for line in said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_ends_the_run_with_one_line_from_a_worker_too(arguments, data, tmp_path):
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text((data / "conversations.jsonl").read_text().replace("7.png", "none.png"))
+    for workers in (0, 1):
+        changes = {"train_data": bad, "image_folder": data, "dataloader_num_workers": workers, "max_steps": 6}
+        code, said = run_script(*arguments("stage2", tmp_path / "out", report_to="none", **changes))
+        assert code == 2
+        assert re.match(r"train\.py: error: Row 7 cannot be used: there is no picture .*--check_data lists", said[-1])
+        assert not any("Traceback" in line for line in said)
+
+
+def test_a_run_and_its_repetition_say_what_was_done_and_nothing_else(base, data, arguments, make_model, processor):
+    """With tied weights, recomputed activations and more workers than CPUs; what 5.17 says of tokens cannot go."""
+    tied = base.parent / "tied"
+    make_model("qwen3").save_pretrained(tied)
+    processor.save_pretrained(tied)
+    output = base.parent / "quiet"
+    changes = {"model_name_or_path": tied, "dataloader_num_workers": 8, "max_steps": 4, "save_steps": 2}
+    changes |= {"eval_data": data / "conversations.jsonl", "num_eval_answers": 2, "eval_steps": 2}
+    usual = r"Loading weights|Writing model shards|\[transformers\] The tokenizer has new PAD/BOS/EOS"
+    found = []
+    for _ in range(2):
+        code, said = run_script(*arguments("stage2", output, **changes))
+        assert code == 0, said
+        found.append([line for line in said if not re.match(usual, line)])
+        shutil.rmtree(output / "checkpoint-4", ignore_errors=True)
+    end = f"The model is in {output}. To ask it: flashsloth ask IMAGE QUESTION --model {output}"
+    assert found == [[end], [end]]
 
 
 def test_the_model_cannot_be_overwritten_by_its_own_training(recipe, arguments, base):
@@ -220,6 +338,12 @@ def test_stage_2_in_high_definition_trains_all(recipe, arguments, base, tmp_path
     recipe.main(arguments("stage2_hd", tmp_path))
     assert changed_parts(base, tmp_path) == ALL_PARTS
     assert FlashSlothProcessor.from_pretrained(tmp_path).image_processor.do_image_splitting
+
+
+def test_the_tower_may_stay_as_it_was_in_high_definition(recipe, arguments, base, tmp_path):
+    """As in the authors' code."""
+    recipe.main(arguments("stage2_hd", tmp_path, train_vision_tower=False))
+    assert changed_parts(base, tmp_path) == ALL_PARTS - {"model.vision_tower"}
 
 
 def test_an_original_release_trains_as_it_is(recipe, arguments, tmp_path):
@@ -281,6 +405,81 @@ def test_a_stream_goes_on_as_if_nothing_had_happened(recipe, arguments, tmp_path
     recipe.main(command)
     assert [entry["step"] for entry in found] == [*range(1, 7)]
     assert history(tmp_path) == found
+
+
+LENGTHS = {
+    "steps in the middle of an epoch": {"max_steps": 4},
+    "one epoch and a half": {"max_steps": -1, "num_train_epochs": 1.5},
+    "whole epochs": {"max_steps": -1, "num_train_epochs": 1},
+    "a stream": {"max_steps": 4, "streaming": True},
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_a_finished_run_is_not_trained_further(recipe, arguments, tmp_path, caplog, name):
+    """It is only saved again: it may have been killed after its last checkpoint."""
+    command = arguments("stage2", tmp_path, report_to="none", **LENGTHS[name])
+    recipe.main(command)
+    found, weights = history(tmp_path), load_file(tmp_path / "model.safetensors")
+    steps = {folder.name for folder in tmp_path.glob("checkpoint-*")}
+    (tmp_path / "model.safetensors").unlink()
+    caplog.clear()
+    recipe.main(command)
+    assert re.search(r"Step (\d) of \1 was reached before; nothing is trained", caplog.text)
+    assert {folder.name for folder in tmp_path.glob("checkpoint-*")} == steps
+    assert history(tmp_path) == found
+    again = load_file(tmp_path / "model.safetensors")
+    assert all(again[name].equal(weights[name]) for name in weights)
+
+
+def test_a_finished_run_goes_on_if_asked_for_more(recipe, arguments, tmp_path):
+    for max_steps in (2, 3):
+        recipe.main(arguments("stage2", tmp_path, report_to="none", max_steps=max_steps))
+        assert history(tmp_path)[-1]["step"] == max_steps
+
+
+def test_data_are_checked_without_training(recipe, arguments, data, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(recipe, "load_model", None)  # no weights are needed
+    lines = (data / "conversations.jsonl").read_text().splitlines()
+    lines[4] = "no JSON"
+    lines[7] = lines[7].replace("7.png", "none.png")
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    command = arguments("stage2", out, train_data=tmp_path / "rows.jsonl", image_folder=data, check_data=True)
+    command += ["--eval_data", str(data / "conversations.jsonl"), "--max_length", "400"]
+    for more in ([], ["--dataloader_num_workers", "2"], ["--streaming", "--max_steps", "-1"]):
+        assert recipe.main([*command, *more]) == 1
+        written = capfd.readouterr().out
+        checked, evaluated = written.split(f"{data / 'conversations.jsonl'} (eval_data)")
+        assert "rows.jsonl (train_data): 12 rows, 2 of them bad, 0 cut to 400 tokens\n" in checked
+        assert "row 4 is bad: the line is not JSON" in checked
+        assert "row 7 is bad: there is no picture" in checked
+        assert ": 12 rows, 0 of them bad" in evaluated
+        lengths = [
+            tuple(map(int, found)) for found in re.findall(r"long: row (\d+) has (\d+) tokens, [01] images?\n", checked)
+        ]
+        assert len(lengths) == 5
+        assert lengths == sorted(lengths, key=lambda one: -one[1])
+    assert not out.exists()
+    whole = FlashSlothDataCollator(
+        FlashSlothProcessor.from_pretrained(command[command.index("--model_name_or_path") + 1])
+    )
+    longest = [len(whole.prepare(row).input_ids) for row in load_rows(data / "conversations.jsonl")]
+    assert lengths[0][1] == max(length for row, length in enumerate(longest) if row not in (4, 7))
+
+
+def test_a_check_tells_what_is_cut_and_what_the_model_has_no_place_for(recipe, arguments, tmp_path, capfd):
+    turns = [{"role": role, "content": "word " * 60} for role in ("user", "assistant")] * 2
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    command = arguments("stage2", tmp_path, train_data=tmp_path / "rows.jsonl", check_data=True)
+    assert recipe.main(command) == 0
+    assert "the model has 512 positions; longer rows need --max_length 512" in capfd.readouterr().out
+    assert recipe.main([*command, "--max_length", "900"]) == 0
+    written = capfd.readouterr().out
+    assert "1 cut to 900 tokens" in written
+    assert "the model has 512 positions" in written
+    assert recipe.main([*command, "--max_length", "512"]) == 0
+    assert "positions" not in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -367,6 +566,75 @@ def test_batches_are_of_one_kind(make_model, processor, rows, tmp_path):
     assert sorted(map(str, kinds)) == ["{False}"] * 2 + ["{True}"] * 4
 
 
+def test_the_trainer_sets_what_rows_and_their_images_need(make_model, processor, rows, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    collator = FlashSlothDataCollator(processor)
+    trainer = FlashSlothTrainer(make_model(), args, collator, rows, processing_class=processor)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["pixel_values"].shape[1:] == (3, 32, 32)
+    assert not trainer.args.remove_unused_columns
+    assert not trainer.accelerator.dispatch_batches
+    with pytest.raises(ValueError, match="`dispatch_batches` must be False"):
+        train(make_model(), processor, rows, tmp_path, accelerator_config={"dispatch_batches": True})
+
+
+FORMS = {
+    "rows": load_rows,
+    "a stream": lambda file: load_rows(file, streaming=True),
+    "a list": lambda file: [load_rows(file)[index] for index in range(12)],
+    "a data set": lambda file: Dataset.from_list([{"caption": "a", "image": str(file.parent / "0.png")}] * 12),
+    "a data set with labels": lambda file: Dataset.from_list([{"caption": "a", "image": "0.png", "labels": 1}] * 12),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("on_bad_row", ["raise", "skip"])
+def test_a_plain_trainer_that_takes_columns_away_names_the_flag(
+    make_model, processor, data, tmp_path, caplog, form, on_bad_row
+):
+    """Skipping must not make a training on nothing of it."""
+    args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
+    collator = FlashSlothDataCollator(processor, on_bad_row=on_bad_row)
+    dataset = FORMS[form](data / "conversations.jsonl")
+    trainer = Trainer(make_model(), args, train_dataset=dataset, data_collator=collator, processing_class=processor)
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("enable", ["gradient_checkpointing_enable", "activation_checkpointing_enable"])
+def test_recomputing_is_turned_on_and_off_without_a_warning(make_model, processor, rows, caplog, enable):
+    model = make_model().train()
+    if not hasattr(model, enable):
+        pytest.skip("transformers has no such name")
+    batch = FlashSlothDataCollator(processor)([rows[0], rows[1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(model, enable)()
+        assert model.is_gradient_checkpointing
+        output = model(**batch)
+        output.loss.backward()
+        model.gradient_checkpointing_disable()
+        assert not model.is_gradient_checkpointing
+    assert not {"cache", "past_key_values"} & output.keys()  # nothing would read it
+    assert not caplog.records
+
+
+def test_a_tied_weight_may_be_missing_among_those_that_are_loaded(make_model, tmp_path):
+    model = make_model("qwen3")
+    model.save_pretrained(tmp_path)
+    saved = {name: 2 * tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert "lm_head.weight" not in saved
+    result = model.load_state_dict(saved)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.lm_head.weight.equal(saved["model.language_model.embed_tokens.weight"])
+    del saved["model.language_model.embed_tokens.weight"]
+    assert model.load_state_dict(saved, strict=False).missing_keys == [
+        "model.language_model.embed_tokens.weight",
+        "lm_head.weight",
+    ]
+
+
 def test_exact_answers_are_counted(make_model, processor, rows, data, tmp_path):
     asked = [rows[index] for index in (0, 1, 2)]
     trainer = train(make_model(), processor, asked, tmp_path, max_steps=40, per_device_train_batch_size=3)
@@ -417,33 +685,93 @@ def test_the_recipe_for_adapters_saves_them_and_the_merged_model(recipe, argumen
     assert (found - logits(original, ask, conversations)).abs().max() > 0.1
 
 
-def load_in_8bit(folder):
-    quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED_MODULES))
-    return FlashSlothForConditionalGeneration.from_pretrained(folder, quantization_config=quantization)
-
-
 @pytest.fixture
 def bitsandbytes():
     return pytest.importorskip("bitsandbytes")
 
 
-def test_the_language_model_is_quantised_and_nothing_else(base, bitsandbytes):
-    model = load_in_8bit(base)
-    quantised = {name for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear8bitLt)}
+@pytest.fixture(params=[8, 4])
+def load_in_few_bits(request, recipe, base, bitsandbytes):
+    """Loads the model as the recipe does, in 8 or in 4 bits."""
+    option = f"load_in_{request.param}bit"
+
+    def load(source=base):
+        model_args, _, args = recipe.parse([*NEEDED, f"--{option}", "--lora_rank", "4", "--bf16"])
+        quantization = recipe.quantization(model_args, args)
+        return FlashSlothForConditionalGeneration.from_pretrained(source, quantization_config=quantization)
+
+    load.option = option
+    load.layer = bitsandbytes.nn.Linear8bitLt if request.param == 8 else bitsandbytes.nn.Linear4bit
+    return load
+
+
+def test_the_language_model_is_quantised_and_nothing_else(load_in_few_bits):
+    model = load_in_few_bits()
+    quantised = {name for name, module in model.named_modules() if isinstance(module, load_in_few_bits.layer)}
     assert quantised == {name for name, _ in model.named_modules() if re.fullmatch(LORA_TARGET_MODULES, name)}
+    kept = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    assert kept == {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in quantised}
 
 
-def test_adapters_train_on_a_language_model_in_8_bits(
-    recipe, arguments, base, ask, conversations, tmp_path, bitsandbytes
-):
-    recipe.main(arguments("stage2", tmp_path, "lora", load_in_8bit=True, max_steps=4))
+def test_an_evaluation_leaves_gradients_as_they_are(recipe, base, processor, rows, load_in_few_bits, tmp_path):
+    """In 4 bits on some CPUs, gradients would not pass a layer that has answered."""
+    model_args, _, args = recipe.parse([*NEEDED, f"--{load_in_few_bits.option}", "--lora_rank", "4"])
+    model_args.model_name_or_path, args.output_dir = str(ROOT), str(tmp_path)
+    processor = FlashSlothProcessor.from_pretrained(ROOT)
+    model = recipe.load_model(model_args, args, high_definition=False)
+    collator = FlashSlothDataCollator(processor)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = FlashSlothTrainer(model, args, collator, eval_dataset=[rows[1]], processing_class=processor)
+
+    def gradients():
+        model.zero_grad()
+        model.train()(**collator([rows[1]])).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    torch.manual_seed(0)
+    before = gradients()
+    trainer.evaluate()
+    torch.manual_seed(0)
+    after = gradients()
+    assert any(gradient.abs().max() > 0 for gradient in before.values())
+    assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
+
+
+def batch_logits(model, processor, rows):
+    with torch.no_grad():
+        return model.eval()(**FlashSlothDataCollator(processor)(rows)).logits.float()
+
+
+def test_adapters_train_on_a_language_model_in_few_bits(recipe, arguments, data, load_in_few_bits, tmp_path, caplog):
+    """With evaluation between the steps; the model is the shipped one, whose widths all kernels take."""
+    lora = "qlora" if load_in_few_bits.option == "load_in_4bit" else "lora"
+    changes = {"eval_data": data / "conversations.jsonl", "eval_steps": 1, "num_eval_answers": 2, "save_steps": 2}
+    changes |= {load_in_few_bits.option: True, "model_name_or_path": ROOT, "max_steps": 4, "report_to": "none"}
+    command = arguments("stage2", tmp_path, lora, **changes)
+    recipe.main(command)
     assert not (tmp_path / "model.safetensors").exists()
-    quantised = load_in_8bit(base)
-    before = logits(quantised, ask, conversations)
-    reloaded = logits(PeftModel.from_pretrained(quantised, tmp_path / "adapter"), ask, conversations)
-    assert (reloaded - before).abs().max() > 0.1
+    assert f"flashsloth export {tmp_path / 'adapter'}" in caplog.text
+    assert "MatMul8bitLt" not in caplog.text
     found = [entry["loss"] for entry in history(tmp_path) if "loss" in entry]
     assert found[-1] < found[0]
+
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    recipe.main(command)  # goes on from step 2
+    again = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert [entry["loss"] for entry in history(tmp_path) if "loss" in entry] == pytest.approx(found, rel=0.02)
+    assert trained.keys() == again.keys()
+
+    processor, rows = FlashSlothProcessor.from_pretrained(ROOT), list(load_rows(data / "conversations.jsonl"))[:4]
+    quantised = load_in_few_bits(ROOT)
+    before = batch_logits(quantised, processor, rows)
+    reloaded = batch_logits(PeftModel.from_pretrained(quantised, tmp_path / "adapter"), processor, rows)
+    assert (reloaded - before).abs().max() > 0.1
+    assert flashsloth(["export", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    whole = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=torch.float32)
+    exact = batch_logits(PeftModel.from_pretrained(whole, tmp_path / "adapter"), processor, rows)
+    assert (batch_logits(merged, processor, rows) - exact).abs().max() < 0.1 * (exact - before).abs().max()
 
 
 def chat_rows(data, *, as_prompts):

@@ -4,6 +4,7 @@ Nothing here is needed to run a model. `load_rows` needs the package `datasets` 
 `pip install "flashsloth[train]"`.
 """
 
+from .check import RowReport, check_rows
 from .collator import BadRowError, FlashSlothDataCollator
 from .data import load_rows, normalize_row, row_lengths
 from .sampler import ModalityLengthSampler
@@ -12,6 +13,8 @@ __all__ = [
     "BadRowError",
     "FlashSlothDataCollator",
     "ModalityLengthSampler",
+    "RowReport",
+    "check_rows",
     "load_rows",
     "normalize_row",
     "row_lengths",

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of what is not learned; PyTorch's cross-entropy leaves it out."""
+MODEL_COLUMNS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "labels", "label", "label_ids"}
+"""What `Trainer` may leave of a row if it is not told to leave all columns."""
 
 
 class BadRowError(ValueError):
@@ -30,11 +32,15 @@ class Sample(NamedTuple):
         input_ids: `(seq_length,)`.
         labels: `(seq_length,)`, -100 everywhere but at answers and their end tokens.
         pixel_values: `(num_tiles, 3, height, width)`; `None`: no picture.
+        whole_length: Tokens of the row before it was cut to `max_length`.
+        num_images: Images of the row before it was cut.
     """
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None
+    whole_length: int
+    num_images: int
 
 
 class FlashSlothDataCollator:
@@ -52,6 +58,8 @@ class FlashSlothDataCollator:
         processor: Processor of the model.
         max_length: Most tokens of a row, image and query tokens included. Default: no bound.
         pad_to_multiple_of: Pad to a multiple of this many tokens.
+        padding_free: Lay all rows of a batch one after the other into a single one, with `position_ids` that start
+            anew with each, and no padding; the model keeps them apart.
         on_bad_row: What to do about a row that cannot be used (no such file, a broken picture, no answer): `"raise"` a
             `BadRowError`, or `"skip"` it with a warning. If nothing is left of a batch, it becomes the two end tokens
             `</s></s>`, of which the second is learned: nothing that a prompt ever asks for, while a batch without any
@@ -73,6 +81,7 @@ class FlashSlothDataCollator:
         *,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        padding_free: bool = False,
         on_bad_row: Literal["raise", "skip"] = "raise",
     ) -> None:
         if on_bad_row not in ("raise", "skip"):
@@ -84,9 +93,12 @@ class FlashSlothDataCollator:
                 "The processor's chat template does not mark answers, so there is nothing to make labels of; put what "
                 "the assistant writes, with its end token, inside `{% generation %}` and `{% endgeneration %}`."
             )
+        if padding_free and pad_to_multiple_of is not None:
+            raise ValueError("`pad_to_multiple_of` and `padding_free` contradict each other; leave one of them out.")
         self.processor = processor
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.padding_free = padding_free
         self.on_bad_row = on_bad_row
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:
@@ -96,16 +108,28 @@ class FlashSlothDataCollator:
             rows: What `load_rows` gives, or any row that `normalize_row` takes.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, `(batch, seq_length)`, padded on the right; `pixel_values`,
-            `(num_tiles, 3, height, width)`, if there are pictures.
+            `input_ids`, `attention_mask` and `labels`, `(batch, seq_length)`, padded on the right, or `padding_free`
+            `input_ids`, `position_ids` and `labels`, `(1, total_length)`; `pixel_values`, `(num_tiles, 3, height,
+            width)`, if there are pictures.
 
         Raises:
             BadRowError: If a row cannot be used, unless those are to be skipped.
+            ValueError: If the rows have lost their columns.
         """
+        if rows and all(isinstance(row, dict) and row.keys() <= MODEL_COLUMNS for row in rows):
+            raise ValueError(
+                "The rows come without the columns that the collator reads: `Trainer` removes what the model's forward "
+                "does not take. Pass `remove_unused_columns=False` to `TrainingArguments`, or use `FlashSlothTrainer`."
+            )
         samples = [sample for position, row in enumerate(rows) if (sample := self._try_to_prepare(row, position))]
         if not samples:
             end = self.processor.tokenizer.eos_token_id
-            samples = [Sample([end, end], [IGNORED, end], None)]
+            samples = [Sample([end, end], [IGNORED, end], None, 2, 0)]
+        data = self._flatten(samples) if self.padding_free else self._pad(samples)
+        pixel_values = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+        return BatchFeature(data | ({"pixel_values": torch.cat(pixel_values)} if pixel_values else {}))
+
+    def _pad(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         batch = self.processor.tokenizer.pad(
             {"input_ids": [sample.input_ids for sample in samples]},
             padding_side="right",
@@ -115,9 +139,16 @@ class FlashSlothDataCollator:
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for row, sample in enumerate(samples):
             labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
-        pixel_values = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-        data = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-        return BatchFeature(data | ({"pixel_values": torch.cat(pixel_values)} if pixel_values else {}))
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+    @staticmethod
+    def _flatten(samples: list[Sample]) -> dict[str, torch.Tensor]:
+        columns = {
+            "input_ids": [token for sample in samples for token in sample.input_ids],
+            "position_ids": [position for sample in samples for position in range(len(sample.input_ids))],
+            "labels": [label for sample in samples for label in (IGNORED, *sample.labels[1:])],
+        }
+        return {name: torch.tensor([values]) for name, values in columns.items()}
 
     def prepare(self, row: dict[str, Any]) -> Sample:
         """Tokenize a row, load its pictures and label its answers.
@@ -140,7 +171,7 @@ class FlashSlothDataCollator:
         runs = _token_runs(answers, encoded["offset_mapping"][0])
         if not runs:
             raise ValueError("the chat template left out the answers; nothing of the row can be learned")
-        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"))
+        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"), len(pictures))
 
     def _try_to_prepare(self, row: dict[str, Any], position: int) -> Sample | None:
         try:
@@ -174,15 +205,18 @@ class FlashSlothDataCollator:
         text = prompt + self.processor.guard_control_tokens(row["caption"]) + self.processor.tokenizer.eos_token
         return text, [(len(prompt), len(text))]
 
-    def _make_sample(self, input_ids: list[int], runs: list[tuple[int, int]], pixel_values: Any) -> Sample:
-        length = self._kept_length(len(input_ids), runs)
+    def _make_sample(
+        self, input_ids: list[int], runs: list[tuple[int, int]], pixel_values: Any, num_images: int
+    ) -> Sample:
+        whole_length = len(input_ids)
+        length = self._kept_length(whole_length, runs)
         input_ids = input_ids[:length]
         labels = [IGNORED] * length
         for start, end in runs:
             labels[start:end] = input_ids[start:end]
         num_tiles = input_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
         pixel_values = None if num_tiles == 0 else torch.as_tensor(pixel_values)[:num_tiles]
-        return Sample(input_ids, labels, pixel_values)
+        return Sample(input_ids, labels, pixel_values, whole_length, num_images)
 
     def _kept_length(self, length: int, runs: list[tuple[int, int]]) -> int:
         if self.max_length is None or length <= self.max_length:

@@ -1,5 +1,6 @@
 """The Trainer of FlashSloth's recipe: what a stage trains, the order of the rows, and answers in the evaluation."""
 
+import logging
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from .data import row_lengths
 from .sampler import ModalityLengthSampler
 
+logger = logging.getLogger(__name__)
+
 
 def freeze_for_stage(
     model: FlashSlothForConditionalGeneration, stage: int, *, high_definition: bool = False
@@ -21,7 +24,8 @@ def freeze_for_stage(
     Args:
         model: The model, which is changed.
         stage: 1, alignment: Spatial Attention Pooling and projector. 2, instruction tuning: all but the vision tower.
-        high_definition: Whether pictures are cut into tiles; then stage 2 trains the tower, too.
+        high_definition: Whether stage 2 trains the tower, too, as the paper says of FlashSloth-HD. The authors' code
+            runs the tower under `torch.no_grad` there, so it does not learn: `False` is their way.
 
     Raises:
         ValueError: If there is no such stage.
@@ -37,12 +41,23 @@ def freeze_for_stage(
     return model
 
 
-class EpochCallback(TrainerCallback):
-    """Tells the sampler its epoch.
+class ResumeCallback(TrainerCallback):
+    """Tells the sampler its epoch, and the user if there is nothing left to train.
 
     The data loader that skips what a resumed run has seen does not, when there are several processes: rows would come
     in the order of the first epoch.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say if the run was finished before."""
+        if state.is_world_process_zero and state.global_step >= state.max_steps:
+            logger.warning(
+                "Step %d of %d was reached before; nothing is trained. To go on, raise max_steps or num_train_epochs.",
+                state.global_step,
+                state.max_steps,
+            )
 
     def on_epoch_begin(
         self,
@@ -63,17 +78,45 @@ class FlashSlothTrainer(Trainer):
     With `train_sampling_strategy="group_by_length"` a batch holds rows of like length, all with pictures or all
     without. `processing_class` must be the model's processor.
 
+    It sets what `FlashSlothDataCollator` needs: rows keep their columns (`remove_unused_columns`), and every process
+    makes its own batches of a stream (`dispatch_batches`). A finished training that is resumed is not trained further.
+
     Args:
         *args: As for `Trainer`.
         num_eval_answers: Number of evaluation rows whose last question is answered by `generate` whenever the model is
             evaluated; the share of answers that are equal to the row's is logged as `eval_exact_match`.
         **kwargs: As for `Trainer`.
+
+    Raises:
+        ValueError: If the arguments ask for `dispatch_batches`.
     """
 
     def __init__(self, *args: Any, num_eval_answers: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_eval_answers = num_eval_answers
-        self.add_callback(EpochCallback)
+        self.args.remove_unused_columns = False
+        self.add_callback(ResumeCallback)
+        for module in self.model.modules():
+            # On some CPUs bitsandbytes lays 4-bit weights out anew when a model answers; no gradient passes them then.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Start accelerate, so that no process divides its batches among the others."""
+        if self.args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches` must be False: it divides a batch by rows, which the pictures of a batch are not. "
+                "Leave it out of `accelerator_config`."
+            )
+        self.args.accelerator_config.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train one epoch, unless a resumed run was at its last step: `Trainer` looks only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
