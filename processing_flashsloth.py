@@ -619,8 +619,7 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
             f"The `content` of {name.lower()} should be text or a list of parts, but is {_show(content)}; give a "
             "string, or leave the message out."
         )
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if message["role"] == "user" and not any(part["type"] != "text" or part["text"].strip() for part in parts):
+    if message["role"] == "user" and content == []:
         raise ConversationError(f"{name}, of the user, has neither text nor an image; give one of them.")
     return message | {"content": content}
 
@@ -635,7 +634,7 @@ def _read_part(part: Any, name: str, role: str) -> dict[str, Any]:
             f"{name} should be a dict with the `type` 'text', 'image' or 'video' (also {', '.join(PART_TYPES)}), such "
             f"as {{'type': 'text', 'text': '...'}}, but is {what}."
         )
-    part = {key: value for key, value in part.items() if not _is_absent(value)}
+    part = {key: value for key, value in part.items() if not is_absent(value)}
     sources = {key: part.pop(key) for keys in SOURCE_KEYS.values() for key in keys if key in part}
     if kind == "text":
         return _read_text_part(part, sources, name)
@@ -701,7 +700,7 @@ def _as_dict(item: Any) -> Any:
     return item
 
 
-def _is_absent(value: Any) -> bool:
+def is_absent(value: Any) -> bool:
     """Whether a value is `None`, or a dict of nothing else: what Arrow writes where a row has no such key."""
     return value is None or (isinstance(value, dict) and all(entry is None for entry in value.values()))
 

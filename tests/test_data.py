@@ -298,11 +298,19 @@ def test_unplaced_pictures_stand_before_the_first_question_only():
         {"type": "image", "path": "a.png"},
         {"type": "image", "url": "a.png"},
         {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "input_image", "image_url": "a.png", "image": {"bytes": None, "path": None}},
     ],
 )
 def test_parts_may_bring_their_pictures(part):
-    row = normalize_row({"messages": messages([part, {**text("Why?"), "image": None}])})
+    row = normalize_row({"messages": messages([part, {**text("Why?"), "image": None, "image_url": {"url": None}}])})
     assert row["messages"][0]["content"] == [image("a.png"), text("Why?")]
+
+
+def test_a_part_may_hold_base64_but_not_text_and_a_picture_at_once():
+    row = normalize_row({"messages": messages([{"type": "image", "base64": "AAAA"}, text("Why?")])})
+    assert row["messages"][0]["content"][0] == image("data:;base64,AAAA")
+    with pytest.raises(ValueError, match="a part of type text also has path; give it a part of type image"):
+        normalize_row({"messages": messages([{**text("Why?"), "path": "a.png"}])})
 
 
 def test_a_question_about_the_placeholder_is_text():

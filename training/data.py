@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 
-from ..processing_flashsloth import PART_TYPES, SOURCE_KEYS
+from ..processing_flashsloth import PART_TYPES, SOURCE_KEYS, is_absent
 
 PLACEHOLDER = "<image>"
 """What stands for a picture in the text of LLaVA's data sets."""
@@ -298,7 +298,7 @@ def _read_part(part: dict, image_folder: str | Path | None) -> dict[str, Any]:
     kind = PART_TYPES.get(part.get("type"))
     if kind not in ("text", "image"):
         raise ValueError(f"a message has a part of type {part.get('type')!r}, but only text and image are known")
-    sources = {key: part[key] for key in SOURCE_KEYS["image"] if part.get(key) is not None}
+    sources = {key: part[key] for key in SOURCE_KEYS["image"] if not is_absent(part.get(key))}
     if kind == "text":
         if sources:
             raise ValueError(f"a part of type text also has {', '.join(sources)}; give it a part of type image")
