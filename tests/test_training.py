@@ -222,6 +222,16 @@ def test_the_recipe_for_gpus_without_bfloat16_scales_gradients_of_float32(recipe
     assert (args.fp16, args.bf16, model_args.dtype) == (True, False, "float32")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_float16_trains_on_a_gpu(recipe, arguments, base, tmp_path):
+    """The first steps are skipped while the scale of the loss is found."""
+    recipe.main(arguments("stage2", tmp_path, "fp16", use_cpu=False, max_steps=20, report_to="none"))
+    assert changed_parts(base, tmp_path) == ALL_PARTS - {"model.vision_tower"}
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 def test_both_names_of_recomputing_are_taken_at_any_version(recipe, name):
     arguments = [*NEEDED, f"--{name}", "true", f"--{name}_kwargs", '{"use_reentrant": false}']
