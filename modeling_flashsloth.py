@@ -517,7 +517,9 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def _with_config_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the config says of a call, where the call says nothing."""
         asked = {name: True for name in RECORDS if getattr(self.config, name, False)}
-        if self.training:  # nothing reads a cache then, and layers that are recomputed would warn of it
+        # Layers that are recomputed would warn of a cache. Others keep it: without one, the decoder looks for packed
+        # samples, for which it waits for the device, and where it is traced it builds a mask.
+        if self.training and getattr(self.language_model, "gradient_checkpointing", False):
             asked["use_cache"] = False
         return asked | {name: value for name, value in kwargs.items() if value is not None}
 

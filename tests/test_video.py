@@ -300,9 +300,9 @@ def test_more_pictures_than_the_model_has_positions_for_are_counted_in_a_warning
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     frames = [numbered(i) for i in range(64)]
     prepare(processor, question({"type": "video", "video": frames}), num_frames=50)
-    assert "tiles of pictures" not in caplog.text
+    assert "tiles of images" not in caplog.text
     prepare(processor, question({"type": "video", "video": frames}), num_frames=64)
-    assert "1024 of them for 64 tiles of pictures, but the model was made for 1024" in caplog.text
+    assert "1024 of them for 64 tiles of images, but the model was made for 1024" in caplog.text
 
 
 def test_thirty_pictures_in_one_row_are_as_good_as_one(model, processor, pictures):
