@@ -545,7 +545,6 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         sizes: PromptSizes,
     ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None, QueryContext | None]:
         """Put query and image tokens in their places, and gather what the Embedded Query module needs."""
-        self._check_packing(sizes)
         inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
         is_blank = not sizes.tiles_per_row
         if is_blank:
@@ -557,16 +556,6 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         features.pooler_output = self._pool(patches).to(inputs_embeds)
         inputs_embeds = self._insert_image_tokens(inputs_embeds, features.pooler_output, spans)
         return inputs_embeds, None if is_blank else features, self._query_context(patches, spans, sizes)
-
-    def _check_packing(self, sizes: PromptSizes) -> None:
-        layers = set(getattr(self.config.text_config, "layer_types", None) or ())
-        mixing = sorted(kind for kind in layers if not kind.endswith("_attention") or kind == "linear_attention")
-        if sizes.is_packed and mixing:
-            raise ValueError(
-                f"`position_ids` start anew within a row, as for packed samples, but the decoder "
-                f"({self.config.text_config.model_type}) has layers of type {', '.join(mixing)}, which would mix them; "
-                "pad rows of one sample each instead."
-            )
 
     def _blank_tile(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         num_channels = getattr(self.config.vision_config, "num_channels", 3)

@@ -112,7 +112,8 @@ class PromptSpans(NamedTuple):
         """
         if self.is_complete:
             num_tiles = min(num_tiles, self.image_mask.shape[1] // config.image_seq_length)
-        return PromptSizes(num_tiles, queries_per_row=self.query_mask.shape[1], is_padded=True)
+        is_packed = self.sample_start is not None
+        return PromptSizes(num_tiles, queries_per_row=self.query_mask.shape[1], is_padded=True, is_packed=is_packed)
 
     def query_positions(self, queries_per_row: int) -> torch.LongTensor:
         """Where the queries of every row are, in order, and behind them positions of other tokens.
@@ -171,7 +172,7 @@ class PromptSizes(NamedTuple):
         tiles_per_row: How many tiles the row with most of them reads; 0 if there are neither image nor query tokens.
         queries_per_row: How many query tokens the row with most of them has, but at least 1.
         is_padded: Whether there may be padding.
-        is_packed: Whether a row is known to hold several samples.
+        is_packed: Whether a row may hold several samples.
     """
 
     tiles_per_row: int
@@ -253,6 +254,14 @@ def _check_row(number: int, row: PromptRow, config: FlashSlothConfig) -> None:
         raise ValueError(
             f"`position_ids` of row {number} start anew within it, as for packed samples, but `attention_mask` says "
             "that all its tokens belong together; leave `attention_mask` out to keep packed samples apart."
+        )
+    layers = set(getattr(config.text_config, "layer_types", None) or ())
+    mixing = sorted(kind for kind in layers if not kind.endswith("_attention") or kind == "linear_attention")
+    if row.is_packed and mixing:
+        raise ValueError(
+            f"`position_ids` of row {number} start anew within it, as for packed samples, but the decoder "
+            f"({config.text_config.model_type}) has layers of type {', '.join(mixing)}, which would mix them; pad rows "
+            "of one sample each instead."
         )
     if row.is_lost:
         raise ValueError(

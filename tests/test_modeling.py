@@ -380,6 +380,18 @@ def test_packed_samples_do_not_read_each_other(make_model, ask, conversations, a
                 torch.testing.assert_close(logits, logits_of(model, alone[index])[0], atol=1e-4, rtol=0)
 
 
+def test_a_compiled_model_keeps_packed_samples_apart(make_model, ask, conversations):
+    model = make_model("qwen3", pooling_dropout=0.0).train()
+    alone = [ask(conversation) for conversation in conversations[:2]]
+    inputs, lengths = packed(*alone)
+    expected = [logits_of(model, batch)[0] for batch in alone]
+    model.compile(backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        found = model(**inputs).logits[0].split(lengths)
+    for logits, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
 def test_rows_of_packed_samples_make_a_batch(model, ask, pictures):
     first, second = (
         ask([([picture], question)]) for picture, question in zip(pictures, ("What?", "Who?"), strict=False)
