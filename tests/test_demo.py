@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -484,7 +485,7 @@ def secrets_of(folder, website):
     upwards = "../" * 20
     paths = {
         "path": str(secret),
-        "upwards": f"/tmp/gradio/{upwards}{str(secret).lstrip('/')}",
+        "upwards": f"{tempfile.gettempdir()}/gradio/{upwards}{str(secret).lstrip('/')}",
         "from here": f"{upwards}{str(secret).lstrip('/')}",
         "file URL": f"file://{secret}",
         "web page": f"{website}/gradio_api/file=/etc/passwd",
