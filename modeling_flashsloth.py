@@ -451,7 +451,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             RuntimeError: If this is a copy that `nn.DataParallel` made.
         """
         self._check_call(input_ids, inputs_embeds, position_ids, kwargs)
-        cache, kwargs = one_cache(cache, past_key_values), self._with_config_defaults(kwargs)
+        cache, kwargs = one_cache(cache, past_key_values), self._decoder_kwargs(kwargs)
         is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -517,11 +517,15 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def _with_config_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the config says of a call, where the call says nothing."""
         asked = {name: True for name in RECORDS if getattr(self.config, name, False)}
+        return asked | {name: value for name, value in kwargs.items() if value is not None}
+
+    def _decoder_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs = self._with_config_defaults(kwargs)
         # Layers that are recomputed would warn of a cache. Others keep it: without one, the decoder looks for packed
         # samples, for which it waits for the device, and where it is traced it builds a mask.
         if self.training and getattr(self.language_model, "gradient_checkpointing", False):
-            asked["use_cache"] = False
-        return asked | {name: value for name, value in kwargs.items() if value is not None}
+            kwargs.setdefault("use_cache", False)
+        return kwargs
 
     def _recorded(self, context: QueryContext, spans: PromptSpans) -> QueryContext:
         is_query = spans.query_mask.gather(1, context.query_positions)

@@ -496,6 +496,20 @@ def test_image_features_come_with_what_the_tower_gives(make_model, ask, pictures
         assert torch.equal(plain[1], features.pooler_output)
 
 
+def test_the_tower_gets_what_concerns_it_alone(make_model, ask, pictures):
+    model, given = make_model("phi").train(), []
+    model.gradient_checkpointing_enable()
+    hook = model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(set(kwargs) - {"output_attentions", "output_hidden_states"}),
+        with_kwargs=True,
+    )
+    inputs = ask([(pictures[:1], "What?")])
+    model.get_image_features(inputs["pixel_values"])
+    model(**inputs)
+    hook.remove()
+    assert given == [{"return_dict"}] * 2
+
+
 def test_outputs_hold_the_image_features(make_model, ask, pictures):
     model = make_model("phi", "eager")
     inputs = ask([(pictures[:2], "What?")])
