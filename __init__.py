@@ -17,7 +17,7 @@ from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
 from .modeling_flashsloth import FlashSlothForConditionalGeneration, FlashSlothModel, FlashSlothPreTrainedModel
 from .processing_flashsloth import FlashSlothProcessor
-from .video_flashsloth import video_frames
+from .video_processing_flashsloth import video_frames
 
 __version__ = "0.1.0"
 

@@ -46,7 +46,7 @@ class FlashSlothConfig(PreTrainedConfig):
         vision_config: Vision tower: any type whose config has `image_size` and `patch_size` (pixels). All its layers
             are used, and its features are read before any final norm. Default: the first 26 layers of
             SigLIP-so400m/14 at 384 px.
-        image_token_id: Vocabulary id of the token that stands for one pooled window of a picture.
+        image_token_id: Vocabulary id of the token that stands for one pooled window of an image.
         query_token_id: Vocabulary id of the token that stands for one query.
         pooling_window_size: Side of a pooling window, in patches; divides the side of the patch grid.
         pooling_dropout: Dropout inside Spatial Attention Pooling, in [0, 1).
@@ -132,7 +132,7 @@ class FlashSlothConfig(PreTrainedConfig):
             height, width = side if isinstance(side, (list, tuple)) else (side, side)
             if not isinstance(height, int) or height != width or height < 1:
                 raise ValueError(
-                    f"FlashSloth needs a vision tower with square pictures and patches, but `vision_config` "
+                    f"FlashSloth needs a vision tower with square images and patches, but `vision_config` "
                     f"({self.vision_config.model_type}) has {name}={side}; choose another tower."
                 )
             sides.append(height)
@@ -154,14 +154,16 @@ class FlashSlothConfig(PreTrainedConfig):
         """Number of image tokens of one tile in the prompt."""
         return (self.patch_grid_size // self.pooling_window_size) ** 2
 
-    def check(self) -> None:
+    def validate_architecture(self) -> None:
         """Refuse combinations that no model can be built from.
 
-        Called by the model's constructor, because a config may be changed field by field after it was made.
+        transformers calls this when a config is made or saved; the model's constructor calls it again, because a
+        config may be changed field by field in between.
 
         Raises:
             ValueError: If the fields contradict each other.
         """
+        super().validate_architecture()
         grid, window = self.patch_grid_size, self.pooling_window_size
         if window < 1 or grid < window or grid % window:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What `generate` must know of FlashSloth: which pictures go with which call and row; and pictures encoded once."""
+"""What `generate` must know of FlashSloth: which images go with which call and row; and images encoded once."""
 
 import copy
 import hashlib
@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .backbones_flashsloth import CACHE_NAME
 from .prompt_flashsloth import PromptSpans, instruction_starts
 
-KEEP = "keep_for_picture_cache"  # attribute of an empty cache: what to call with it once `generate` has filled it
+KEEP = "keep_for_image_prefix_cache"  # attribute of an empty cache: what to call with it once `generate` has filled it
 
 
 class FlashSlothGenerationMixin(GenerationMixin):
@@ -31,7 +31,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
         patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one step of `generate`: pictures go with every call that may hold image or query tokens.
+        """Inputs of one step of `generate`: images go with every call that may hold image or query tokens.
 
         Raises:
             ValueError: If there is a cache in spite of `use_cache=False`.
@@ -85,15 +85,15 @@ class FlashSlothGenerationMixin(GenerationMixin):
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
         """Repeat every row `expand_size` times, with its own tiles, as many as it has, and what is cached of it."""
         names = [name for name in ("pixel_values", "patch_features") if model_kwargs.get(name) is not None]
-        pictures = {name: model_kwargs.pop(name) for name in names}
-        if pictures and expand_size > 1:
+        images = {name: model_kwargs.pop(name) for name in names}
+        if images and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             prompt = input_ids if embeds is None else self.model.find_special_ids(embeds)
             spans = PromptSpans.find(prompt, self.config)
             num_tiles = (spans.num_image_tokens // self.config.image_seq_length).tolist()
-            for name, tiles in pictures.items():
+            for name, tiles in images.items():
                 spans.count(self.config).check(self.config, len(tiles))
-                pictures[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])
+                images[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])
         if expand_size > 1:
             rows = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
             _repeat_cached_rows(model_kwargs.get(CACHE_NAME), len(rows), expand_size)
@@ -101,10 +101,10 @@ class FlashSlothGenerationMixin(GenerationMixin):
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        return input_ids, model_kwargs | pictures
+        return input_ids, model_kwargs | images
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What a step leaves to the next one; after the first, a `PictureCache` may want to keep what was computed."""
+        """After the first step, an `ImagePrefixCache` may want to keep what was computed."""
         model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
         if hasattr(cache, KEEP):
@@ -115,9 +115,9 @@ class FlashSlothGenerationMixin(GenerationMixin):
         """Stop strings are looked for with a tokenizer; `transformers serve` gives the processor that holds it."""
         return super()._get_stopping_criteria(*args, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), **kwargs)
 
-    def picture_cache(self, max_bytes: int = 2**30, max_cache_len: int | None = None) -> "PictureCache":
-        """A cache with which questions about known pictures skip the pictures; see `PictureCache`."""
-        return PictureCache(self, max_bytes=max_bytes, max_cache_len=max_cache_len)
+    def image_prefix_cache(self, max_bytes: int = 2**30, max_cache_len: int | None = None) -> "ImagePrefixCache":
+        """A cache with which questions about known images skip the images; see `ImagePrefixCache`."""
+        return ImagePrefixCache(self, max_bytes=max_bytes, max_cache_len=max_cache_len)
 
 
 def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> None:
@@ -129,13 +129,13 @@ def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> Non
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"Beams and several answers go on from a DynamicCache only, found a {type(cache).__name__} with "
-            f"{num_tokens} tokens; leave `max_cache_len` out of `picture_cache`."
+            f"{num_tokens} tokens; leave `max_cache_len` out of `image_prefix_cache`."
         )
     cache.batch_repeat_interleave(repeats)  # an empty one stays as it is
 
 
-class KnownPictures(NamedTuple):
-    """What a `PictureCache` keeps of a prompt up to its first question.
+class CachedPrefix(NamedTuple):
+    """What an `ImagePrefixCache` keeps of a prompt up to its first question.
 
     Attributes:
         patch_features: Patches of all its tiles, `(num_tiles, num_patches, vision_hidden_size)`.
@@ -154,8 +154,8 @@ class KnownPictures(NamedTuple):
         return sum(tensor.nbytes for tensor in [self.patch_features, *tensors])
 
 
-class PictureCache:
-    """Encodes pictures once, for any number of questions: their patches, and the prompt in which they stand.
+class ImagePrefixCache:
+    """Encodes images once, for any number of questions: their patches, and the prompt in which they stand.
 
     A prompt is known by its tiles and by its ids up to the first question; then only what follows is computed. A first
     question takes no longer than without: its `generate` leaves behind what later ones go on from. (Where the decoder
@@ -173,7 +173,7 @@ class PictureCache:
 
     Example:
     ```python
-    >>> cache = model.picture_cache()
+    >>> cache = model.image_prefix_cache()
     >>> output = model.generate(**cache(inputs), max_new_tokens=50)
     ```
     """
@@ -184,23 +184,23 @@ class PictureCache:
         self.model = model
         self.max_bytes = max_bytes
         self.max_cache_len = max_cache_len
-        self.known: OrderedDict[bytes, KnownPictures] = OrderedDict()
+        self.known: OrderedDict[bytes, CachedPrefix] = OrderedDict()
         self._lock = threading.Lock()
 
     def clear(self) -> None:
-        """Forget all pictures, as after a change of the weights that cannot be noticed."""
+        """Forget all images, as after a change of the weights that cannot be noticed."""
         with self._lock:
             self.known.clear()
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Replace the pictures of a prompt by what is known of them, after encoding them if they are new.
+        """Replace the images of a prompt by what is known of them, after encoding them if they are new.
 
         Args:
             inputs: What the processor gave for one conversation. They may lie on another device than the model.
 
         Returns:
-            Arguments for `generate`: `input_ids`, `attention_mask`, and, if there is a picture before the first
+            Arguments for `generate`: `input_ids`, `attention_mask`, and, if there is an image before the first
             question, `patch_features` and a cache of its own, under the name that the installed transformers gives it,
             instead of `pixel_values`. They are good for one call.
 
@@ -211,7 +211,7 @@ class PictureCache:
         mask = inputs.get("attention_mask")
         if len(input_ids) != 1 or (mask is not None and not mask.all()):
             raise ValueError(
-                f"A PictureCache takes one conversation without padding, but found {len(input_ids)} rows"
+                f"An ImagePrefixCache takes one conversation without padding, but found {len(input_ids)} rows"
                 f"{'' if mask is None or mask.all() else ' with padding'}; call it for each of them."
             )
         prefix = self._prefix(input_ids)
@@ -224,7 +224,7 @@ class PictureCache:
         key = digest.digest()
         with self._lock:
             known = self.known.get(key)
-        known = known or KnownPictures(self._encode(pixel_values))
+        known = known or CachedPrefix(self._encode(pixel_values))
         if known.key_values is None and not self._can_be_cut():
             known = known._replace(key_values=self._prefill(prefix, known.patch_features))
         self._keep(key, known)
@@ -241,7 +241,7 @@ class PictureCache:
         """Whether the first positions of a filled cache are what they were before the others came."""
         return all(type(layer) is DynamicLayer for layer in self._empty_cache().layers)
 
-    def _begin(self, key: bytes, prefix: torch.LongTensor, known: KnownPictures) -> Cache:
+    def _begin(self, key: bytes, prefix: torch.LongTensor, known: CachedPrefix) -> Cache:
         """An empty cache, of which the prefix will be kept when `generate` has filled it."""
         num_tokens = prefix.shape[1]
         if self.max_cache_len is not None:
@@ -276,7 +276,7 @@ class PictureCache:
             )
 
     def _prefix(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
-        """The ids up to the first question; None if no picture stands before it."""
+        """The ids up to the first question; None if no image stands before it."""
         config = self.model.config
         queries = (input_ids[0] == config.query_token_id).nonzero()
         end = int(queries[0]) if len(queries) else input_ids.shape[1]
@@ -284,7 +284,7 @@ class PictureCache:
         prefix = input_ids[:, : int(starts[-1]) + 1] if len(starts) else input_ids[:, :0]
         return prefix if (prefix == config.image_token_id).any() else None
 
-    def _keep(self, key: bytes, known: KnownPictures) -> None:
+    def _keep(self, key: bytes, known: CachedPrefix) -> None:
         with self._lock:
             self.known.pop(key, None)
             if known.num_bytes > self.max_bytes:

@@ -197,7 +197,7 @@ class _Images:
         if isinstance(source, Image.Image):
             return source
         if not isinstance(source, str):
-            raise ValueError(f"a picture should be base64 or a URL, but is {_show(source)}.")
+            raise ValueError(f"an image should be base64 or a URL, but is {_show(source)}.")
         is_url = source[:8].lower().startswith(URL_PREFIXES)
         content = self._fetch(source) if is_url else self._decode(source)
         self.num_bytes += len(content)
@@ -251,8 +251,7 @@ class _Images:
 
 def _unreadable(source: str, error: BaseException) -> ValueError:
     return ValueError(
-        f"the picture {_show(source)} is neither base64 nor a URL of a picture that can be read: "
-        f"{type(error).__name__}."
+        f"the image {_show(source)} is neither base64 nor a URL of an image that can be read: {type(error).__name__}."
     )
 
 

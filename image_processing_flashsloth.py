@@ -1,11 +1,11 @@
-"""Image processor of FlashSloth: pictures in, the tiles that the vision tower sees out.
+"""Image processor of FlashSloth: images in, the tiles that the vision tower sees out.
 
 Paper: *FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression*, arXiv 2412.04317.
 
-    picture, any mode or layout ─ uint8 RGB, alpha dropped ─ Pillow's bicubic ─ ÷255, mean 0.5, std 0.5 ─ pixel_values
-    FlashSloth:     1 tile a picture, the whole picture squashed          (num_pictures, 3, height, width)
-    FlashSloth-HD:  5 tiles a picture (`do_image_splitting=True`)         (num_pictures * 5, 3, height, width)
-                    the whole picture squashed, then the picture padded to a square, resized to
+    image, any mode or layout ─ uint8 RGB, alpha dropped ─ Pillow's bicubic ─ ÷255, mean 0.5, std 0.5 ─ pixel_values
+    FlashSloth:     1 tile an image, the whole image squashed          (num_images, 3, height, width)
+    FlashSloth-HD:  5 tiles an image (`do_image_splitting=True`)         (num_images * 5, 3, height, width)
+                    the whole image squashed, then the image padded to a square, resized to
                     (2 * height, 2 * width) and cut into 2x2 tiles, row by row
 """
 
@@ -44,14 +44,14 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Tiles along one side of the enlarged picture in FlashSloth-HD, and all tiles of a picture there.
+# Tiles along one side of the enlarged image in FlashSloth-HD, and all tiles of an image there.
 TILES_PER_SIDE = 2
 NUM_HD_TILES = 1 + TILES_PER_SIDE**2
 
 # Accepted channel counts, the likeliest first: this order decides when both ends of a shape could be the channels.
 CHANNEL_COUNTS = (3, 4, 1)
 
-# JPEG's own limit. The padded picture is as long as the longer side: a strip of a million pixels, which passes Pillow's
+# JPEG's own limit. The padded image is as long as the longer side: a strip of a million pixels, which passes Pillow's
 # check for decompression bombs, would take gigabytes.
 MAX_SIDE = 65_535
 
@@ -59,20 +59,20 @@ MAX_SIDE = 65_535
 # overshot in a resize, or linear light, and reading them as nearly black would be a silent mistake.
 DARKEST_WHITE = 16
 
-# Pixels of padded picture that are held at a time when a tall picture is padded to a square.
+# Pixels of padded image that are held at a time when a tall image is padded to a square.
 STRIP_PIXELS = 2**20
 
-# From so many times the picture's own pixels in a row or column on, padding is not resized, but known.
+# From so many times the image's own pixels in a row or column on, padding is not resized, but known.
 LONG_PADDING = 8
 
-# Pillow's weight 1 when it resizes pictures of 8 bits.
+# Pillow's weight 1 when it resizes images of 8 bits.
 WEIGHT_ONE = 2**22
 
-# Seconds that the server of a picture's URL may be silent.
+# Seconds that the server of an image's URL may be silent.
 DOWNLOAD_TIMEOUT = 30
 
-# What Pillow raises for files that are truncated, corrupt, not pictures, or decompression bombs.
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow raises for files that are truncated, corrupt, not images, or decompression bombs.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 # Bookkeeping of transformers in saved files, which the constructor has to let through.
 FILE_KEYS = frozenset({"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"})
@@ -85,20 +85,20 @@ class FlashSlothImageProcessorKwargs(ImagesKwargs, total=False):
     """Keyword arguments of `FlashSlothImageProcessor`: those of transformers and one more.
 
     Attributes:
-        do_image_splitting: Whether a picture becomes five tiles (FlashSloth-HD) instead of one.
+        do_image_splitting: Whether an image becomes five tiles (FlashSloth-HD) instead of one.
     """
 
     do_image_splitting: bool | None
 
 
 class FlashSlothImageProcessor(PilBackend):
-    """Turns pictures into `pixel_values` with Pillow, equal to the original FlashSloth to the last bit.
+    """Turns images into `pixel_values` with Pillow, equal to the original FlashSloth to the last bit.
 
-    Pictures are PIL images of every mode, numpy or torch arrays, or strings (path, URL, base64): one, a list, or a
+    Images are PIL images of every mode, numpy or torch arrays, or strings (path, URL, base64): one, a list, or a
     list per row of the batch. How they are read:
 
     - **Alpha** is dropped, as the original does: the colour stored under a transparent pixel shows.
-    - **16-bit** pictures (modes `I;16*`, dtype uint16) are scaled, 65535 being white. Mode `I` and wider integers are
+    - **16-bit** images (modes `I;16*`, dtype uint16) are scaled, 65535 being white. Mode `I` and wider integers are
       taken as 8-bit when no value exceeds 255, else as 16-bit.
     - **Floats** (arrays, and mode `F`) within 0..1 have white at 1, whatever `do_rescale` says; beyond that they are
       rounded levels within 0..255; what fits neither scale raises. An array of only 0.0 and 1.0 is black and white.
@@ -148,11 +148,11 @@ class FlashSlothImageProcessor(PilBackend):
         return tuple(cls.valid_kwargs.__annotations__)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Number of tiles that a picture of this size becomes.
+        """Number of tiles that an image of this size becomes.
 
         Args:
-            height: Height of the picture in pixels; every size gives the same number.
-            width: Width of the picture in pixels.
+            height: Height of the image in pixels; every size gives the same number.
+            width: Width of the image in pixels.
             images_kwargs: Keyword arguments of the call that override this processor's defaults.
 
         Returns:
@@ -164,14 +164,14 @@ class FlashSlothImageProcessor(PilBackend):
         return NUM_HD_TILES if do_image_splitting else 1
 
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
-        """Loads the strings and paths in a picture or a nested list of pictures, and keeps everything else.
+        """Loads the strings and paths in an image or a nested list of images, and keeps everything else.
 
         A row that is `None` in a list of rows has no images, as TRL says it: `[None, [image]]`, or `[None, None]`. An
         encoded image, `{"bytes": ..., "path": ...}`, as `datasets` gives it from nested columns, is opened.
 
         Raises:
-            TypeError: Something is no picture at all.
-            ValueError: A picture cannot be read, or an array has a number of axes that no picture has.
+            TypeError: Something is no image at all.
+            ValueError: An image cannot be read, or an array has a number of axes that no image has.
         """
         return self._fetch(_fill_rows(image_url_or_urls))
 
@@ -184,7 +184,7 @@ class FlashSlothImageProcessor(PilBackend):
             return _load(os.fspath(images))
         if not is_valid_image(images):
             raise TypeError(
-                "Expected a picture as a PIL image, numpy array, torch tensor, path, URL or base64 string, "
+                "Expected an image as a PIL image, numpy array, torch tensor, path, URL or base64 string, "
                 f"found {type(images).__name__}; open it with `PIL.Image.open` first, and give rows without an image "
                 "as `[]` among the lists of the others."
             )
@@ -193,28 +193,28 @@ class FlashSlothImageProcessor(PilBackend):
         if images.ndim not in (2, 3, 4):
             raise ValueError(
                 "Expected an array (height, width), one with channels first or last, or a batch of those with a "
-                f"leading axis, found shape {tuple(images.shape)}; pass several pictures as a list."
+                f"leading axis, found shape {tuple(images.shape)}; pass several images as a list."
             )
-        # transformers counts pictures as arrays of three axes, which a grey one without channels has not.
+        # transformers counts images as arrays of three axes, which a grey one without channels has not.
         return _grey_to_pil(_to_numpy(images)) if images.ndim == 2 else images
 
     def preprocess(
         self, images: ImageInput, *, crop_to_patches: bool = False, **kwargs: Unpack[FlashSlothImageProcessorKwargs]
     ) -> BatchFeature:
-        """Turns pictures into tiles.
+        """Turns images into tiles.
 
         Args:
-            images: A picture, a list of pictures, or a list of lists.
+            images: An image, a list of images, or a list of lists.
             crop_to_patches: Whether to say how many tiles each image became; the tiles are the same. TRL asks so.
             **kwargs: Overrides of this processor's defaults for this call; `None` keeps a default.
 
         Returns:
-            `pixel_values` (num_tiles, 3, height, width) in float32, the tiles of all pictures in order: a torch tensor
+            `pixel_values` (num_tiles, 3, height, width) in float32, the tiles of all images in order: a torch tensor
             with `return_tensors="pt"`, else a numpy array. With `crop_to_patches`, also `num_patches` (num_images,).
 
         Raises:
-            TypeError: An argument is unknown, or something is no picture.
-            ValueError: A picture cannot be read or interpreted, or an argument has an impossible value.
+            TypeError: An argument is unknown, or something is no image.
+            ValueError: An image cannot be read or interpreted, or an argument has an impossible value.
         """
         _check_names(kwargs, self._argument_names())
         _check_flag(kwargs.get("do_image_splitting"))
@@ -233,7 +233,7 @@ class FlashSlothImageProcessor(PilBackend):
         unused = [name for name in UNUSED_ARGUMENTS if kwargs.get(name)]
         if unused:
             raise ValueError(
-                f"Expected no cropping, padding or token count, found {unused}: FlashSloth sees the whole picture and "
+                f"Expected no cropping, padding or token count, found {unused}: FlashSloth sees the whole image and "
                 "counts its tokens itself; leave these arguments out."
             )
         if kwargs.get("data_format") not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
@@ -260,9 +260,9 @@ class FlashSlothImageProcessor(PilBackend):
         tiles = np.empty((len(images), tiles_per_image, 3, size.height, size.width), dtype=np.float32)
 
         def write(index: int, image: ImageInput) -> None:
-            picture = self.process_image(image, name=_name(index, image), **kwargs)
+            converted = self.process_image(image, name=_name(index, image), **kwargs)
             levels = _levels(image, **kwargs)
-            cut = self._cut(picture, size, do_image_splitting, **kwargs)
+            cut = self._cut(converted, size, do_image_splitting, **kwargs)
             for tile, target in zip(cut, tiles[index], strict=True):
                 _write(tile, levels, target)
 
@@ -276,20 +276,20 @@ class FlashSlothImageProcessor(PilBackend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         *,
-        name: str = "the picture",
+        name: str = "the image",
         **kwargs: Any,
     ) -> Image.Image:
-        """Converts one picture to RGB with 8 bits a channel.
+        """Converts one image to RGB with 8 bits a channel.
 
         Args:
-            image: The picture.
-            do_convert_rgb: `False` refuses pictures that are not RGB instead of converting them.
+            image: The image.
+            do_convert_rgb: `False` refuses images that are not RGB instead of converting them.
             input_data_format: Where an array has its channels.
-            name: How error messages call the picture.
+            name: How error messages call the image.
             **kwargs: Ignored.
 
         Returns:
-            The picture as a PIL image, which Pillow resizes without another copy.
+            The image as a PIL image, which Pillow resizes without another copy.
         """
         if get_image_type(image) != ImageType.PIL:
             image = _array_to_pil(_to_numpy(image), input_data_format, name)
@@ -300,7 +300,7 @@ class FlashSlothImageProcessor(PilBackend):
 
     def _cut(
         self,
-        picture: Image.Image,
+        image: Image.Image,
         size: SizeDict,
         do_image_splitting: bool,
         do_resize: bool,
@@ -310,25 +310,25 @@ class FlashSlothImageProcessor(PilBackend):
     ) -> Iterator[Image.Image]:
         height, width = size.height, size.width
         if not do_resize:
-            if do_image_splitting or picture.size != (width, height):
+            if do_image_splitting or image.size != (width, height):
                 raise ValueError(
-                    f"Expected pictures of {width}x{height} and no `do_image_splitting` with `do_resize=False`, found "
-                    f"{picture.width}x{picture.height} and {do_image_splitting}; set `do_resize=True`."
+                    f"Expected images of {width}x{height} and no `do_image_splitting` with `do_resize=False`, found "
+                    f"{image.width}x{image.height} and {do_image_splitting}; set `do_resize=True`."
                 )
-            yield picture
+            yield image
             return
-        yield _resize(picture, (width, height), resample)
+        yield _resize(image, (width, height), resample)
         if do_image_splitting:
             # The original truncates: 0.5 * 255 gives 127, not 128.
             background = tuple(int(mean * 255) for mean in np.broadcast_to(image_mean, 3))
-            enlarged = _pad_and_resize(picture, (TILES_PER_SIDE * width, TILES_PER_SIDE * height), resample, background)
+            enlarged = _pad_and_resize(image, (TILES_PER_SIDE * width, TILES_PER_SIDE * height), resample, background)
             for top in range(0, enlarged.height, height):
                 for left in range(0, enlarged.width, width):
                     yield enlarged.crop((left, top, left + width, top + height))
 
 
 def _for_each(work: Callable[[int, ImageInput], None], images: list) -> None:
-    """Calls `work` with the number of every picture and the picture, in as many threads as torch may use.
+    """Calls `work` with the number of every image and the image, in as many threads as torch may use.
 
     Pillow and numpy let go of Python's lock.
     """
@@ -376,7 +376,7 @@ def _check_settings(
 
 def _name(index: int, image: ImageInput) -> str:
     filename = getattr(image, "filename", "")
-    return f"picture {index} ({filename!r})" if filename else f"picture {index}"
+    return f"image {index} ({filename!r})" if filename else f"image {index}"
 
 
 def _fill_rows(images: Any) -> Any:
@@ -395,7 +395,7 @@ def _flatten(images: ImageInput | list, expected_ndims: int) -> Iterator[ImageIn
 
 
 def _load(source: str) -> Image.Image:
-    """Opens a path, URL or base64 string; the picture keeps its mode, for Pillow's way to RGB clips 16 bits to white.
+    """Opens a path, URL or base64 string; the image keeps its mode, for Pillow's way to RGB clips 16 bits to white.
 
     That is why transformers' `load_image`, which returns RGB, is not called.
     """
@@ -410,12 +410,12 @@ def _load(source: str) -> Image.Image:
         if is_file:
             found = "a file that Pillow cannot read"
         elif _is_web_address(source):
-            found = "a URL that gives no picture"
+            found = "a URL that gives no image"
         else:
-            found = "no file, and as a URL or base64 no picture to Pillow"
+            found = "no file, and as a URL or base64 no image to Pillow"
         raise ValueError(
-            f"Expected the path, URL or base64 string of a complete picture, found {shown!r}: {found} "
-            f"({_describe(error)}); correct the path, save the picture again, or leave it out."
+            f"Expected the path, URL or base64 string of a complete image, found {shown!r}: {found} "
+            f"({_describe(error)}); correct the path, save the image again, or leave it out."
         ) from error
 
 
@@ -452,7 +452,7 @@ def _open_encoded(encoded: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return ImageOps.exif_transpose(image)
-    except PICTURE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         raise ValueError(
             f"Expected the bytes of a complete image file, found {len(encoded)} bytes that Pillow cannot read "
             f"({_describe(error)}); save the image again, or leave it out."
@@ -475,7 +475,7 @@ def _to_numpy(array: Any) -> np.ndarray:
 
 
 def _grey_to_pil(values: np.ndarray) -> Image.Image:
-    """Keeps a grey picture's values, in the mode that `_convert_to_rgb` reads in the way the array would be read."""
+    """Keeps a grey image's values, in the mode that `_convert_to_rgb` reads in the way the array would be read."""
     name = "an array of grey values"
     _check_sides(*values.shape, name)
     if values.dtype == np.uint16:
@@ -486,7 +486,7 @@ def _grey_to_pil(values: np.ndarray) -> Image.Image:
 
 
 def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Converts a picture of any mode to RGB, without its alpha."""
+    """Converts an image of any mode to RGB, without its alpha."""
     try:
         # Reads the rest of a file that was only opened, which threads that share the image cannot do at once.
         with vars(image).setdefault("_loading", threading.Lock()):
@@ -495,9 +495,9 @@ def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
             return _convert_shallow(image)
         # Pillow clips these modes to 0..255, which turns all but the darkest 16-bit pixels white.
         values = np.asarray(image)
-    except PICTURE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         raise ValueError(
-            f"Expected a complete picture that Pillow can convert to RGB, found mode {image.mode} in {name}, which it "
+            f"Expected a complete image that Pillow can convert to RGB, found mode {image.mode} in {name}, which it "
             f"cannot ({_describe(error)}); save it again as RGB, or leave it out."
         ) from error
     return Image.fromarray(_to_uint8(values, name)).convert("RGB")
@@ -538,7 +538,7 @@ def _infer_layout(shape: tuple[int, ...]) -> ChannelDimension:
     if len(possible) == 2:
         layout = min(possible, key=lambda layout: CHANNEL_COUNTS.index(counts[layout]))
         logger.warning_once(
-            f"Both ends of the shape {shape} could be a picture's channels; reading it as {layout.value}. Pass "
+            f"Both ends of the shape {shape} could be an image's channels; reading it as {layout.value}. Pass "
             "`input_data_format` ('channels_first' or 'channels_last') to settle it."
         )
         return layout
@@ -598,7 +598,7 @@ def _integers_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _is_unit_range(image: ImageInput) -> bool:
-    """Whether a picture is given in floats within 0..1."""
+    """Whether an image is given in floats within 0..1."""
     values = np.asarray(image) if get_image_type(image) == ImageType.PIL else _to_numpy(image)
     return values.dtype.kind == "f" and values.max() <= 1
 
@@ -612,8 +612,8 @@ def _levels(
     image_std: float | Iterable[float],
     **kwargs: Any,
 ) -> np.ndarray:
-    """The 256 float32 values, per channel, that the 256 levels of an 8-bit picture become: (3, 256)."""
-    # Without rescaling, a picture keeps the scale that it came in.
+    """The 256 float32 values, per channel, that the 256 levels of an 8-bit image become: (3, 256)."""
+    # Without rescaling, an image keeps the scale that it came in.
     own_scale = 1 / 255 if not do_rescale and _is_unit_range(image) else 1.0
     scale = rescale_factor if do_rescale else own_scale
     levels = np.broadcast_to(np.arange(256) * scale, (3, 256))
@@ -629,35 +629,35 @@ def _write(tile: Image.Image, levels: np.ndarray, target: np.ndarray) -> None:
         np.take(levels[channel], pixels[..., channel], out=target[channel], mode="clip")
 
 
-def _resize(picture: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     """Resizes to `size` (width, height) one axis at a time, in the order that Pillow 13 chooses.
 
     Pillow rounds to 8 bits between its two passes, so their order shows in the last bits. Up to Pillow 12 rows always
     came first; spelling the order out makes the result the same on every version.
     """
     width, height = size
-    excess = picture.height - height
-    columns_first = excess > 0 and excess > 2 * (picture.width - width)
-    between = (picture.width, height) if columns_first else (width, picture.height)
-    return picture.resize(between, resample).resize(size, resample)
+    excess = image.height - height
+    columns_first = excess > 0 and excess > 2 * (image.width - width)
+    between = (image.width, height) if columns_first else (width, image.height)
+    return image.resize(between, resample).resize(size, resample)
 
 
 def _pad_and_resize(
-    picture: Image.Image, size: tuple[int, int], resample: int, background: tuple[int, ...]
+    image: Image.Image, size: tuple[int, int], resample: int, background: tuple[int, ...]
 ) -> Image.Image:
     """Pads to a centred square and resizes it to `size` (width, height), without ever holding that square.
 
     From square to square, every Pillow resizes rows first; a row depends on no other row, and padding stays padding.
-    So the picture's own rows are resized, and only then the rows above and below are added: the same bits. Where most
-    of a row or column is padding, only what sees the picture is computed: time and memory grow with the picture's
+    So the image's own rows are resized, and only then the rows above and below are added: the same bits. Where most
+    of a row or column is padding, only what sees the image is computed: time and memory grow with the image's
     pixels, not with the square's.
     """
     width, height = size
-    side = max(picture.size)
-    if resample == PILImageResampling.BICUBIC and side > LONG_PADDING * picture.width:
-        left, seen = _resize_between_padding(picture, side, width, background)
+    side = max(image.size)
+    if resample == PILImageResampling.BICUBIC and side > LONG_PADDING * image.width:
+        left, seen = _resize_between_padding(image, side, width, background)
     else:
-        left, seen = 0, _pad_and_resize_rows(picture, side, width, resample, background)
+        left, seen = 0, _pad_and_resize_rows(image, side, width, resample, background)
     if resample == PILImageResampling.BICUBIC and side > LONG_PADDING * seen.height:
         top, seen = _resize_between_padding(seen.transpose(Image.Transpose.TRANSPOSE), side, height, background)
         seen = seen.transpose(Image.Transpose.TRANSPOSE)
@@ -671,23 +671,23 @@ def _pad_and_resize(
 
 
 def _pad_and_resize_rows(
-    picture: Image.Image, side: int, width: int, resample: int, background: tuple[int, ...]
+    image: Image.Image, side: int, width: int, resample: int, background: tuple[int, ...]
 ) -> Image.Image:
-    """Pads the rows of a picture to `side` pixels and resizes them to `width`, some at a time."""
-    if picture.width == side:
-        return picture.resize((width, picture.height), resample)
-    rows = Image.new("RGB", (width, picture.height))
+    """Pads the rows of an image to `side` pixels and resizes them to `width`, some at a time."""
+    if image.width == side:
+        return image.resize((width, image.height), resample)
+    rows = Image.new("RGB", (width, image.height))
     num_rows = max(1, STRIP_PIXELS // side)
-    for start in range(0, picture.height, num_rows):
-        end = min(start + num_rows, picture.height)
+    for start in range(0, image.height, num_rows):
+        end = min(start + num_rows, image.height)
         strip = Image.new("RGB", (side, end - start), background)
-        strip.paste(picture.crop((0, start, picture.width, end)), ((side - picture.width) // 2, 0))
+        strip.paste(image.crop((0, start, image.width, end)), ((side - image.width) // 2, 0))
         rows.paste(strip.resize((width, end - start), resample), (0, start))
     return rows
 
 
 def _resize_between_padding(
-    picture: Image.Image, side: int, width: int, background: tuple[int, ...]
+    image: Image.Image, side: int, width: int, background: tuple[int, ...]
 ) -> tuple[int, Image.Image]:
     """Resizes rows that are centred in padding, computing only the columns that see more than padding.
 
@@ -695,7 +695,7 @@ def _resize_between_padding(
     float64.
 
     Args:
-        picture: The picture.
+        image: The image.
         side: Pixels of a row with its padding.
         width: Pixels that a row gets.
         background: Colour of the padding.
@@ -703,14 +703,14 @@ def _resize_between_padding(
     Returns:
         The first column that was computed, and those columns.
     """
-    first, weights, rest = _columns_that_see(picture.width, side, width)
+    first, weights, rest = _columns_that_see(image.width, side, width)
     # (columns, 3): what the padding gives, and the half that Pillow adds to round
     constant = rest[:, None] * np.array(background, np.float64) + WEIGHT_ONE / 2
-    resized = np.empty((picture.height, len(weights), 3), np.uint8)
-    num_rows = max(1, STRIP_PIXELS // picture.width)
-    for start in range(0, picture.height, num_rows):
-        end = min(start + num_rows, picture.height)
-        pixels = np.asarray(picture.crop((0, start, picture.width, end)), np.float64)
+    resized = np.empty((image.height, len(weights), 3), np.uint8)
+    num_rows = max(1, STRIP_PIXELS // image.width)
+    for start in range(0, image.height, num_rows):
+        end = min(start + num_rows, image.height)
+        pixels = np.asarray(image.crop((0, start, image.width, end)), np.float64)
         sums = weights @ pixels + constant  # (rows, columns, 3)
         resized[start:end] = np.clip(np.floor(sums / WEIGHT_ONE), 0, 255)
     return first, Image.fromarray(resized)
@@ -753,21 +753,21 @@ def _bicubic(distance: np.ndarray) -> np.ndarray:
 
 
 def tile_boxes(height: int, width: int, num_tiles: int) -> list[tuple[float, float, float, float]]:
-    """Where the tiles of a picture lie in it, in the order of `pixel_values`.
+    """Where the tiles of an image lie in it, in the order of `pixel_values`.
 
     Args:
-        height: Height of the picture in pixels.
-        width: Width of the picture in pixels.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
         num_tiles: 1, or 5 in high definition.
 
     Returns:
-        Left, top, right and bottom of every tile, in pixels of the picture. What lies beyond its edges is padding.
+        Left, top, right and bottom of every tile, in pixels of the image. What lies beyond its edges is padding.
 
     Raises:
-        ValueError: If no picture has so many tiles.
+        ValueError: If no image has so many tiles.
     """
     if num_tiles not in (1, NUM_HD_TILES):
-        raise ValueError(f"Expected 1 tile of a picture, or {NUM_HD_TILES}, found {num_tiles}; pass all of it.")
+        raise ValueError(f"Expected 1 tile of an image, or {NUM_HD_TILES}, found {num_tiles}; pass all of it.")
     side = max(height, width)
     left, top, step = (side - width) // 2, (side - height) // 2, side / TILES_PER_SIDE
     corners = [

@@ -1,7 +1,7 @@
-r"""FlashSloth: a vision-language model whose decoder sees a picture as a few tokens, and looks back when it is asked.
+r"""FlashSloth: a vision-language model whose decoder sees an image as a few tokens, and looks back when it is asked.
 
 Paper: "FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression", arXiv 2412.04317.
-With the released sizes, for one tile (a plain picture is one tile, a high-definition picture five):
+With the released sizes, for one tile (a plain image is one tile, a high-definition image five):
 
     pixel_values (3, 384, 384) ─ vision tower ─ patch features (729, 1152)
       ├─ SpatialAttentionPooling over 3×3 windows ─ (81, 1152) ─ projector ─ 81 image tokens (81, 2560) of the prompt
@@ -9,7 +9,7 @@ With the released sizes, for one tile (a plain picture is one tile, a high-defin
     prompt: … USER: <image>×81 \n question <query>×9 ASSISTANT: …
     decoder layers 0–6 ─ EmbeddedQuery updates the query tokens from question and patches ─ decoder layers 7–31
 
-Which tokens are pictures, queries and questions follows from `input_ids` alone, by masks over the sequence: no loops,
+Which tokens are images, queries and questions follows from `input_ids` alone, by masks over the sequence: no loops,
 no padding copies, nothing kept between calls.
 """
 
@@ -192,7 +192,7 @@ class QueryContext(NamedTuple):
         query_positions: Where a row's queries are, and other tokens if it has fewer, `(batch, queries_per_row)`.
         patch_mask: True where a query may read a patch, `(batch, queries_per_row, tiles_per_row * num_patches)`.
         instruction_mask: True where a query may read a token, `(batch, queries_per_row, seq_length)`.
-        update_mask: True at the queries that have a picture before them, `(batch, queries_per_row)`.
+        update_mask: True at the queries that have an image before them, `(batch, queries_per_row)`.
         recorder: Takes down where the queries look, if somebody asked.
     """
 
@@ -206,7 +206,7 @@ class QueryContext(NamedTuple):
 
 
 class EmbeddedQuery(nn.Module):
-    """The Embedded Query module (paper, section 3.3): queries read their question, then the patches of its pictures."""
+    """The Embedded Query module (paper, section 3.3): queries read their question, then the patches of its images."""
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     """FlashSloth without the language-modelling head."""
 
     def __init__(self, config: FlashSlothConfig) -> None:
-        config.check()
+        config.validate_architecture()
         super().__init__(config)
         self._keys_to_ignore_on_load_unexpected.append(r"^lm_head\.")  # of a checkpoint of the whole model
         self.vision_tower = build_vision_tower(config.vision_config)
@@ -344,7 +344,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             `attentions`, with the tokens that it has besides patches.
 
         Raises:
-            ValueError: If the pictures are not of the size that the tower takes.
+            ValueError: If the images are not of the size that the tower takes.
         """
         features = self._encode(pixel_values, **self._with_config_defaults(kwargs))
         features.pooler_output = self._pool(features.last_hidden_state)
@@ -423,13 +423,13 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         Args:
             input_ids: Prompt with expanded placeholders, `(batch, seq_length)`: `image_seq_length` image tokens a tile
                 and `num_query_tokens` query tokens a question.
-            pixel_values: All tiles of all pictures of all rows, in order, `(num_tiles, 3, height, width)`. How many
+            pixel_values: All tiles of all images of all rows, in order, `(num_tiles, 3, height, width)`. How many
                 belong to a row follows from its image tokens. Rows may have any number.
             attention_mask: `(batch, seq_length)`, 0 at padding, on either side.
             position_ids: `(batch, seq_length)`. Without `attention_mask` and cache, a row may hold several samples, one
                 after the other: each begins where the positions start anew, and reads nothing of the others. Such a
                 call leaves no cache.
-            past_key_values: Cache of what came before. A question on a picture that is in the cache needs
+            past_key_values: Cache of what came before. A question on an image that is in the cache needs
                 `pixel_values` again, for the queries read its patches.
             inputs_embeds: Token embeddings instead of `input_ids`, `(batch, seq_length, hidden_size)`; placeholders are
                 recognised by their embeddings.
@@ -446,7 +446,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             Last hidden state `(batch, seq_length, hidden_size)`, cache, image tokens.
 
         Raises:
-            ValueError: If ids and pictures contradict each other, a prompt was cut between a question and its queries,
+            ValueError: If ids and images contradict each other, a prompt was cut between a question and its queries,
                 there are two caches, or samples are packed in a way that would mix them.
             RuntimeError: If this is a copy that `nn.DataParallel` made.
         """
@@ -458,7 +458,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         elif is_prompt:
             input_ids = self.find_special_ids(inputs_embeds)
         features = context = None
-        if is_prompt:  # a single token is a step of `generate`, and holds neither picture nor question
+        if is_prompt:  # a single token is a step of `generate`, and holds neither image nor question
             is_plain_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
             positions = position_ids if cache is None and getattr(position_ids, "ndim", 0) == 2 else None
             packed_positions = None if is_plain_mask else positions
@@ -532,7 +532,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         return context._replace(recorder=QueryRecorder(is_query, self.config.num_query_tokens))
 
     def _image_outputs(self, features: BaseModelOutputWithPooling | None, context: QueryContext | None) -> dict:
-        """What a call gives besides the decoder's outputs, if there are pictures."""
+        """What a call gives besides the decoder's outputs, if there are images."""
         if features is None:
             return {}
         outputs = {"image_hidden_states": features.pooler_output, "image_outputs": features}
@@ -554,7 +554,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         if is_blank:
             if not self.touches_every_module():
                 return inputs_embeds, None, None
-            # A picture that no token stands for and no query reads: all its gradients are zero.
+            # An image that no token stands for and no query reads: all its gradients are zero.
             features, sizes = self._encode(self._blank_tile(inputs_embeds)), sizes._replace(tiles_per_row=1)
         patches = features.last_hidden_state
         features.pooler_output = self._pool(patches).to(inputs_embeds)
@@ -610,7 +610,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
 
 
 class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSaliencyMixin, FlashSlothGenerationMixin):
-    """FlashSloth with its language-modelling head: answers questions about pictures."""
+    """FlashSloth with its language-modelling head: answers questions about images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

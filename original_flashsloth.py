@@ -103,7 +103,7 @@ def translate_original_config(original: dict, *, folder: Path, vision_config: Pa
     tower = SIGLIP_SO400M_384
     if vision_config or named:
         tower = read_tower_config(vision_config or folder / named, required=bool(vision_config))
-    is_high_definition(original)
+    splits_images(original)
     config = {
         "model_type": "flashsloth",
         "architectures": ["FlashSlothForConditionalGeneration"],
@@ -116,8 +116,8 @@ def translate_original_config(original: dict, *, folder: Path, vision_config: Pa
     return config
 
 
-def is_high_definition(original: dict) -> bool:
-    """Whether an original release cuts pictures into five tiles.
+def splits_images(original: dict) -> bool:
+    """Whether an original release cuts images into five tiles.
 
     Args:
         original: The release's `config.json`.

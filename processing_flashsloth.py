@@ -1,10 +1,10 @@
-r"""Turns pictures and conversations into what FlashSloth reads, and its answers back into text.
+r"""Turns images and conversations into what FlashSloth reads, and its answers back into text.
 
 The original prompt format, with the placeholders that the processor expands:
 
     SYSTEM USER: <image>\nQUESTION<learnable> ASSISTANT: ANSWER</s>USER: QUESTION 2<learnable> ASSISTANT:
 
-`<image>` stands for all image tokens of one picture, `<learnable>` for the query tokens of one question.
+`<image>` stands for all image tokens of one image, `<learnable>` for the query tokens of one question.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
-from .original_flashsloth import is_high_definition, is_original_config
-from .video_flashsloth import DEFAULT_NUM_FRAMES, video_frames
+from .original_flashsloth import is_original_config, splits_images
+from .video_processing_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 
 try:
     from starlette.exceptions import HTTPException  # `transformers serve` needs it
@@ -78,7 +78,7 @@ class ChatFormat(NamedTuple):
         system_prefix: What stands before the text of a system message; `None`: the format has no system messages.
         system_suffix: What stands behind it.
         is_system_in_turn: Whether `system_prefix` has already begun the first user's turn.
-        user_prefix: What stands before a user's pictures and text.
+        user_prefix: What stands before a user's images and text.
         user_suffix: What stands behind the query tokens.
         generation_prompt: What stands before an answer and is not the model's to write.
         answer_prefix: What the model writes before the text of an answer, such as a blank.
@@ -107,8 +107,8 @@ class ChatFormat(NamedTuple):
     def build_template(self) -> str:
         """Chat template of this format.
 
-        Pictures of a message stand before its text, whatever their place in the message, for a question reads the
-        pictures that stand before it. Answers, with their end token, are inside `{% generation %}`. In a conversation
+        Images of a message stand before its text, whatever their place in the message, for a question reads the
+        images that stand before it. Answers, with their end token, are inside `{% generation %}`. In a conversation
         that goes on, answers may begin with `answer_prefix`, as the model wrote them; they do not get it twice.
 
         Returns:
@@ -207,10 +207,10 @@ class FlashSlothProcessor(ProcessorMixin):
     tokenizer that the processor is given is set to ignore `GUARD`, which keeps such text apart.
 
     Args:
-        image_processor: Makes tiles of pictures.
+        image_processor: Makes tiles of images.
         tokenizer: A fast tokenizer that knows `image_token` and `query_token`.
         chat_template: Jinja template; default: the original prompt format.
-        image_token: Placeholder of a picture.
+        image_token: Placeholder of an image.
         query_token: Placeholder of the query tokens of a question.
         image_seq_length: Image tokens of one tile; the model's `config.image_seq_length`.
         num_query_tokens: Query tokens of one question; the model's `config.num_query_tokens`.
@@ -286,7 +286,7 @@ class FlashSlothProcessor(ProcessorMixin):
         _limit_length(tokenizer, getattr(config.text_config, "max_position_embeddings", None))
         side = config.vision_config.image_size
         image_processor = FlashSlothImageProcessor(
-            size={"height": side, "width": side}, do_image_splitting=is_high_definition(original_config)
+            size={"height": side, "width": side}, do_image_splitting=splits_images(original_config)
         )
         return cls(
             image_processor,
@@ -341,20 +341,20 @@ class FlashSlothProcessor(ProcessorMixin):
         return _guarded_text(content, pattern)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
-        """Load the pictures, and make one flat list of them.
+        """Load the images, and make one flat list of them.
 
         Rows that are `None` (TRL has them) tell that images are wanted even if there are none: `pixel_values` of no
         tiles, which the model takes.
 
         Raises:
             TypeError: If videos or audio are given, or a text is no string.
-            ValueError: If the pictures are more or fewer than the placeholders, in all or in a row.
+            ValueError: If the images are more or fewer than the placeholders, in all or in a row.
         """
         for modality in ("videos", "audio"):
             if kwargs.get(modality) is not None:
                 raise TypeError(
-                    f"FlashSloth reads pictures and text, but `{modality}` were passed. Leave them out, or give a "
-                    "video as a part of a message, or as the pictures that `video_frames` makes of it."
+                    f"FlashSloth reads images and text, but `{modality}` were passed. Leave them out, or give a "
+                    "video as a part of a message, or as the images that `video_frames` makes of it."
                 )
         texts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
         if wrong := [sample for sample in texts if not isinstance(sample, str)]:
@@ -373,7 +373,7 @@ class FlashSlothProcessor(ProcessorMixin):
         return images if images or has_none_row else None, text, videos, audio
 
     def _check_image_counts(self, text: Sequence[str], num_images: Sequence[int]) -> None:
-        """Compare placeholders and pictures: row by row if the pictures came in rows, else in total."""
+        """Compare placeholders and images: row by row if the images came in rows, else in total."""
         expected = [sample.count(self.image_token) for sample in text]
         if len(num_images) == len(expected) and list(num_images) == expected:
             return
@@ -381,7 +381,7 @@ class FlashSlothProcessor(ProcessorMixin):
             return
         raise ValueError(
             f"The prompts have {expected} `{self.image_token}` placeholders a row, {sum(expected)} in all, but "
-            f"{sum(num_images)} pictures were passed ({list(num_images)}); pass one picture for each placeholder, in "
+            f"{sum(num_images)} images were passed ({list(num_images)}); pass one image for each placeholder, in "
             "order, as one flat list or as one list for each row."
         )
 
@@ -403,18 +403,18 @@ class FlashSlothProcessor(ProcessorMixin):
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """Image tokens of one picture, as text."""
+        """Image tokens of one image, as text."""
         num_tiles = self.image_processor.get_number_of_image_patches(0, 0, kwargs)
         return self.image_token * (num_tiles * self.image_seq_length)
 
     def get_text_with_replacements(
         self, text: list[str], images_replacements: Iterable[str] = (), *args: Any, **kwargs: Any
     ) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        """Expand the placeholders of pictures and queries.
+        """Expand the placeholders of images and queries.
 
         Args:
             text: Prompts.
-            images_replacements: What `replace_image_token` gave, picture by picture.
+            images_replacements: What `replace_image_token` gave, image by image.
             *args: Unused: FlashSloth has no other modality.
             **kwargs: Unused.
 
@@ -497,13 +497,13 @@ class FlashSlothProcessor(ProcessorMixin):
         if unknown:
             raise TypeError(
                 f"FlashSlothProcessor does not know the argument{'s' * (len(unknown) > 1)} {', '.join(unknown)}; it "
-                f"takes {', '.join(sorted(self.image_processor.valid_kwargs.__annotations__))} for pictures, and "
+                f"takes {', '.join(sorted(self.image_processor.valid_kwargs.__annotations__))} for images, and "
                 "the tokenizer's arguments, such as padding, truncation, max_length and return_tensors."
             )
         return super()._merge_kwargs(*args, **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence | None = None, **kwargs: Any) -> MultiModalData:
-        """Number of image tokens and tiles of pictures of given sizes, `(height, width)` in pixels."""
+        """Number of image tokens and tiles of images of given sizes, `(height, width)` in pixels."""
         if image_sizes is None:
             return MultiModalData()
         tiles = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
@@ -743,7 +743,7 @@ def _take_num_frames(kwargs: dict[str, Any]) -> int:
 
 
 def _with_frames(node: Any, num_frames: int) -> Any:
-    """Copy conversations or messages, with the frames of their videos as pictures."""
+    """Copy conversations or messages, with the frames of their videos as images."""
     if isinstance(node, list):
         return [_with_frames(item, num_frames) for item in node]
     if isinstance(node, dict) and isinstance(node.get("content"), list):
@@ -758,7 +758,7 @@ def _frame_parts(part: dict[str, Any], num_frames: int) -> list[dict[str, Any]]:
 
 
 def _as_list(images: Any) -> list:
-    """Pictures of a list or of a batched array; one picture as a list of one."""
+    """Images of a list or of a batched array; one image as a list of one."""
     is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     return list(images) if is_batch else [images]
 

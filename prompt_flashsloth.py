@@ -1,4 +1,4 @@
-r"""Where pictures, questions and queries stand in a batch of prompts.
+r"""Where images, questions and queries stand in a batch of prompts.
 
     … USER: <image>×81 \n question <query>×9 ASSISTANT: answer </s>USER: question 2 <query>×9 ASSISTANT:
                          └instruction┘└block┘                         └instruction┘└block┘
@@ -17,7 +17,7 @@ from .configuration_flashsloth import FlashSlothConfig
 
 
 class PromptSpans(NamedTuple):
-    """Where pictures, questions and queries stand in a batch of prompts, as masks and indices over the sequence.
+    """Where images, questions and queries stand in a batch of prompts, as masks and indices over the sequence.
 
     Attributes:
         image_mask: True at image tokens, `(batch, seq_length)`.
@@ -219,7 +219,7 @@ class PromptCounts:
             num_tiles: Tiles in `pixel_values`.
 
         Raises:
-            ValueError: If image tokens and pictures differ in number, image or query tokens were cut, or a query
+            ValueError: If image tokens and images differ in number, image or query tokens were cut, or a query
                 block has lost its question.
         """
         if self._arrival is not None:
@@ -243,7 +243,7 @@ def _check_row(number: int, row: PromptRow, config: FlashSlothConfig) -> None:
         raise ValueError(
             f"Row {number} has {row.num_image_tokens} image tokens{', cut between packed samples' * row.is_cut}, but a "
             f"tile has {config.image_seq_length}: the prompt was truncated, or split by a chunked prefill, inside a "
-            "picture. Raise `max_length`, or leave `prefill_chunk_size` out."
+            "image. Raise `max_length`, or leave `prefill_chunk_size` out."
         )
     if row.num_queries % config.num_query_tokens or row.is_torn:
         raise ValueError(
@@ -278,7 +278,7 @@ def _check_tile_count(rows: list[PromptRow], config: FlashSlothConfig, num_tiles
     if num_tiles == expected or (num_tiles == 0 and num_image_tokens == 0 and num_queries == 0):
         return
     where = f" and {num_cached} tiles in the cache" if num_cached else ""
-    hint = "pass the pixels of all pictures again when you continue on a cache, and to TRL as a column `images`"
+    hint = "pass the pixels of all images again when you continue on a cache, and to TRL as a column `images`"
     if num_tiles > expected:
         hint = "keep prompts whole (TRL cuts them at its `max_length`, which may be None)"
     raise ValueError(

@@ -1,10 +1,10 @@
-r"""What the model looked at, and what its answers depend on, drawn over the pictures.
+r"""What the model looked at, and what its answers depend on, drawn over the images.
 
 output = model.generate(**inputs, output_attentions=True, return_dict_in_generate=True)
-sizes = [(picture.height, picture.width)]
+sizes = [(image.height, image.width)]
 looked = model.heat_maps(output, inputs["input_ids"], sizes)
-overlay(picture, looked.questions[0][0])  # where the queries of the first question looked, on the first picture
-overlay(picture, model.answer_maps(inputs, output.sequences, sizes)[0])  # which patches the answer depends on
+overlay(image, looked.questions[0][0])  # where the queries of the first question looked, on the first image
+overlay(image, model.answer_maps(inputs, output.sequences, sizes)[0])  # which patches the answer depends on
 """
 
 import math
@@ -64,12 +64,12 @@ class QueryRecorder:
 
 
 class HeatMaps(NamedTuple):
-    """Attention over pictures, in their pixels: `(height, width)`, float32.
+    """Attention over images, in their pixels: `(height, width)`, float32.
 
     Attributes:
-        questions: One list for each question, with the map of every picture that stands before it in its row. All
+        questions: One list for each question, with the map of every image that stands before it in its row. All
             maps of a question sum to 1; with high-definition tiles, to what did not fall on their padding.
-        pooling: One map for each picture. Every window of a tile sums to 1, but for what fell on padding.
+        pooling: One map for each image. Every window of a tile sums to 1, but for what fell on padding.
     """
 
     questions: list[list[torch.Tensor]]
@@ -111,30 +111,30 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         image_sizes: Sequence[tuple[int, int]],
         head: int | None = None,
     ) -> HeatMaps:
-        """Where the model looked, over the pictures.
+        """Where the model looked, over the images.
 
         Args:
             outputs: What the model or `generate` returned with `output_attentions=True`.
             input_ids: The prompts, as the processor gave them, `(batch, seq_length)`. Of one prompt that was answered
                 on a cache, the outputs may hold the last questions only.
-            image_sizes: Height and width in pixels of all pictures of all rows, in order.
+            image_sizes: Height and width in pixels of all images of all rows, in order.
             head: The head of the Embedded Query module whose attention is wanted; default: the mean of all. Of the
                 query tokens of a question, the mean is taken.
 
         Returns:
-            Maps of every question and of every picture, each `(height, width)` of its picture, float32.
+            Maps of every question and of every image, each `(height, width)` of its image, float32.
 
         Raises:
-            ValueError: If the outputs have no attention to patches, or do not fit prompts and pictures.
+            ValueError: If the outputs have no attention to patches, or do not fit prompts and images.
         """
         pooling, queries = outputs.get("pooling_attentions"), outputs.get("query_attentions")
         if pooling is None or queries is None:
             raise ValueError(
                 "The outputs have no `query_attentions`; call the model with `output_attentions=True`, and `generate` "
-                "with `return_dict_in_generate=True` as well, on prompts with a picture."
+                "with `return_dict_in_generate=True` as well, on prompts with an image."
             )
-        pooling_maps = self._picture_maps(pooling_to_patches(pooling), image_sizes)
-        tiles_per_picture = len(pooling) // len(image_sizes)
+        pooling_maps = self._image_maps(pooling_to_patches(pooling), image_sizes)
+        tiles_per_image = len(pooling) // len(image_sizes)
         spans = PromptSpans.find(input_ids, self.config)
         asked = (spans.query_mask & (spans.query_rank == 0)).nonzero()  # (num_questions, 2)
         if len(asked) > len(queries) and len(input_ids) == 1:
@@ -150,8 +150,8 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         questions = []
         for tiles, (row, position) in zip(weights, asked.tolist(), strict=True):
             num_tiles, first = int(spans.num_tiles_before[row, position]), int(spans.first_tile[row])
-            sizes = image_sizes[first // tiles_per_picture : (first + num_tiles) // tiles_per_picture]
-            questions.append(self._picture_maps(tiles[:num_tiles], sizes))
+            sizes = image_sizes[first // tiles_per_image : (first + num_tiles) // tiles_per_image]
+            questions.append(self._image_maps(tiles[:num_tiles], sizes))
         return HeatMaps(questions, pooling_maps)
 
     def answer_maps(
@@ -163,21 +163,21 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         answer's log-probability by the features of every patch: one pass forward and backward over prompt and answer.
 
         Args:
-            inputs: What the processor gave, or a picture cache made of it.
+            inputs: What the processor gave, or an image cache made of it.
             sequences: What `generate` made of them: prompts and answers, `(batch, longer_seq_length)`.
-            image_sizes: Height and width in pixels of all pictures of all rows, in order.
+            image_sizes: Height and width in pixels of all images of all rows, in order.
 
         Returns:
-            One map for each picture, `(height, width)`, float32. Those of a row sum to 1; with high-definition tiles,
+            One map for each image, `(height, width)`, float32. Those of a row sum to 1; with high-definition tiles,
             to what did not fall on their padding.
 
         Raises:
-            ValueError: If there is no picture, or the arguments do not belong together.
+            ValueError: If there is no image, or the arguments do not belong together.
         """
         prompts, patches = inputs["input_ids"].to(self.device), inputs.get("patch_features")
         if (patches is None and inputs.get("pixel_values") is None) or len(prompts) != len(sequences):
             raise ValueError(
-                f"An answer's map needs pictures and one prompt for each answer, but found {len(prompts)} prompts, "
+                f"An answer's map needs images and one prompt for each answer, but found {len(prompts)} prompts, "
                 f"{len(sequences)} answers and inputs {sorted(inputs)}; repeat prompts as often as `generate` did."
             )
         if patches is None:
@@ -200,15 +200,15 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         weights = gradient.float().norm(dim=-1)  # (num_tiles, num_patches)
         num_tiles = (prompts == self.config.image_token_id).sum(dim=1) // self.config.image_seq_length
         rows = [row / row.sum().clamp(min=torch.finfo(row.dtype).tiny) for row in weights.split(num_tiles.tolist())]
-        return self._picture_maps(torch.cat(rows), image_sizes)
+        return self._image_maps(torch.cat(rows), image_sizes)
 
-    def _picture_maps(self, weights: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """The map of every picture, from the weights of all their tiles, `(num_tiles, num_patches)`."""
+    def _image_maps(self, weights: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """The map of every image, from the weights of all their tiles, `(num_tiles, num_patches)`."""
         num_tiles = len(weights) // max(len(image_sizes), 1)
         if num_tiles * len(image_sizes) != len(weights):
             raise ValueError(
-                f"{len(image_sizes)} pictures cannot have {len(weights)} tiles; give `image_sizes` the height and "
-                "width of every picture of every row, in order."
+                f"{len(image_sizes)} images cannot have {len(weights)} tiles; give `image_sizes` the height and "
+                "width of every image of every row, in order."
             )
         patch_size = float(np.ravel(self.config.vision_config.patch_size)[0] / self.config.tile_size[0])
         parts = (weights[i * num_tiles : (i + 1) * num_tiles] for i in range(len(image_sizes)))
@@ -216,11 +216,11 @@ class FlashSlothSaliencyMixin(GenerationMixin):
 
 
 def heat_map(weights: torch.Tensor, image_size: tuple[int, int], patch_size: float) -> torch.Tensor:
-    """Spread the weights of a picture's patches evenly over the pixels that they cover.
+    """Spread the weights of an image's patches evenly over the pixels that they cover.
 
     Args:
-        weights: `(num_tiles, num_patches)` of one picture: its one tile, or the five of high definition.
-        image_size: Height and width of the picture in pixels.
+        weights: `(num_tiles, num_patches)` of one image: its one tile, or the five of high definition.
+        image_size: Height and width of the image in pixels.
         patch_size: Side of a patch as a fraction of the tile's. (Patches need not fill a tile: 27 of 14 pixels are 378
             of 384.)
 
@@ -228,7 +228,7 @@ def heat_map(weights: torch.Tensor, image_size: tuple[int, int], patch_size: flo
         `(height, width)`, float32: the sum of all tiles. Its sum is that of the weights, but for what lies on padding.
 
     Raises:
-        ValueError: If a picture cannot have so many tiles.
+        ValueError: If an image cannot have so many tiles.
     """
     height, width = image_size
     heat = weights.new_zeros(height, width, dtype=torch.float32)
@@ -260,28 +260,28 @@ def pooling_to_patches(weights: torch.Tensor) -> torch.Tensor:
     return weights.view(num_tiles, windows, windows, side, side).transpose(2, 3).reshape(num_tiles, -1)
 
 
-def overlay(picture: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """Draw a heat map over its picture: dark where there is nothing, glowing where there is most.
+def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
+    """Draw a heat map over its image: dark where there is nothing, glowing where there is most.
 
     Args:
-        picture: Of any mode.
-        heat: `(height, width)` of the picture, not negative; scaled so that the greatest heat glows brightest.
+        image: Of any mode.
+        heat: `(height, width)` of the image, not negative; scaled so that the greatest heat glows brightest.
 
     Returns:
-        A new RGB picture of the same size.
+        A new RGB image of the same size.
 
     Raises:
-        ValueError: If picture and map differ in size.
+        ValueError: If image and map differ in size.
     """
     levels = heat.detach().float().cpu().numpy()
-    if levels.shape != (picture.height, picture.width):
+    if levels.shape != (image.height, image.width):
         raise ValueError(
-            f"The map is {levels.shape[1]}x{levels.shape[0]} pixels, but the picture {picture.width}x{picture.height}; "
-            "give `heat_maps` the (height, width) of this picture."
+            f"The map is {levels.shape[1]}x{levels.shape[0]} pixels, but the image {image.width}x{image.height}; "
+            "give `heat_maps` the (height, width) of this image."
         )
     levels = levels / max(levels.max(), np.finfo(levels.dtype).tiny)
     steps = np.linspace(0, 1, len(HEAT_COLOURS))
     glow = np.stack([np.interp(levels, steps, values) for values in zip(*HEAT_COLOURS, strict=True)], axis=-1)
     colours, opacity = glow[..., :3], glow[..., 3:]
-    pixels = np.asarray(picture.convert("RGB")) * (1 - opacity) + colours * opacity
+    pixels = np.asarray(image.convert("RGB")) * (1 - opacity) + colours * opacity
     return Image.fromarray(pixels.round().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""What training must know of FlashSloth: recomputed activations, sharded parameters, batches without a picture."""
+"""What training must know of FlashSloth: recomputed activations, sharded parameters, batches without an image."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +43,7 @@ class FlashSlothTrainingMixin(PreTrainedModel):
         checkpointing_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if checkpointing_kwargs["use_reentrant"]:
             raise ValueError(
-                "FlashSloth needs `use_reentrant=False`: re-entrant checkpointing loses the gradients of the picture "
+                "FlashSloth needs `use_reentrant=False`: re-entrant checkpointing loses the gradients of the image "
                 "features, which reach a decoder layer by keyword. Leave the argument out, or set it to False."
             )
         # Where there is a newer name, the base class's method of this one warns of its end.
@@ -86,7 +86,7 @@ class FlashSlothTrainingMixin(PreTrainedModel):
                 setattr(sharded, name, value)
 
     def touches_every_module(self) -> bool:
-        """Whether a batch without a picture must run the vision tower and all that follows it nevertheless.
+        """Whether a batch without an image must run the vision tower and all that follows it nevertheless.
 
         In training, so that every trained parameter has a gradient in every process: without one, two processes wait
         for each other for ever. And wherever parameters are gathered from other processes, in evaluation too.

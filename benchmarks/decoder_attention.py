@@ -28,7 +28,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """The decoder's `attn_implementation`, and arguments of `generate`."""
 
-SIDE = 384  # pixels; every picture becomes tiles of one size
+SIDE = 384  # pixels; every image becomes tiles of one size
 
 
 def measure(candidate: Candidate, batch_size: int, new_tokens: int, rounds: int) -> dict[str, tuple[float, float]]:

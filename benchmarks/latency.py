@@ -4,7 +4,7 @@
     python benchmarks/latency.py --output benchmarks/results/latency_cpu
 
 All models of `peers.py` are built from config, with random weights in bfloat16. Each answers a question of 40 tokens
-about a picture with a fixed number of tokens, by `generate` as its users call it: greedy, with the default cache, on
+about an image with a fixed number of tokens, by `generate` as its users call it: greedy, with the default cache, on
 one device. It writes OUTPUT.md, OUTPUT.json and OUTPUT.png, and every finished case to a file in the folder OUTPUT: a
 run that was stopped goes on where it was, and a case with the same settings, hardware and versions is not measured
 again; remove the folder after a change of the models.
@@ -12,7 +12,7 @@ again; remove the folder after a change of the models.
 - Counts need no running. FLOPs are those of the matrix products, attention and convolutions that a prompt passes
   through, by `torch.utils.flop_counter`; attention counts as if it were not causal. Vision is all outside the decoder;
   prefill is the decoder and the head; a token is one step after the prompt. KV is what the cache holds for all of the
-  prompt but the question: picture, marks around it, queries.
+  prompt but the question: image, marks around it, queries.
 - Times are medians of rounds in which the peer and FlashSloth-3.2B take turns in one process; ratios are to that
   FlashSloth. Time to first token starts with the inputs on the device, so preprocessing is not in it.
 - Peak memory is that of `generate` above what was there before, and the weights. On a CPU it is resident memory, which
@@ -54,7 +54,7 @@ from flashsloth.backbones_flashsloth import CACHE_NAME, has_bfloat16
 
 logger = logging.getLogger(__name__)
 
-PICTURES = (1344, 336)
+IMAGES = (1344, 336)
 BATCH_SIZES = (1, 8, 32)
 NEW_TOKENS = 64
 ROUNDS = 5
@@ -65,7 +65,7 @@ META = torch.device("meta")
 
 
 class Settings(NamedTuple):
-    """What a measured case depends on, beside model, picture and batch."""
+    """What a measured case depends on, beside model, image and batch."""
 
     device: str
     new_tokens: int
@@ -76,7 +76,7 @@ class Settings(NamedTuple):
 class RealIntegers(TorchDispatchMode):
     """Runs a model whose floating-point tensors have shapes but no data, while whole numbers have values.
 
-    Models read whole numbers on the way: sizes of pictures, where image tokens stand. So those stay on the CPU,
+    Models read whole numbers on the way: sizes of images, where image tokens stand. So those stay on the CPU,
     whatever device is asked for; what is computed from a tensor on the meta device is on the meta device. Numbers
     without data are taken to be random: they equal nothing.
     """
@@ -117,16 +117,16 @@ def _as_positions(indices: list) -> list:
 
 
 def count(peer: Peer, side: int) -> dict[str, Any]:
-    """Everything about a model and a picture that needs no running; for one row.
+    """Everything about a model and an image that needs no running; for one row.
 
     Args:
         peer: The model.
-        side: Side of the square picture, in pixels.
+        side: Side of the square image, in pixels.
 
     Returns:
         `visual_tokens`, `prompt_tokens`, `parameters`; `vision_flops`, `prefill_flops`, `token_flops`;
         `vision_bytes` and `decoder_bytes` of the weights that vision and a step of the decoder read; `kv_token_bytes`
-        and `kv_picture_bytes` of the cache.
+        and `kv_image_bytes` of the cache.
     """
     with META:
         model = peer.build_model()
@@ -147,7 +147,7 @@ def count(peer: Peer, side: int) -> dict[str, Any]:
         "token_flops": token,
         **_weight_bytes(model),
         "kv_token_bytes": kv_token_bytes,
-        "kv_picture_bytes": kv_token_bytes * (prompt_tokens - QUESTION_TOKENS),
+        "kv_image_bytes": kv_token_bytes * (prompt_tokens - QUESTION_TOKENS),
     }
 
 
@@ -305,16 +305,16 @@ def measure_in_turns(
 
 
 def preprocessing_in_turns(candidates: list[Peer], side: int, rounds: int) -> list[float | None]:
-    """Median seconds that each one's image processor takes for a picture; `None` if there is none here."""
+    """Median seconds that each one's image processor takes for an image; `None` if there is none here."""
     generator = torch.Generator().manual_seed(0)
-    picture = Image.fromarray(torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8).numpy())
+    image = Image.fromarray(torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8).numpy())
     processors = [peer.build_image_processor() for peer in candidates]
     times: list[list[float | None]] = [[] for _ in candidates]
     for turn in range(rounds + 1):
         for processor, done in zip(processors, times, strict=True):
             start = time.perf_counter()
             if processor is not None:
-                processor(picture, return_tensors="pt")
+                processor(image, return_tensors="pt")
             if turn:
                 done.append(None if processor is None else time.perf_counter() - start)
     return [_median(done) for done in times]
@@ -379,15 +379,15 @@ class Benchmark:
         self.ceilings = measure_ceilings(settings.device) if settings else {}
         self.loaded: dict[str, Candidate] = {}
 
-    def run(self, chosen: list[Peer], pictures: list[int], batch_sizes: list[int]) -> Iterator[dict]:
+    def run(self, chosen: list[Peer], images: list[int], batch_sizes: list[int]) -> Iterator[dict]:
         """Count and measure.
 
         Yields:
-            One case for each model, picture and batch: `model`, `side`, `batch_size`, `counts`, and if measured
+            One case for each model, image and batch: `model`, `side`, `batch_size`, `counts`, and if measured
             `settings`, `ceilings`, `measured` and, of the first model beside it, `reference`; or `skipped`, the reason.
         """
         for peer in chosen:
-            for side in pictures:
+            for side in images:
                 for batch_size in batch_sizes:
                     yield self.case(peer, side, batch_size)
             if peer is not self.peers[0] and self.loaded.pop(peer.name, None):
@@ -458,7 +458,7 @@ def _slug(name: str) -> str:
 
 
 def as_markdown(cases: list[dict], peers: tuple[Peer, ...] = PEERS) -> str:
-    """Tables of models, counts, and of what was measured for every picture and batch."""
+    """Tables of models, counts, and of what was measured for every image and batch."""
     parts = [_models_table(cases, peers), _counts_table(cases, peers)]
     measured = [case for case in cases if "measured" in case]
     for side, batch_size in dict.fromkeys((case["side"], case["batch_size"]) for case in measured):
@@ -482,7 +482,7 @@ def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
     counted = {(case["model"], case["side"]): case["counts"] for case in cases if "counts" in case}
     head = (
         "model",
-        "picture, px",
+        "image, px",
         "visual tokens",
         "prompt",
         "TFLOPs: vision",
@@ -490,7 +490,7 @@ def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
         "to first token",
         "ratio",
         "GFLOPs a token",
-        "KV MB a picture",
+        "KV MB an image",
     )
     rows = []
     for (name, side), counts in counted.items():
@@ -507,7 +507,7 @@ def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
                 f"{total / 1e12:.2f}",
                 f"{total / (own['vision_flops'] + own['prefill_flops']):.2f}" if own else "–",
                 f"{counts['token_flops'] / 1e9:.2f}",
-                f"{counts['kv_picture_bytes'] / 1e6:.1f}",
+                f"{counts['kv_image_bytes'] / 1e6:.1f}",
             )
         )
     return "### Counts, for one row\n\n" + _table(head, rows)
@@ -616,7 +616,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     names = [peer.name for peer in PEERS]
     parser.add_argument("--output", type=Path, default=Path(f"latency_{device}"), help="path without its ending")
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--pictures", nargs="+", type=int, choices=PICTURES, default=PICTURES, help="sides, in pixels")
+    parser.add_argument("--images", nargs="+", type=int, choices=IMAGES, default=IMAGES, help="sides, in pixels")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -633,9 +633,9 @@ def main(arguments: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) ->
     batch_sizes = [1] if args.counts_only else args.batch_sizes
     chosen = [peer for peer in peers if peer.name in args.models]
     benchmark = Benchmark(args.output, peers, settings)
-    total = len(chosen) * len(args.pictures) * len(batch_sizes)
+    total = len(chosen) * len(args.images) * len(batch_sizes)
     with logging_redirect_tqdm():
-        cases = list(tqdm(benchmark.run(chosen, args.pictures, batch_sizes), total=total, unit="case"))
+        cases = list(tqdm(benchmark.run(chosen, args.images, batch_sizes), total=total, unit="case"))
     title = describe(settings, benchmark.ceilings)
     text = f"{title}\n\n{as_markdown(cases, peers)}"
     args.output.with_suffix(".json").write_text(json.dumps({"machine": title, "cases": cases}, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Do the maps of docs/inference.md show what a question is about? And what does the Embedded Query module do?
 
-    python benchmarks/maps.py --output benchmarks/results/maps.md --picture docs/saliency.png
+    python benchmarks/maps.py --output benchmarks/results/maps.md --image docs/saliency.png
 
 The small checkpoint answers questions that are about one thing, in scenes of two to four things, which training never
 saw, of `examples/tiny`.
@@ -8,10 +8,10 @@ saw, of `examples/tiny`.
 - A thing holds most of a map if the sum of the map over its box is greater than over any other thing's. *By chance* is
   what a map would reach that has nothing to do with scene and question.
 - The queries' map once more: which kind of thing holds most of it, of the scenes that have such a thing.
-- The picture shows `examples/scene.png`, and what the answer to "Read the sign." depends on, where its queries looked,
+- The image shows `examples/scene.png`, and what the answer to "Read the sign." depends on, where its queries looked,
   and how its patches were pooled.
 - With the Embedded Query module switched off, queries pass through it unchanged; the questions are those of
-  `examples/tiny/evaluate.py`, each asked alone.
+  `examples/tiny/score.py`, each asked alone.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from flashsloth.saliency_flashsloth import overlay
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
-from evaluate import PICTURE_SIZE, SPLIT, Question, build_inputs, evaluate  # noqa: E402
 from scenes import SHAPES, Scene, Thing, draw, scene_at  # noqa: E402
+from score import IMAGE_SIZE, SPLIT, Question, build_inputs, evaluate  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-SCENES, PICTURES, BATCH_SIZE = 180, 500, 30
+SCENES, IMAGES, BATCH_SIZE = 180, 500, 30
 PANEL_SIDE, PANEL_GAP = 192, 8  # pixels
 
 
@@ -94,12 +94,12 @@ def maps_of(
     """For each question where its queries looked, and what the answer depends on, both `(height, width)`."""
     for start in range(0, len(asked), BATCH_SIZE):
         batch = asked[start : start + BATCH_SIZE]
-        pictures = [draw(question.scene, PICTURE_SIZE) for question in batch]
+        images = [draw(question.scene, IMAGE_SIZE) for question in batch]
         texts = [question.text for question in batch]
-        rows = [Question("", *row, "", False, ("", "")) for row in zip(pictures, texts, strict=True)]
+        rows = [Question("", *row, "", False, ("", "")) for row in zip(images, texts, strict=True)]
         inputs = build_inputs(processor, rows)
         output = model.generate(**inputs, max_new_tokens=20, output_attentions=True, return_dict_in_generate=True)
-        sizes = [(PICTURE_SIZE, PICTURE_SIZE)] * len(batch)
+        sizes = [(IMAGE_SIZE, IMAGE_SIZE)] * len(batch)
         looked = model.heat_maps(output, inputs["input_ids"], sizes)
         answered = model.answer_maps(inputs, output.sequences, sizes)
         yield from ((maps[0], heat) for maps, heat in zip(looked.questions, answered, strict=True))
@@ -137,27 +137,27 @@ def maps_tables(
 
 
 def panels(
-    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, picture: Image.Image, text: str
+    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, image: Image.Image, text: str
 ) -> Image.Image:
-    """A picture beside its maps: of the answer to a question, of the question's queries, of pooling."""
-    inputs = build_inputs(processor, [Question("", picture, text, "", False, ("", ""))])
+    """An image beside its maps: of the answer to a question, of the question's queries, of pooling."""
+    inputs = build_inputs(processor, [Question("", image, text, "", False, ("", ""))])
     output = model.generate(**inputs, max_new_tokens=20, output_attentions=True, return_dict_in_generate=True)
-    sizes = [(picture.height, picture.width)]
+    sizes = [(image.height, image.width)]
     looked = model.heat_maps(output, inputs["input_ids"], sizes)
     maps = [*model.answer_maps(inputs, output.sequences, sizes), looked.questions[0][0], looked.pooling[0]]
-    shown = [picture.convert("RGB"), *(overlay(picture, heat) for heat in maps)]
+    shown = [image.convert("RGB"), *(overlay(image, heat) for heat in maps)]
     strip = Image.new("RGB", (len(shown) * (PANEL_SIDE + PANEL_GAP) - PANEL_GAP, PANEL_SIDE), "white")
     for place, panel in enumerate(shown):
         strip.paste(panel.resize((PANEL_SIDE, PANEL_SIDE)), (place * (PANEL_SIDE + PANEL_GAP), 0))
     return strip
 
 
-def ablation_table(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, num_pictures: int) -> str:
+def ablation_table(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, num_images: int) -> str:
     """Markdown: exact answers with the Embedded Query module, and without."""
     module = model.model.embedded_query
-    whole = evaluate(model, processor, num_pictures, with_second_turns=False)
+    whole = evaluate(model, processor, num_images, with_second_turns=False)
     with mock.patch.object(module, "forward", lambda hidden_states, *args, **kwargs: hidden_states):
-        without = evaluate(model, processor, num_pictures, with_second_turns=False)
+        without = evaluate(model, processor, num_images, with_second_turns=False)
     lines = ["| kind | questions | right | right without the module |", "|---|---:|---:|---:|"]
     lines += [
         f"| {kind} | {counts['asked']} | {counts['right']} | {without[kind]['right']} |"
@@ -171,15 +171,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--model", default=str(ROOT), help="a tiny checkpoint's folder (default: the one in the root)")
-    parser.add_argument("--picture", type=Path, help="picture to write")
+    parser.add_argument("--image", type=Path, help="image to write")
     parser.add_argument("--scenes", type=int, default=SCENES, help="for each question")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="with about seven questions each")
+    parser.add_argument("--images", type=int, default=IMAGES, help="with about seven questions each")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     processor = FlashSlothProcessor.from_pretrained(args.model)
-    if args.picture:
-        panels(model, processor, Image.open(ROOT / "examples" / "scene.png"), "Read the sign.").save(args.picture)
+    if args.image:
+        panels(model, processor, Image.open(ROOT / "examples" / "scene.png"), "Read the sign.").save(args.image)
     hits, held = maps_tables(model, processor, args.scenes)
     parts = [
         f"{hardware('cpu').replace('bfloat16', 'float32')}; made by benchmarks/maps.py.",
@@ -187,8 +187,8 @@ def main() -> None:
         hits,
         "## What holds most of the queries' map",
         held,
-        f"## Exact answers, {args.pictures} pictures",
-        ablation_table(model, processor, args.pictures),
+        f"## Exact answers, {args.images} images",
+        ablation_table(model, processor, args.images),
     ]
     text = "\n\n".join(parts)
     logger.info("%s", text)

@@ -1,4 +1,4 @@
-"""What FlashSloth-3.2B needs beside its weights for many pictures, and what loading it reads.
+"""What FlashSloth-3.2B needs beside its weights for many images, and what loading it reads.
 
     python benchmarks/memory.py --output benchmarks/results/memory_cpu.md
 
@@ -51,7 +51,7 @@ class Prompts(NamedTuple):
     Attributes:
         name: What the table calls them.
         num_rows: How many.
-        tiles_per_row: Tiles that each of them has, 5 for a picture in high definition.
+        tiles_per_row: Tiles that each of them has, 5 for an image in high definition.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Prompts(NamedTuple):
 
 
 PROMPTS = (
-    Prompts("one picture", 1, 1),
-    Prompts("one picture in HD", 1, 5),
-    Prompts("8 rows, a picture each", 8, 1),
-    Prompts("8 rows, a picture in HD each", 8, 5),
-    Prompts("16 rows, a picture in HD each", 16, 5),
-    Prompts("one row of 24 pictures", 1, 24),
-    Prompts("24 rows, a picture each", 24, 1),
+    Prompts("one image", 1, 1),
+    Prompts("one image in HD", 1, 5),
+    Prompts("8 rows, an image each", 8, 1),
+    Prompts("8 rows, an image in HD each", 8, 5),
+    Prompts("16 rows, an image in HD each", 16, 5),
+    Prompts("one row of 24 images", 1, 24),
+    Prompts("24 rows, an image each", 24, 1),
 )
 
 
@@ -109,7 +109,7 @@ class CountedMemory(TorchDispatchMode):
 
 
 def build_inputs(prompts: Prompts, config: Any) -> dict[str, torch.Tensor]:
-    """Pictures, a question, and its queries."""
+    """Images, a question, and its queries."""
     row = [config.image_token_id] * (config.image_seq_length * prompts.tiles_per_row)
     row += [MARK_ID, *[TEXT_ID] * QUESTION_TOKENS, *[config.query_token_id] * config.num_query_tokens]
     pixels = torch.zeros(prompts.num_tiles, 3, *config.tile_size, dtype=torch.bfloat16)

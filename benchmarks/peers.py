@@ -1,11 +1,11 @@
-"""The models that `latency.py` measures: their dimensions, and what they make of a square picture.
+"""The models that `latency.py` measures: their dimensions, and what they make of a square image.
 
 All are built from config, with random weights. No hub is asked: dimensions are class defaults of transformers where
 `Peer.source` says so, and otherwise those of the named release's `config.json`, from memory; `latency.py` prints the
 number of parameters that follows, to be held against that of the release.
 
-Inputs are built without tokenizers and processors. A row is: marks, picture, marks, 40 tokens of question, and for
-FlashSloth its 9 queries. Marks are what a model's own processor puts around pictures and tiles, one token each. System
+Inputs are built without tokenizers and processors. A row is: marks, image, marks, 40 tokens of question, and for
+FlashSloth its 9 queries. Marks are what a model's own processor puts around images and tiles, one token each. System
 prompts and role names are left out for all models.
 """
 
@@ -47,18 +47,18 @@ SIGLIP_SO400M = SIGLIP_SO400M_384 | {"vision_use_head": False}
 
 
 class Layout(NamedTuple):
-    """What a model makes of one picture.
+    """What a model makes of one image.
 
     Attributes:
-        num_image_tokens: Tokens of the picture in the prompt.
+        num_image_tokens: Tokens of the image in the prompt.
         num_marks: Other tokens that the model's processor puts around them.
-        pictures: Model inputs of one row: the shape of one with floating-point numbers, or a list of whole numbers.
+        images: Model inputs of one row: the shape of one with floating-point numbers, or a list of whole numbers.
         joined_last: Names of the inputs whose rows are joined along the last axis, not the first.
     """
 
     num_image_tokens: int
     num_marks: int
-    pictures: dict[str, tuple[int, ...] | list]
+    images: dict[str, tuple[int, ...] | list]
     joined_last: tuple[str, ...] = ()
 
 
@@ -69,7 +69,7 @@ class Peer(NamedTuple):
         name: What tables call it.
         architecture: Class in transformers; FlashSloth's own otherwise.
         config: Fields of its config.
-        layout: What it makes of a square picture, from config and side in pixels.
+        layout: What it makes of a square image, from config and side in pixels.
         source: Where the dimensions come from.
         image_processor: Class in transformers, and arguments that differ from its defaults.
     """
@@ -109,18 +109,18 @@ class Peer(NamedTuple):
         return getattr(flashsloth if self.is_flashsloth else transformers, name)
 
     def build_inputs(self, config: PreTrainedConfig, side: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Model inputs for `batch_size` rows of one square picture and a question, on the CPU.
+        """Model inputs for `batch_size` rows of one square image and a question, on the CPU.
 
         Args:
             config: The model's config.
-            side: Side of the picture, in pixels.
+            side: Side of the image, in pixels.
             batch_size: Rows; they hold the same.
         """
         layout = self.layout(config, side)
         generator = torch.Generator().manual_seed(0)
         ids = torch.tensor(_prompt_ids(self, config, layout, generator)).repeat(batch_size, 1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        for name, content in layout.pictures.items():
+        for name, content in layout.images.items():
             is_shape = isinstance(content, tuple)
             row = torch.randn(content, generator=generator) if is_shape else torch.tensor(content)
             inputs[name] = torch.cat([row] * batch_size, dim=-1 if name in layout.joined_last else 0)
@@ -153,7 +153,7 @@ def _flashsloth(num_tiles: int) -> Callable[[PreTrainedConfig, int], Layout]:
 
 
 def _one_tile(num_tokens: int, tile: int, num_marks: int = 0) -> Callable[[PreTrainedConfig, int], Layout]:
-    """Every picture is resized to one tile."""
+    """Every image is resized to one tile."""
 
     def layout(config: PreTrainedConfig, side: int) -> Layout:
         return Layout(num_tokens, num_marks, {"pixel_values": (1, 3, tile, tile)})
@@ -162,13 +162,13 @@ def _one_tile(num_tokens: int, tile: int, num_marks: int = 0) -> Callable[[PreTr
 
 
 def _qwen_vl(config: PreTrainedConfig, side: int) -> Layout:
-    """The picture in its own size, rounded to whole tokens; both pictures are inside the smallest and largest size."""
+    """The image in its own size, rounded to whole tokens; both images are inside the smallest and largest size."""
     vision = config.vision_config
     tokens = round(side / (vision.patch_size * vision.spatial_merge_size))
     patches = tokens * vision.spatial_merge_size
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pictures = {"pixel_values": (patches**2, width), "image_grid_thw": [[1, patches, patches]]}
-    return Layout(tokens**2, 2, pictures)
+    images = {"pixel_values": (patches**2, width), "image_grid_thw": [[1, patches, patches]]}
+    return Layout(tokens**2, 2, images)
 
 
 def _internvl(config: PreTrainedConfig, side: int) -> Layout:
@@ -198,12 +198,12 @@ def _lfm2_vl(config: PreTrainedConfig, side: int) -> Layout:
     tiles = 1 if grid == 1 else grid**2 + 1
     tokens = min(tokens, tile_tokens)
     patches, most = tokens * config.downsample_factor, (tile_tokens * config.downsample_factor) ** 2
-    pictures = {
+    images = {
         "pixel_values": (tiles, most, 3 * vision.patch_size**2),
         "spatial_shapes": [[patches, patches]] * tiles,
         "pixel_attention_mask": [[1] * patches**2 + [0] * (most - patches**2)] * tiles,
     }
-    return Layout(tiles * tokens**2, 2 + (tiles if tiles > 1 else 0), pictures)
+    return Layout(tiles * tokens**2, 2 + (tiles if tiles > 1 else 0), images)
 
 
 def _minicpm(config: PreTrainedConfig, side: int) -> Layout:
@@ -213,13 +213,13 @@ def _minicpm(config: PreTrainedConfig, side: int) -> Layout:
     slices = grid**2
     patches = scale // patch
     tokens = (patches // 4) ** 2
-    pictures = {
+    images = {
         "pixel_values": (1, 3, patch, (slices + 1) * patches**2 * patch),
         "target_sizes": [[patches, patches]] * (slices + 1),
     }
     # <image_id>0</image_id>, a pair around the overview and each slice, newlines between rows of slices
     num_marks = 3 + 2 * (slices + 1) + max(0, grid - 1)
-    return Layout((slices + 1) * tokens, num_marks, pictures, joined_last=("pixel_values",))
+    return Layout((slices + 1) * tokens, num_marks, images, joined_last=("pixel_values",))
 
 
 def _flashsloth_with(decoder: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python benchmarks/preprocessing.py --output benchmarks/results/preprocessing_cpu.md
 
-Medians of rounds in which the processors take turns on the same pictures, in one process; ratios are to SigLIP's, which
-makes one tile of 384×384 pixels of every picture. Pictures are RGB already, but for the photo, which is decoded from a
+Medians of rounds in which the processors take turns on the same images, in one process; ratios are to SigLIP's, which
+makes one tile of 384×384 pixels of every image. Images are RGB already, but for the photo, which is decoded from a
 JPEG by whoever gets it. Batches are worked on in as many threads as torch may use.
 """
 
@@ -28,8 +28,8 @@ from flashsloth import FlashSlothImageProcessor
 logger = logging.getLogger(__name__)
 
 ROUNDS = 9
-CELL = 32  # pixels between the random colours of a picture; smooth in between, as photos are
-CASES = {  # width, height, number of pictures, whether they are JPEG files
+CELL = 32  # pixels between the random colours of an image; smooth in between, as photos are
+CASES = {  # width, height, number of images, whether they are JPEG files
     "336×336": (336, 336, 1, False),
     "1344×1344": (1344, 1344, 1, False),
     "photo of 12 megapixels": (4000, 3000, 1, True),
@@ -38,24 +38,24 @@ CASES = {  # width, height, number of pictures, whether they are JPEG files
 
 
 def draw(width: int, height: int, generator: np.random.Generator) -> Image.Image:
-    """A smooth picture of random colours."""
+    """A smooth image of random colours."""
     colours = generator.integers(0, 256, (height // CELL, width // CELL, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def opener(width: int, height: int, number: int, is_file: bool) -> Callable[[], list[Image.Image]]:
-    """What opens the pictures of a case afresh."""
+    """What opens the images of a case afresh."""
     generator = np.random.default_rng(0)
-    pictures = [draw(width, height, generator) for _ in range(number)]
+    images = [draw(width, height, generator) for _ in range(number)]
     if not is_file:
-        return lambda: pictures
-    files = [io.BytesIO() for _ in pictures]
-    for picture, file in zip(pictures, files, strict=True):
-        picture.save(file, "JPEG", quality=90)
+        return lambda: images
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files, strict=True):
+        image.save(file, "JPEG", quality=90)
     return lambda: [Image.open(io.BytesIO(file.getvalue())) for file in files]
 
 
-def measure(open_pictures: Callable[[], list[Image.Image]], rounds: int) -> dict[str, float]:
+def measure(open_images: Callable[[], list[Image.Image]], rounds: int) -> dict[str, float]:
     """Median seconds of every processor."""
     size = {"height": 384, "width": 384}
     processors = {
@@ -66,9 +66,9 @@ def measure(open_pictures: Callable[[], list[Image.Image]], rounds: int) -> dict
     times: dict[str, list[float]] = {name: [] for name in processors}
     for _ in range(rounds):
         for name, processor in processors.items():
-            pictures = open_pictures()
+            images = open_images()
             start = time.perf_counter()
-            processor(pictures, return_tensors="pt")
+            processor(images, return_tensors="pt")
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
@@ -79,7 +79,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
         f"{hardware('cpu').partition(',')[0]}, {torch.get_num_threads()} threads, "
         f"transformers {transformers.__version__}, Pillow {PIL.__version__}; made by benchmarks/preprocessing.py.",
         "",
-        "| pictures | SigLIP, ms | FlashSloth | ratio | FlashSloth-HD, 5 tiles | ratio |",
+        "| images | SigLIP, ms | FlashSloth | ratio | FlashSloth-HD, 5 tiles | ratio |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, (siglip, plain, high) in ((name, times.values()) for name, times in results.items()):

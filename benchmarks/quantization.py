@@ -1,14 +1,14 @@
 """What eight and four bits do to the answers, and they, float32 and threads to the speed, on a CPU.
 
     python benchmarks/quantization.py --output benchmarks/results/quantization_cpu.md
-    python benchmarks/quantization.py --pictures 0 --precisions bfloat16 float32 --output float32_cpu.md
+    python benchmarks/quantization.py --images 0 --precisions bfloat16 float32 --output float32_cpu.md
 
 The decoder's layers are quantised as docs/converting.md does.
 
-- Answers: the checkpoint in the root answers the questions of `examples/tiny/evaluate.py`. Beside it, logits of the
+- Answers: the checkpoint in the root answers the questions of `examples/tiny/score.py`. Beside it, logits of the
   checkpoint that tests/golden/ was recorded on (synthetic weights) are compared with those of the original
   implementation in float32: root of the mean squared difference, as a share of that of the logits.
-- Speed: FlashSloth-3.2B with random weights answers a question of 40 tokens about one picture by `generate`. Precisions
+- Speed: FlashSloth-3.2B with random weights answers a question of 40 tokens about one image by `generate`. Precisions
   take turns, at every number of threads, after a round that is not counted. Figures are medians; ratios are to bfloat16
   with as many threads, and to one thread at the same precision. All of them are in memory at once: 6.4 GB in bfloat16,
   12.8 GB in float32, which is compared only if it is asked for.
@@ -37,8 +37,8 @@ from flashsloth.training.lora import LORA_TARGET_MODULES, UNQUANTIZED_MODULES
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "tiny"), str(ROOT / "tests")]
-from evaluate import evaluate  # noqa: E402
 from golden_checkpoint import CASES, GOLDEN, read_case, write_golden_checkpoint  # noqa: E402
+from score import evaluate  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ RECIPES = {
         llm_int8_skip_modules=SKIPPED,
     ),
 }
-PICTURES, NEW_TOKENS, ROUNDS = 500, 16, 3
-SIDE = 384  # pixels; every picture becomes tiles of one size
+IMAGES, NEW_TOKENS, ROUNDS = 500, 16, 3
+SIDE = 384  # pixels; every image becomes tiles of one size
 FIGURES = ("first_token_s", "token_s")
 
 
@@ -81,7 +81,7 @@ class Times(NamedTuple):
     token_s: float
 
 
-def compare_answers(num_pictures: int) -> Iterator[Answers]:
+def compare_answers(num_images: int) -> Iterator[Answers]:
     """Answer the questions, and compute the golden logits, with every recipe."""
     plain = load(ROOT, None)
     names = [name for name, _ in plain.named_parameters()]
@@ -91,7 +91,7 @@ def compare_answers(num_pictures: int) -> Iterator[Answers]:
         model = load(ROOT, recipe)
         sizes = {parameter: bytes_of(tensor) for parameter, tensor in model.named_parameters()}
         layer_bytes = sum(sizes[parameter] for parameter in layers)
-        counts = evaluate(model, processor, num_pictures, with_second_turns=False)["all"]
+        counts = evaluate(model, processor, num_images, with_second_turns=False)["all"]
         difference = golden_difference(recipe)
         yield Answers(name, counts["right"], counts["asked"], sum(sizes.values()), layer_bytes, difference)
 
@@ -204,7 +204,7 @@ def main() -> None:
     """Compare answers and times, and write tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="with about seven questions each; 0: no answers")
+    parser.add_argument("--images", type=int, default=IMAGES, help="with about seven questions each; 0: no answers")
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -220,10 +220,10 @@ def main() -> None:
         parser.error("the others are compared with bfloat16; name it among the --precisions")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parts = [f"{hardware('cpu')}; made by benchmarks/quantization.py."]
-    if args.pictures:
+    if args.images:
         parts += [
-            f"## Answers of the small checkpoint to questions about {args.pictures} pictures",
-            answers_table(list(_logged(compare_answers(args.pictures)))),
+            f"## Answers of the small checkpoint to questions about {args.images} images",
+            answers_table(list(_logged(compare_answers(args.images)))),
         ]
     if args.rounds:
         times = compare_times(PEERS[0], args.threads, args.new_tokens, args.rounds, args.precisions)

@@ -3,7 +3,7 @@
     pip install optimum-quanto hqq
     python benchmarks/quantized_cache.py --output benchmarks/results/quantized_cache_cpu.md
 
-Every question of `examples/tiny/evaluate.py` is asked alone, with its picture, with each of transformers' caches.
+Every question of `examples/tiny/score.py` is asked alone, with its image, with each of transformers' caches.
 *Same* are answers that equal those with exact keys and values. Bytes are those of the cache when the first token is
 there.
 """
@@ -26,7 +26,7 @@ from flashsloth.backbones_flashsloth import CACHE_NAME
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
-from evaluate import Question, answer, build_inputs, evaluation_set  # noqa: E402
+from score import Question, answer, build_inputs, evaluation_set  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ CACHES: dict[str, dict[str, Any] | None] = {
     "2 bits, HQQ": {"backend": "hqq", "nbits": 2},
     "2 bits, quanto": {"backend": "quanto", "nbits": 2},
 }
-PICTURES = 100
+IMAGES = 100
 
 
 def settings_for(cache: str) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def main() -> None:
     """Compare all caches, and write a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="with about seven questions each")
+    parser.add_argument("--images", type=int, default=IMAGES, help="with about seven questions each")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=torch.bfloat16).eval()
-    questions = list(evaluation_set(args.pictures))
+    questions = list(evaluation_set(args.images))
     table = compare(model, FlashSlothProcessor.from_pretrained(ROOT), questions)
     title = f"{hardware('cpu')}; {len(questions)} questions; made by benchmarks/quantized_cache.py."
     args.output.write_text(f"{title}\n\n{table}\n", encoding="utf-8")

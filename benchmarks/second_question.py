@@ -1,9 +1,9 @@
-"""What a second question about a picture costs, beside the first, with `model.picture_cache()`.
+"""What a second question about an image costs, beside the first, with `model.image_prefix_cache()`.
 
     python benchmarks/second_question.py --output benchmarks/results/second_question_cpu.md
 
 Time from inputs on the device to the first token, for a question of 40 tokens, batch 1, random weights in bfloat16:
-without a cache, for the first question to an empty cache, which encodes the picture, and for another question. Medians
+without a cache, for the first question to an empty cache, which encodes the image, and for another question. Medians
 of rounds in which the three take turns; ratios are to no cache. What the cache keeps is in the last column.
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MODELS = ("FlashSloth-3.2B", "FlashSloth-HD-3.2B", "FlashSloth + Qwen3-1.7B", "FlashSloth + Qwen3-0.6B")
 ROUNDS = 5
-SIDE = 384  # pixels; every picture becomes tiles of one size
+SIDE = 384  # pixels; every image becomes tiles of one size
 
 
 def seconds_to_first_token(model: Any, inputs: dict[str, Any], cache: Any = None) -> float:
@@ -41,7 +41,7 @@ def measure(candidate: Candidate, rounds: int) -> tuple[list[float], int]:
     second = first | {"input_ids": ids + is_question.long()}
     times: list[list[float]] = []
     for turn in range(rounds + 1):
-        cache = candidate.model.picture_cache()
+        cache = candidate.model.image_prefix_cache()
         done = [
             seconds_to_first_token(candidate.model, first),
             seconds_to_first_token(candidate.model, first, cache),

@@ -1,6 +1,6 @@
 """Command line of FlashSloth.
 
-flashsloth ask IMAGE QUESTION      answer a question about a picture
+flashsloth ask IMAGE QUESTION      answer a question about an image
 flashsloth convert SOURCE OUTPUT   make an original release a complete model repository
 flashsloth init OUTPUT             make a model to be trained from a vision tower and a decoder
 flashsloth export CHECKPOINT OUT   make a checkpoint a complete model repository
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_ask(commands: Any) -> None:
-    parser = commands.add_parser("ask", help="answer a question about a picture")
+    parser = commands.add_parser("ask", help="answer a question about an image")
     parser.add_argument("image", metavar="IMAGE", help="a file, an http(s) URL, or - for standard input")
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--model", metavar="DIR_OR_ID", help="folder or Hub id (default: the shipped checkpoint)")
@@ -101,7 +101,7 @@ def _add_ask(commands: Any) -> None:
         "--hd",
         action="store_const",
         const=True,
-        help="read the picture as five tiles (default: as the checkpoint says)",
+        help="read the image as five tiles (default: as the checkpoint says)",
     )
     parser.add_argument(
         "--dtype",
@@ -148,20 +148,25 @@ def _add_init(commands: Any) -> None:
     for name, explanation in (
         ("--image-size", "side of a tile in pixels (default: the tower's; else its positions are interpolated)"),
         (
-            "--pooling-window",
+            "--pooling-window-size",
             "side of a pooling window in patches (default: the one that makes about 9x9 tokens or "
             "fewer; 1, which compresses nothing, only if the patches' side is prime)",
         ),
-        ("--query-layer", "decoder layer whose input has its queries updated (default: 7 of 32, or as deep as that)"),
+        (
+            "--query-layer-idx",
+            "decoder layer whose input has its queries updated (default: 7 of 32, or as deep as that)",
+        ),
     ):
         parser.add_argument(name, metavar="N", type=_positive_int, help=explanation)
     for name, default, explanation in (
         ("--num-query-tokens", 9, "queries behind every question"),
-        ("--query-width", 576, "width of the Embedded Query module"),
+        ("--query-hidden-size", 576, "width of the Embedded Query module"),
     ):
         text = f"{explanation} (default: %(default)s)"
         parser.add_argument(name, metavar="N", type=_positive_int, default=default, help=text)
-    parser.add_argument("--hd", action="store_true", help="read pictures as five tiles (FlashSloth-HD)")
+    parser.add_argument(
+        "--hd", dest="do_image_splitting", action="store_true", help="read images as five tiles (FlashSloth-HD)"
+    )
     parser.add_argument(
         "--chat-template",
         metavar="FILE",
@@ -237,7 +242,7 @@ def _ask(options: argparse.Namespace) -> None:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"images_kwargs": {"do_image_splitting": options.hd}},
+            processor_kwargs={"images_kwargs": {"do_image_splitting": options.do_image_splitting}},
         ).to(model.device, model.dtype)
         model.generate(**inputs, max_new_tokens=options.max_new_tokens, streamer=_build_streamer(processor.tokenizer))
     except ValueError as error:  # such as a question that is too long
@@ -264,11 +269,11 @@ def _init(options: argparse.Namespace) -> None:
 
     _silence_transformers()
     template = _read_bytes(options.chat_template).decode("utf-8") if options.chat_template else None
-    settings = {name: value for name, value in vars(options).items() if name not in ("run", "hd", "chat_template")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "chat_template")}
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.filterwarnings("always", NOTHING_POOLED.partition(":")[0])
-            done = init(**settings, high_definition=options.hd, chat_template=template)
+            done = init(**settings, chat_template=template)
     except (RepositoryError, OSError) as error:
         raise CommandError(first_line(error)) from error
     sys.stderr.writelines(f"{PROGRAM}: warning: {warning.message}\n" for warning in caught)
@@ -325,10 +330,10 @@ def _onnx(options: argparse.Namespace) -> None:
 
 
 def _read_image(source: str) -> "Image.Image":
-    """Open the picture in a file, behind a URL, or on standard input."""
+    """Open the image in a file, behind a URL, or on standard input."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    from ..image_processing_flashsloth import PICTURE_ERRORS
+    from ..image_processing_flashsloth import IMAGE_ERRORS
 
     data = _read_bytes(source)
     shown = "standard input" if source == STDIN else source
@@ -336,9 +341,9 @@ def _read_image(source: str) -> "Image.Image":
         with Image.open(io.BytesIO(data)) as image:
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise CommandError(f"{shown} is not a picture, or of a format that Pillow does not know.") from error
-    except PICTURE_ERRORS as error:
-        raise CommandError(f"{shown} is a picture that cannot be read: {first_line(error)}") from error
+        raise CommandError(f"{shown} is not an image, or of a format that Pillow does not know.") from error
+    except IMAGE_ERRORS as error:
+        raise CommandError(f"{shown} is an image that cannot be read: {first_line(error)}") from error
 
 
 def _read_bytes(source: str) -> bytes:

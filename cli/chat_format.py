@@ -63,7 +63,7 @@ def derive_template(tokenizer: Any) -> str:
         tokenizer: The decoder's, which has a chat template.
 
     Returns:
-        A Jinja template; without pictures and query tokens it renders what the decoder's own does.
+        A Jinja template; without images and query tokens it renders what the decoder's own does.
 
     Raises:
         ChatFormatError: If the decoder's template does more than a `ChatFormat` can say.
@@ -87,7 +87,7 @@ def check_template(tokenizer: Any, template: str) -> None:
         template: A FlashSloth template, such as a user wrote.
 
     Raises:
-        ChatFormatError: If it does not compile, forgets pictures or queries, or does not mark answers.
+        ChatFormatError: If it does not compile, forgets images or queries, or does not mark answers.
     """
     parts = [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]
     try:
@@ -96,7 +96,7 @@ def check_template(tokenizer: Any, template: str) -> None:
         raise ChatFormatError(f"the chat template cannot be rendered: {error}.") from error
     if not re.search(rf"{IMAGE_TOKEN}\s*{QUESTIONS[0]}{QUERY_TOKEN}", text) or text.count(IMAGE_TOKEN) != 1:
         raise ChatFormatError(
-            f"the chat template must write a picture as {IMAGE_TOKEN} before its user's text and {QUERY_TOKEN} right "
+            f"the chat template must write an image as {IMAGE_TOKEN} before its user's text and {QUERY_TOKEN} right "
             f"behind that text, but wrote {text!r}."
         )
     if not re.search(r"\{%-?\s*generation\b", template):
@@ -136,8 +136,8 @@ def find_instruction_starts(tokenizer: Any, template: str) -> list[list[int]]:
     special = _special_tokens(tokenizer)
     starts = _user_starts(_heads(render, chat_format), chat_format, special)
     parts = [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]
-    with_picture = render([{"role": "user", "content": parts}]).partition(QUESTIONS[0])[0]
-    starts.append((with_picture, with_picture.index(IMAGE_TOKEN)))
+    with_image = render([{"role": "user", "content": parts}]).partition(QUESTIONS[0])[0]
+    starts.append((with_image, with_image.index(IMAGE_TOKEN)))
     patterns = {
         _ids_before(tokenizer, head, start, content) for head, start in starts for content in (*CONTENTS, QUESTIONS[0])
     }

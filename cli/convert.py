@@ -163,7 +163,7 @@ def _write_rest(folder: Path, plan: Plan, conversion: Conversion) -> None:
         name=conversion.output.name,
         dtype=conversion.dtype,
         num_parameters=conversion.num_parameters,
-        high_definition=plan.processor.image_processor.do_image_splitting,
+        do_image_splitting=plan.processor.image_processor.do_image_splitting,
     )
     card.save(folder / "README.md")
 

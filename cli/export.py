@@ -73,7 +73,7 @@ def export(
         license_id: The weights' licence, by the Hub's name for it. Default: what the checkpoint's own card says.
         base_models: Hub ids of the models that this one grew from. Default: the same.
         evaluations: JSON files with results. Default: the checkpoint's `evaluation.json`, if it has one.
-        examples: Pictures, as files or URLs, and questions for the Hub's widget.
+        examples: Images, as files or URLs, and questions for the Hub's widget.
 
     Returns:
         What was written.
@@ -106,12 +106,12 @@ def export(
             name=name or output.name,
             dtype=summary.dtype,
             num_parameters=summary.num_parameters,
-            high_definition=used_processor.image_processor.do_image_splitting,
+            do_image_splitting=used_processor.image_processor.do_image_splitting,
             origin=ORIGIN,
             base_models=list(base_models) or _hub_ids(known.base_model),
             license_id=license_id,
             results=results,
-            examples=[(_copy_example(picture, partial), question) for picture, question in examples],
+            examples=[(_copy_example(image, partial), question) for image, question in examples],
         )
         card.save(partial / CARD)
         written = {file.name for file in partial.iterdir()}
@@ -237,15 +237,15 @@ def _copy_license(checkpoint: Path, folder: Path, license_id: str | None) -> Non
             return
 
 
-def _copy_example(picture: str, folder: Path) -> str:
-    """Where the widget finds a picture."""
-    if picture.startswith(URL_PREFIXES):
-        return picture
-    if not Path(picture).is_file():
-        raise RepositoryError(f"there is no example picture {picture}.")
-    target = folder / EXAMPLES / Path(picture).name
+def _copy_example(image: str, folder: Path) -> str:
+    """Where the widget finds an image."""
+    if image.startswith(URL_PREFIXES):
+        return image
+    if not Path(image).is_file():
+        raise RepositoryError(f"there is no example image {image}.")
+    target = folder / EXAMPLES / Path(image).name
     target.parent.mkdir(exist_ok=True)
-    if target.exists() and target.read_bytes() != Path(picture).read_bytes():
-        raise RepositoryError(f"two example pictures are called {target.name}; rename one of them.")
-    shutil.copyfile(picture, target)
+    if target.exists() and target.read_bytes() != Path(image).read_bytes():
+        raise RepositoryError(f"two example images are called {target.name}; rename one of them.")
+    shutil.copyfile(image, target)
     return target.relative_to(folder).as_posix()

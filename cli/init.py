@@ -54,7 +54,7 @@ NOTHING_POOLED = (
     "Nothing is pooled: no window but 1 divides the {grid}x{grid} patches, so that each becomes an image token; "
     "--image-size gives another grid."
 )
-PAD_TOKEN, ANCHOR_TEXT, PROBE_TEXT = "<pad>", " .", "The picture shows a small house, and behind it"
+PAD_TOKEN, ANCHOR_TEXT, PROBE_TEXT = "<pad>", " .", "The image shows a small house, and behind it"
 RELEASED_WINDOWS_PER_SIDE = 9
 MAX_WINDOWS_PER_SIDE = 2 * RELEASED_WINDOWS_PER_SIDE
 VISION_FAMILIES, LANGUAGE_FAMILIES = "SigLIP, CLIP, DINOv2, AIMv2 or ViT", "Phi, Llama, Qwen3, Gemma 3 or SmolLM3"
@@ -111,11 +111,11 @@ def init(
     *,
     vision_layer: int | None = None,
     image_size: int | None = None,
-    pooling_window: int | None = None,
-    query_layer: int | None = None,
+    pooling_window_size: int | None = None,
+    query_layer_idx: int | None = None,
     num_query_tokens: int = 9,
-    query_width: int = 576,
-    high_definition: bool = False,
+    query_hidden_size: int = 576,
+    do_image_splitting: bool = False,
     chat_template: str | None = None,
     dtype: str = "auto",
     seed: int = 0,
@@ -130,12 +130,12 @@ def init(
         vision_layer: Which of the tower's hidden states is read: -1 is what leaves the last layer, -2 what enters it.
             Default: -2, or -1 of a FlashSloth, whose tower ends with what it reads.
         image_size: Side of a tile in pixels, if not the tower's own; its position embeddings are interpolated.
-        pooling_window: Side of a pooling window in patches. Default: the one that makes about 9×9 windows or fewer; of
-            a grid whose side is prime it is 1, which compresses nothing, and a warning says so.
-        query_layer: Decoder layer on whose input the queries are updated. Default: 7 of 32, or as deep as that.
+        pooling_window_size: Side of a pooling window in patches. Default: the one that makes about 9×9 windows or
+            fewer; of a grid whose side is prime it is 1, which compresses nothing, and a warning says so.
+        query_layer_idx: Decoder layer on whose input the queries are updated. Default: 7 of 32, or as deep as that.
         num_query_tokens: Number of queries behind a question.
-        query_width: Width of the Embedded Query module.
-        high_definition: Whether a picture becomes five tiles.
+        query_hidden_size: Width of the Embedded Query module.
+        do_image_splitting: Whether an image becomes five tiles.
         chat_template: Jinja template with `<image>` and `<learnable>`. Default: the decoder's chat format, or the
             original's if it has none.
         dtype: Type of all weights; `auto`: the decoder's.
@@ -151,7 +151,7 @@ def init(
     with _refusal(str(language)):
         tower = _find_tower(str(vision), vision_layer, image_size)
         grid = _find_grid(tower)
-        window = pooling_window or default_pooling_window(grid)
+        window = pooling_window_size or default_pooling_window(grid)
         tokenizer = _load_tokenizer(str(language))
         template, end_token = _adapt_tokenizer(tokenizer, chat_template)
         starts = find_instruction_starts(tokenizer, template)
@@ -162,14 +162,14 @@ def init(
             tower,
             tokenizer,
             pooling_window_size=window,
-            query_layer_idx=query_layer,
+            query_layer_idx=query_layer_idx,
             num_query_tokens=num_query_tokens,
-            query_hidden_size=query_width,
+            query_hidden_size=query_hidden_size,
             instruction_start_ids=starts,
         )
         expected = _compute_logits(decoder, tokenizer, str(language))
         model, num_new_parameters = _build_model(config, decoder, tower, tokenizer, expected, seed)
-        processor = _build_processor(config, tokenizer, template, tower, high_definition)
+        processor = _build_processor(config, tokenizer, template, tower, do_image_splitting)
         _check_queries(model, processor, str(language))
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     result = Initialisation(
@@ -181,13 +181,13 @@ def init(
         dtype=str(model.dtype).removeprefix("torch."),
         end_token=end_token,
     )
-    if window == 1 and pooling_window is None:
+    if window == 1 and pooling_window_size is None:
         warnings.warn(NOTHING_POOLED.format(grid=grid), stacklevel=2)
     with complete_or_absent(output, num_bytes) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         processor.save_pretrained(folder)
         copy_code(folder)
-        _build_card(result, vision, language, high_definition).save(folder / "README.md")
+        _build_card(result, vision, language, do_image_splitting).save(folder / "README.md")
     return result
 
 
@@ -206,9 +206,9 @@ def default_pooling_window(grid: int) -> int:
     best = min(windows, key=lambda window: (abs(grid // window - RELEASED_WINDOWS_PER_SIDE), -window))
     if grid // best > MAX_WINDOWS_PER_SIDE:
         raise RepositoryError(
-            f"the vision tower cuts a picture into {grid}x{grid} patches, and no pooling window makes about 9x9 tokens "
+            f"the vision tower cuts an image into {grid}x{grid} patches, and no pooling window makes about 9x9 tokens "
             "of them; give another size in pixels with --image-size (224, if the tower was trained at several), or a "
-            "divisor with --pooling-window."
+            "divisor with --pooling-window-size."
         )
     return best
 
@@ -280,7 +280,7 @@ def _find_grid(tower: Tower) -> int:
     except ValueError as error:
         sizes = {name: getattr(tower.config, name, None) for name in ("image_size", "patch_size")}
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        reason = f"({tower.config.model_type}) is no vision tower with square pictures and patches: it has {shown}"
+        reason = f"({tower.config.model_type}) is no vision tower with square images and patches: it has {shown}"
         raise _unfit("--vision", tower.source, reason) from error
 
 
@@ -332,7 +332,7 @@ def _adapt_tokenizer(tokenizer: Any, template: str | None) -> tuple[str, str]:
             _add_special_tokens(tokenizer, [PAD_TOKEN])
             unused_end = PAD_TOKEN
         tokenizer.pad_token = unused_end
-    tokenizer.chat_template = None  # the processor's is the one that knows pictures
+    tokenizer.chat_template = None  # the processor's is the one that knows images
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
     return template, end_token
 
@@ -408,7 +408,7 @@ def _build_config(
         tie_word_embeddings=head.weight is decoder.get_input_embeddings().weight,
         **fields,
     )
-    config.check()
+    config.validate_architecture()
     return config
 
 
@@ -561,7 +561,7 @@ def _check_tower(tower: Tower, model: PreTrainedModel, used: PreTrainedModel) ->
             "--vision",
             tower.source,
             f"({config.model_type}) does not give one feature for each of the {grid**2} patches of a {side}x{side} "
-            "picture, row by row",
+            "image, row by row",
         ) from reason
 
 
@@ -593,7 +593,7 @@ def _side(size: int | list[int] | tuple[int, int]) -> int:
 
 
 def _build_processor(
-    config: FlashSlothConfig, tokenizer: Any, template: str, tower: Tower, high_definition: bool
+    config: FlashSlothConfig, tokenizer: Any, template: str, tower: Tower, do_image_splitting: bool
 ) -> FlashSlothProcessor:
     try:
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower.source)
@@ -602,7 +602,7 @@ def _build_processor(
     height, width = config.tile_size
     image_processor = FlashSlothImageProcessor(
         size={"height": height, "width": width},
-        do_image_splitting=high_definition,
+        do_image_splitting=do_image_splitting,
         **{name: pixels[name] for name in PIXEL_FIELDS if pixels.get(name) is not None},
     )
     return FlashSlothProcessor(
@@ -614,7 +614,7 @@ def _build_processor(
     )
 
 
-def _build_card(result: Initialisation, vision: Any, language: Any, high_definition: bool) -> ModelCard:
+def _build_card(result: Initialisation, vision: Any, language: Any, do_image_splitting: bool) -> ModelCard:
     sources = {"decoder": str(language), "tower": str(vision)}
     names = {part: Path(source).name if Path(source).is_dir() else source for part, source in sources.items()}
     return model_card.build_model_card(
@@ -622,7 +622,7 @@ def _build_card(result: Initialisation, vision: Any, language: Any, high_definit
         name=result.output.name,
         dtype=result.dtype,
         num_parameters=result.num_parameters,
-        high_definition=high_definition,
+        do_image_splitting=do_image_splitting,
         origin=model_card.INITIALISED.format(**names, num_new_rows=result.num_new_rows),
         base_models=[source for source in sources.values() if not Path(source).is_dir()],
         license_id=None,

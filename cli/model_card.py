@@ -26,7 +26,7 @@ CARD = """---
 
 # {name}
 
-FlashSloth (arXiv [2412.04317](https://arxiv.org/abs/2412.04317)): a vision-language model whose decoder sees a picture
+FlashSloth (arXiv [2412.04317](https://arxiv.org/abs/2412.04317)): a vision-language model whose decoder sees an image
 as {num_image_tokens} tokens, and looks back at its {num_patches} patches when it is asked.
 
 | | |
@@ -34,7 +34,7 @@ as {num_image_tokens} tokens, and looks back at its {num_patches} patches when i
 | Parameters | {num_parameters:,} |
 | Decoder | {text_type}, {num_layers} layers of width {hidden_size} |
 | Vision tower | {vision_type}, {num_vision_layers} layers, {image_size} px |
-| Tiles of a picture | {num_tiles}{high_definition} |
+| Tiles of an image | {num_tiles}{variant} |
 | Type of the weights | {dtype} |
 
 {origin}
@@ -51,7 +51,7 @@ model_id = "{name}"  # this repository's folder or Hub id
 processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=True)
 
-content = [{{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+content = [{{"type": "image", "path": "image.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True,
@@ -66,7 +66,7 @@ sentence = processor.post_process_image_text_to_text(answer)[0]
 With the package `flashsloth` installed, leave `trust_remote_code` out, or ask from the shell:
 
 ```sh
-flashsloth ask picture.jpg "What is in the picture?" --model {name}
+flashsloth ask image.jpg "What is in the picture?" --model {name}
 ```
 """
 
@@ -77,7 +77,7 @@ def build_model_card(
     name: str,
     dtype: str,
     num_parameters: int,
-    high_definition: bool,
+    do_image_splitting: bool,
     origin: str = CONVERTED,
     base_models: list[str] | None = None,
     license_id: str | None = "apache-2.0",
@@ -91,12 +91,12 @@ def build_model_card(
         name: What the card calls the model.
         dtype: Type of the weights, such as `float16`.
         num_parameters: Number of parameters.
-        high_definition: Whether pictures are cut into five tiles.
+        do_image_splitting: Whether images are cut into five tiles.
         origin: Where the weights come from, in a sentence.
         base_models: Hub ids of the models that this one grew from. Default: as far as the sizes tell.
         license_id: The weights' licence, by the name that the Hub has for it; `None`: not known.
         results: What `read_results` read.
-        examples: Pictures, as paths in the repository or URLs, and questions for the Hub's widget.
+        examples: Images, as paths in the repository or URLs, and questions for the Hub's widget.
     """
     text, vision = config.text_config, config.vision_config
     metadata = ModelCardData(
@@ -107,9 +107,9 @@ def build_model_card(
         base_model=_base_models(config) if base_models is None else base_models or None,
         model_name=name if results else None,
         eval_results=results or None,
-        widget=[{"text": question, "src": picture} for picture, question in examples or ()] or None,
+        widget=[{"text": question, "src": image} for image, question in examples or ()] or None,
     )
-    num_tiles = NUM_HD_TILES if high_definition else 1
+    num_tiles = NUM_HD_TILES if do_image_splitting else 1
     return ModelCard(
         CARD.format(
             metadata=metadata.to_yaml(),
@@ -124,7 +124,7 @@ def build_model_card(
             num_vision_layers=vision.num_hidden_layers,
             image_size=vision.image_size,
             num_tiles=num_tiles,
-            high_definition=" (FlashSloth-HD)" if high_definition else "",
+            variant=" (FlashSloth-HD)" if do_image_splitting else "",
             dtype=dtype,
             origin=origin,
             results=_results_table(results or []),
@@ -133,7 +133,7 @@ def build_model_card(
 
 
 def read_results(file: Path) -> list[EvalResult]:
-    """Evaluation results, from what `examples/tiny/evaluate.py` or lmms-eval wrote.
+    """Evaluation results, from what `examples/tiny/score.py` or lmms-eval wrote.
 
     Args:
         file: A JSON file: counts of `asked` and `right` for every kind of question, or lmms-eval's `results`.

@@ -155,7 +155,7 @@ def _run(
     cache: DynamicCache,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    **pictures: torch.Tensor,
+    **images: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
     outputs = model(
@@ -165,20 +165,20 @@ def _run(
         cache=cache,
         use_cache=True,
         logits_to_keep=1,
-        **pictures,
+        **images,
     )
     return outputs.logits[:, 0], *(states for layer in cache.layers for states in (layer.keys, layer.values))
 
 
 def _build_inputs(processor: FlashSlothProcessor, questions: Iterable[str | None]) -> dict[str, torch.Tensor]:
-    """A batch of one conversation for each question, with two noisy pictures; None: text without pictures."""
+    """A batch of one conversation for each question, with two noisy images; None: text without images."""
     size = processor.image_processor.size
     rng = np.random.default_rng(0)
     conversations = []
     for question in questions:
         shape = (0 if question is None else 2, size["height"], size["width"], 3)
-        pictures = [Image.fromarray(noise) for noise in rng.integers(256, size=shape, dtype=np.uint8)]
-        content = [{"type": "image", "image": picture} for picture in pictures]
+        images = [Image.fromarray(noise) for noise in rng.integers(256, size=shape, dtype=np.uint8)]
+        content = [{"type": "image", "image": image} for image in images]
         conversations.append(
             [{"role": "user", "content": [*content, {"type": "text", "text": question or "Why?"}]}],
         )

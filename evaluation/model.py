@@ -1,4 +1,4 @@
-"""The model that lmms-eval asks: chat messages with pictures in, answers out, batch by batch."""
+"""The model that lmms-eval asks: chat messages with images in, answers out, batch by batch."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from ..video_flashsloth import DEFAULT_NUM_FRAMES, video_frames
+from ..video_processing_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 
 try:
     from accelerate import Accelerator
@@ -42,8 +42,8 @@ class FlashSlothForEvaluation(lmms):
         dtype: Such as "bfloat16". Default: the checkpoint's.
         attn_implementation: As for `from_pretrained`.
         revision: Of a Hub id.
-        hd: Whether a picture is read as five tiles. Default: what the checkpoint's processor says.
-        max_num_frames: A video is read as at most that many pictures, evenly spaced.
+        do_image_splitting: Whether an image is read as five tiles. Default: what the checkpoint's processor says.
+        max_num_frames: A video is read as at most that many images, evenly spaced.
 
     Raises:
         ValueError: If `batch_size` or `max_num_frames` is no positive number.
@@ -59,13 +59,13 @@ class FlashSlothForEvaluation(lmms):
         dtype: str = "auto",
         attn_implementation: str | None = None,
         revision: str = "main",
-        hd: bool | None = None,
+        do_image_splitting: bool | None = None,
         max_num_frames: int = DEFAULT_NUM_FRAMES,
     ) -> None:
         super().__init__()
         self.batch_size = _positive("batch_size", batch_size)
         self.max_num_frames = _positive("max_num_frames", max_num_frames)
-        self.image_kwargs = {} if hd is None else {"do_image_splitting": bool(hd)}
+        self.image_kwargs = {} if do_image_splitting is None else {"do_image_splitting": bool(do_image_splitting)}
         self.accelerator = Accelerator()
         is_parallel = self.accelerator.num_processes > 1
         self.device = torch.device(device) if device and not is_parallel else self.accelerator.device
@@ -164,7 +164,7 @@ class FlashSlothForEvaluation(lmms):
         if part["type"] == "video":
             return [{"type": "image", "image": frame} for frame in video_frames(part["url"], self.max_num_frames)]
         raise ValueError(
-            f"FlashSloth reads text, pictures and videos, but this task has content of type {part['type']!r}; choose "
+            f"FlashSloth reads text, images and videos, but this task has content of type {part['type']!r}; choose "
             "another task."
         )
 

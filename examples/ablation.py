@@ -2,12 +2,12 @@
 
     python examples/ablation.py --output ablation
 
-draws pictures, trains a vision tower on what stands on every patch (once), and on its frozen features trains every
-variant of `VARIANTS` with every seed: same pictures, same questions in the same order, as many steps, as many trained
+draws images, trains a vision tower on what stands on every patch (once), and on its frozen features trains every
+variant of `VARIANTS` with every seed: same images, same questions in the same order, as many steps, as many trained
 parameters within 1 %. Then it writes `results.json`, `table.md` and `plot.png` into the output folder. What is finished
 is not done again, so a stopped run goes on where it was.
 
-What the pictures show and what is asked stands in `ablation_scenes.py`; what came out, in `docs/ablation.md`.
+What the images show and what is asked stands in `ablation_scenes.py`; what came out, in `docs/ablation.md`.
 """
 
 import argparse
@@ -56,7 +56,7 @@ BATCH_SIZE = 32
 
 
 class TowerDataset(Dataset):
-    """Pictures with `patch_targets`, drawn when asked for."""
+    """Images with `patch_targets`, drawn when asked for."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -162,13 +162,13 @@ def pretrain_tower(folder: Path, num_steps: int) -> nn.Module:
 
 
 @torch.inference_mode()
-def features_of(tower: nn.Module, split: str, num_pictures: int, folder: Path) -> torch.Tensor:
-    """Patch features of the first pictures of a split, `(num_pictures, width, GRID, GRID)`; kept in a file."""
-    file = folder / f"{split}-{num_pictures}.safetensors"
+def features_of(tower: nn.Module, split: str, num_images: int, folder: Path) -> torch.Tensor:
+    """Patch features of the first images of a split, `(num_images, width, GRID, GRID)`; kept in a file."""
+    file = folder / f"{split}-{num_images}.safetensors"
     if not file.exists():
         features = []
-        for start in range(0, num_pictures, BATCH_SIZE):
-            scenes = [scene_at(split, index) for index in range(start, min(start + BATCH_SIZE, num_pictures))]
+        for start in range(0, num_images, BATCH_SIZE):
+            scenes = [scene_at(split, index) for index in range(start, min(start + BATCH_SIZE, num_images))]
             with torch.autocast("cpu", torch.bfloat16):
                 patches = tower(torch.stack([pixels_of(scene) for scene in scenes])).last_hidden_state
             features.append(patches.bfloat16().transpose(1, 2).unflatten(2, (GRID, GRID)))
@@ -208,7 +208,7 @@ VARIANTS = {
 class StoredFeatures(nn.Module):
     """In the place of the vision tower: hands features on that the real tower computed before.
 
-    They come as a picture of `GRID` × `GRID` pixels with one channel for every feature.
+    They come as an image of `GRID` × `GRID` pixels with one channel for every feature.
     """
 
     dtype = torch.float32
@@ -297,11 +297,11 @@ def num_trained(model: nn.Module) -> int:
 def render(
     turns: list[tuple[list[str], list[str]]], num_image_tokens: int, num_query_tokens: int
 ) -> dict[str, torch.LongTensor]:
-    """Ids and labels of a conversation about one picture.
+    """Ids and labels of a conversation about one image.
 
     Args:
         turns: Questions and answers, in words of `VOCABULARY`.
-        num_image_tokens: Image tokens of the picture.
+        num_image_tokens: Image tokens of the image.
         num_query_tokens: Query tokens behind every question; 0: none.
 
     Returns:
@@ -318,7 +318,7 @@ def render(
 
 
 class ConversationDataset(Dataset):
-    """Conversations of one question for every task, in any order, over and over about the same pictures."""
+    """Conversations of one question for every task, in any order, over and over about the same images."""
 
     def __init__(self, features: torch.Tensor, length: int, seed: int, variant: Variant) -> None:
         self.features, self.length, self.seed = features, length, seed
@@ -328,15 +328,15 @@ class ConversationDataset(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        picture = index % len(self.features)
+        image = index % len(self.features)
         rng = random.Random(f"conversation:{self.seed}:{index}")
-        turns = list(questions(scene_at("train", picture)).values())
+        turns = list(questions(scene_at("train", image)).values())
         rng.shuffle(turns)
-        return {**render(turns, *self.counts), "pixel_values": self.features[picture].float()}
+        return {**render(turns, *self.counts), "pixel_values": self.features[image].float()}
 
 
 def token_counts(variant: Variant) -> tuple[int, int]:
-    """Image tokens a picture and query tokens a question."""
+    """Image tokens an image and query tokens a question."""
     config = build_config(variant, intermediate_size=1)
     return config.image_seq_length, config.num_query_tokens * variant.has_queries
 
@@ -364,7 +364,7 @@ def evaluate(model: nn.Module, features: torch.Tensor, variant: Variant) -> dict
         for start in range(0, len(asked), 2 * BATCH_SIZE):
             pixels = features[start : start + 2 * BATCH_SIZE].float()
             rows = [render([turns[task]], *counts) for turns in asked[start : start + len(pixels)]]
-            batch = collate([{**row, "pixel_values": picture} for row, picture in zip(rows, pixels, strict=True)])
+            batch = collate([{**row, "pixel_values": image} for row, image in zip(rows, pixels, strict=True)])
             labels = batch.pop("labels")[:, 1:]
             with torch.autocast("cpu", torch.bfloat16):
                 said = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
@@ -372,13 +372,13 @@ def evaluate(model: nn.Module, features: torch.Tensor, variant: Variant) -> dict
     return {task: hits / len(asked) for task, hits in right.items()}
 
 
-def best_guess(num_pictures: int, num_asked: int) -> dict[str, float]:
+def best_guess(num_images: int, num_asked: int) -> dict[str, float]:
     """Share of exact answers of someone who sees nothing and says what is most often right in training."""
     share = {}
     for task in TASKS:
         answers = {
             split: [" ".join(questions(scene_at(split, index))[task][1]) for index in range(n)]
-            for split, n in (("train", num_pictures), ("evaluation", num_asked))
+            for split, n in (("train", num_images), ("evaluation", num_asked))
         }
         said = max(sorted(set(answers["train"])), key=answers["train"].count)
         share[task] = answers["evaluation"].count(said) / num_asked
@@ -469,23 +469,23 @@ def main() -> None:
     """Do everything that is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for features, runs, table and plot")
-    parser.add_argument("--tower-steps", type=int, default=1500, help=f"steps of {BATCH_SIZE} pictures")
+    parser.add_argument("--tower-steps", type=int, default=1500, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument("--steps", type=int, default=500, help=f"steps of {BATCH_SIZE} conversations")
-    parser.add_argument("--pictures", type=int, default=12000, help="training pictures")
-    parser.add_argument("--evaluation-pictures", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=12000, help="training images")
+    parser.add_argument("--evaluation-images", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args.output.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(args, name) for name in ("tower_steps", "steps", "pictures", "evaluation_pictures")}
+    settings = {name: getattr(args, name) for name in ("tower_steps", "steps", "images", "evaluation_images")}
     check_settings(args.output, settings)
 
     tower = pretrain_tower(args.output, args.tower_steps)
-    sizes = {"train": args.pictures, "evaluation": args.evaluation_pictures}
+    sizes = {"train": args.images, "evaluation": args.evaluation_images}
     features = {split: features_of(tower, split, number, args.output) for split, number in sizes.items()}
     runs = [run(name, seed, args.steps, features, args.output) for seed in args.seeds for name in args.variants]
-    guess = best_guess(args.pictures, args.evaluation_pictures)
+    guess = best_guess(args.images, args.evaluation_images)
     table = summarise(runs, guess)
     result = {"settings": settings, "most_frequent_answer": guess, "runs": runs}
     (args.output / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The drawing program of the ablation: pictures, what stands on their patches, questions and answers.
+"""The drawing program of the ablation: images, what stands on their patches, questions and answers.
 
-Every picture holds one large shape, a sign of three letters, and small dots, anywhere on a plain background; a letter
-and a dot are about as large as one patch. The pictures of the split "tower", about which nothing is asked, hold two
+Every image holds one large shape, a sign of three letters, and small dots, anywhere on a plain background; a letter
+and a dot are about as large as one patch. The images of the split "tower", about which nothing is asked, hold two
 signs. Two of the `TASKS` need such detail, two do not.
 """
 
@@ -52,7 +52,7 @@ NUM_CLASSES = (len(NAMES), len(COLOURS), len(LETTERS), CODE_LENGTH)  # the last:
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of a picture.
+    """One thing of an image.
 
     Attributes:
         name: One of `SHAPES`, "sign" or "dot".
@@ -110,9 +110,9 @@ def _are_near(box: tuple, other: tuple, gap: float = 3) -> bool:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, `SIZE` pixels wide and high."""
-    picture = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene.background])
-    canvas = ImageDraw.Draw(picture)
+    """The image of a scene, RGB, `SIZE` pixels wide and high."""
+    image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene.background])
+    canvas = ImageDraw.Draw(image)
     for thing in scene.things:
         (left, top, right, bottom), paint = thing.box, COLOURS[thing.colour]
         middle, third = (left + right) / 2, (right - left) / 3
@@ -127,11 +127,11 @@ def draw(scene: Scene) -> Image.Image:
             canvas.rectangle(thing.box, fill=paint)
         if thing.text:
             canvas.text((left + MARGIN, bottom - MARGIN), thing.text, font=FONT, fill=(255, 255, 255), anchor="ls")
-    return picture
+    return image
 
 
 def pixels_of(scene: Scene) -> torch.Tensor:
-    """The picture of a scene as the tower takes it: `(3, SIZE, SIZE)`, in [-1, 1]."""
+    """The image of a scene as the tower takes it: `(3, SIZE, SIZE)`, in [-1, 1]."""
     return torch.from_numpy(np.asarray(draw(scene), np.float32).transpose(2, 0, 1) / 127.5 - 1)
 
 

@@ -1,4 +1,4 @@
-"""Answers a question about a picture by onnxruntime, on the folder that `flashsloth onnx` wrote.
+"""Answers a question about an image by onnxruntime, on the folder that `flashsloth onnx` wrote.
 
 flashsloth onnx . runs/onnx
 python examples/ask_onnx.py runs/onnx examples/scene.png "Read the sign."
@@ -54,7 +54,7 @@ class OnnxFlashSloth:
         return answers
 
     def _prepare(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, mask and tiles; the graphs need one tile, and room for it in the prompt, where there is no picture."""
+        """Ids, mask and tiles; the graphs need one tile, and room for it in the prompt, where there is no image."""
         ids, mask, tiles = (inputs.get(name) for name in ("input_ids", "attention_mask", "pixel_values"))
         if tiles is not None:
             return ids, mask, tiles

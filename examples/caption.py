@@ -1,11 +1,11 @@
-"""Asks a question about every picture of a folder or a listing, on one process or, with torchrun, on many.
+"""Asks a question about every image of a folder or a listing, on one process or, with torchrun, on many.
 
     python examples/caption.py photos --question "Describe the picture." --output captions
     torchrun --nproc_per_node 8 examples/caption.py listing.jsonl --question "Describe the picture." --output captions
 
-Pictures come from a folder, with the folders in it, or from the column `image` of a `.json`, `.jsonl` or `.parquet`
+Images come from a folder, with the folders in it, or from the column `image` of a `.json`, `.jsonl` or `.parquet`
 file or of a data set; there, a column `question` goes before `--question`. `answers.jsonl` has one line for every row,
-in order; where a picture could not be read it has an `error` instead of an `answer`, and `errors.jsonl` has it as well.
+in order; where an image could not be read it has an `error` instead of an `answer`, and `errors.jsonl` has it as well.
 
 The processes share nothing but the output folder: batch n belongs to process n modulo their number, and each appends
 the batches that it has answered to a file of its own, one line each. A run that was stopped or killed goes on where it
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # a name that is not UTF-8 becomes an escape, as in JSON
 NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-SETTINGS = ("model", "question", "batch_size", "max_new_tokens", "hd")
+SETTINGS = ("model", "question", "batch_size", "max_new_tokens", "do_image_splitting")
 
 
 class Batch(NamedTuple):
@@ -59,8 +59,8 @@ class Batch(NamedTuple):
     inputs: BatchFeature | None
 
 
-class Pictures:
-    """Names of pictures, as records."""
+class Images:
+    """Names of images, as records."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -73,12 +73,12 @@ class Pictures:
 
 
 class Batches(Dataset):
-    """Batches that are still to be answered; pictures are read when a batch is asked for.
+    """Batches that are still to be answered; images are read when a batch is asked for.
 
     Args:
         source: Rows with a column `image`.
-        folder: What relative paths of pictures are relative to.
-        processor: Makes inputs of pictures and questions.
+        folder: What relative paths of images are relative to.
+        processor: Makes inputs of images and questions.
         options: The command line.
         numbers: Which batches.
     """
@@ -104,7 +104,7 @@ class Batches(Dataset):
             row: dict[str, Any] = {"row": index}
             try:
                 conversations.append(self._read(self.source.record(index), row))
-            except Exception as error:  # a picture may be broken in any way
+            except Exception as error:  # an image may be broken in any way
                 row["error"] = str(error) or type(error).__name__
             rows.append(row)
         return Batch(number, rows, self._prepare(conversations) if conversations else None)
@@ -120,12 +120,12 @@ class Batches(Dataset):
         wanted["caption"] = row.get("question", self.options.question).replace(PLACEHOLDER, "").strip()
         wanted["caption"].encode()  # raises for half a character, which no tokenizer takes
         asked = normalize_row(wanted, image_folder=self.folder)
-        content = [{"type": "image", "image": self._load(picture)} for picture in asked["image"]]
+        content = [{"type": "image", "image": self._load(image)} for image in asked["image"]]
         return [{"role": "user", "content": [*content, {"type": "text", "text": asked["caption"]}]}]
 
-    def _load(self, picture: Any) -> Image.Image:
+    def _load(self, image: Any) -> Image.Image:
         image_processor = self.processor.image_processor
-        return image_processor.process_image(image_processor.fetch_images(picture))
+        return image_processor.process_image(image_processor.fetch_images(image))
 
     def _prepare(self, conversations: list) -> BatchFeature:
         return self.processor.apply_chat_template(
@@ -134,7 +134,10 @@ class Batches(Dataset):
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "images_kwargs": {"do_image_splitting": self.options.hd}},
+            processor_kwargs={
+                "padding": True,
+                "images_kwargs": {"do_image_splitting": self.options.do_image_splitting},
+            },
         )
 
 
@@ -180,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def open_source(source: Path) -> tuple[Rows, Path]:
-    """Open a folder of pictures or a listing.
+    """Open a folder of images or a listing.
 
     Returns:
         Its records, by number, and what their paths are relative to.
@@ -192,11 +195,11 @@ def open_source(source: Path) -> tuple[Rows, Path]:
     if is_folder:
         suffixes = Image.registered_extensions()
         files = (file for file in source.rglob("*") if file.suffix.lower() in suffixes)
-        rows = Rows(Pictures(sorted(file.relative_to(source).as_posix() for file in files)), None)
+        rows = Rows(Images(sorted(file.relative_to(source).as_posix() for file in files)), None)
     else:
         rows = load_rows(source)
     if not len(rows):
-        raise ValueError(f"There are no pictures in {source}.")
+        raise ValueError(f"There are no images in {source}.")
     return rows, source if source.is_dir() else source.parent
 
 
@@ -274,7 +277,7 @@ def _read_batch(part: Path, start: int) -> dict[str, Any]:
 
 
 def _check_settings(options: argparse.Namespace, source: Rows) -> None:
-    """Refuse to mix what different pictures, questions or models gave; batches are known by number only."""
+    """Refuse to mix what different images, questions or models gave; batches are known by number only."""
     settings = {"num_rows": len(source), "source": _identify(options.source, source)}
     settings |= {name: getattr(options, name) for name in SETTINGS}
     file = options.output / "settings.json"
@@ -291,7 +294,7 @@ def _check_settings(options: argparse.Namespace, source: Rows) -> None:
 
 
 def _identify(path: Path, source: Rows) -> str:
-    """What tells a source from others: where it is, the names of its pictures, or when its files changed."""
+    """What tells a source from others: where it is, the names of its images, or when its files changed."""
     names = getattr(source.records, "names", None)
     known = [str(path.resolve() if path.exists() else path), *(names or [])]
     if names is None:
@@ -302,18 +305,20 @@ def _identify(path: Path, source: Rows) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("source", type=Path, help="folder of pictures; .json, .jsonl or .parquet file; data set")
+    parser.add_argument("source", type=Path, help="folder of images; .json, .jsonl or .parquet file; data set")
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers, common to all processes")
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: the shipped checkpoint)")
     parser.add_argument("--question", default="Describe the picture.", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    parser.add_argument("--hd", action="store_const", const=True, help="read pictures as five tiles")
+    parser.add_argument(
+        "--hd", dest="do_image_splitting", action="store_const", const=True, help="read images as five tiles"
+    )
     parser.add_argument(
         "--loaders",
         type=int,
         default=min(2, NUM_CPUS),
-        help="processes that read pictures ahead of a model (default: %(default)s)",
+        help="processes that read images ahead of a model (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 

@@ -1,8 +1,8 @@
-"""A chat about a picture in the browser, which shows what the model looked at. It is also the `app.py` of a Space.
+"""A chat about an image in the browser, which shows what the model looked at. It is also the `app.py` of a Space.
 
 python examples/demo.py [--model FOLDER_OR_ID]
 
-A picture is encoded once, whatever the number of questions. Nothing is fetched from other hosts but the model, if it is
+An image is encoded once, whatever the number of questions. Nothing is fetched from other hosts but the model, if it is
 given by a Hub id.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # which would keep visitors' pictures, and talk to the Hub
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # which would keep visitors' images, and talk to the Hub
 
 import torch
 from PIL import Image
@@ -25,7 +25,7 @@ import flashsloth
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.backbones_flashsloth import working_dtype
 from flashsloth.cli import SHIPPED_CHECKPOINT_NOTE
-from flashsloth.image_processing_flashsloth import PICTURE_ERRORS
+from flashsloth.image_processing_flashsloth import IMAGE_ERRORS
 from flashsloth.saliency_flashsloth import overlay
 
 try:
@@ -37,7 +37,7 @@ SHIPPED_CHECKPOINT = Path(flashsloth.__file__).parent
 MAX_NEW_TOKENS = 512
 MAX_QUESTION_LENGTH = 100_000  # characters; a question that the model can read is shorter
 MAX_FILE_SIZE = "32mb"
-PROGRAMS = ("EPS",)  # formats of which Pillow has another program make a picture
+PROGRAMS = ("EPS",)  # formats of which Pillow has another program make an image
 SHOWN_SIDE = 640  # pixels of the longer side of a heat map
 DELETE_FILES = (600, 3600)  # seconds: how often, and how old an upload or a map must be
 SECONDS_TO_STOP = 30
@@ -45,7 +45,7 @@ SHOWN_LENGTH = 300  # characters of a refused question
 SYSTEM_FONTS = ("system-ui", "sans-serif")
 VIEWS = ("What the answer depends on", "Where the queries looked", "How patches were pooled")
 EXPLANATION = """
-One map for each way from the picture to the answer: the **answer** depends on the glowing patches most (gradient of its
+One map for each way from the image to the answer: the **answer** depends on the glowing patches most (gradient of its
 probability), the **queries** behind the question read them (attention of the Embedded Query module), and **pooling**
 took them into the image tokens, whatever the question.
 """
@@ -60,7 +60,7 @@ footer { display: none !important; }
 #about p { margin: 0; }
 @media (max-width: 640px) {
     #about p { font-size: 0.85rem; line-height: 1.35; }
-    #picture { height: 160px !important; }
+    #image { height: 160px !important; }
     #chat { height: 150px !important; }
 }
 """
@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 
 
 class Turn(NamedTuple):
-    """A question, its answer, and the picture with what the model looked at, one for each of `VIEWS`."""
+    """A question, its answer, and the image with what the model looked at, one for each of `VIEWS`."""
 
     question: str
     answer: str
@@ -112,28 +112,28 @@ def _is_in(folder: Path, path: Any) -> bool:
         return False
 
 
-class PictureInput(gr.Image):
-    """A picture to upload or to take, in its own mode; what is no picture is refused in words."""
+class ImageInput(gr.Image):
+    """An image to upload or to take, in its own mode; what is no image is refused in words."""
 
     is_template = True  # the browser sees a gr.Image
 
     def preprocess(self, payload: Any) -> Image.Image | None:
-        """Open the picture.
+        """Open the image.
 
         Raises:
             gr.Error: If it cannot be read.
         """
         try:
-            picture = super().preprocess(payload)
-            if picture is not None:
-                if picture.format in PROGRAMS:
-                    raise ValueError(picture.format)
-                picture.load()
-                picture.filename = ""  # the server's, which errors would show
-        except PICTURE_ERRORS as error:
-            text = "This file is not a picture that can be read. Please choose another one."
+            image = super().preprocess(payload)
+            if image is not None:
+                if image.format in PROGRAMS:
+                    raise ValueError(image.format)
+                image.load()
+                image.filename = ""  # the server's, which errors would show
+        except IMAGE_ERRORS as error:
+            text = "This file is not an image that can be read. Please choose another one."
             raise gr.Error(text, print_exception=False) from error
-        return picture
+        return image
 
 
 class StopWhen(StoppingCriteria):
@@ -154,14 +154,14 @@ class Answering(threading.Thread):
         self,
         model: FlashSlothForConditionalGeneration,
         tokenizer: Any,
-        picture: Image.Image,
+        image: Image.Image,
         inputs: dict,
         **kwargs: Any,
     ) -> None:
         super().__init__(daemon=True)
         self.streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop = threading.Event()
-        self.model, self.picture, self.inputs, self.settings = model, picture, inputs, kwargs
+        self.model, self.image, self.inputs, self.settings = model, image, inputs, kwargs
         self.output: Any = None
         self.error: Exception | None = None
         self.is_unwanted = False
@@ -219,12 +219,12 @@ class Demo:
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
         self.model, self.processor, self.max_new_tokens = model.eval(), processor, max_new_tokens
-        self.pictures = model.picture_cache()
+        self.images = model.image_prefix_cache()
         self.answering: dict[str | None, Answering] = {}  # by visitor
 
     def ask(
         self,
-        picture: Image.Image | None,
+        image: Image.Image | None,
         question: str,
         splitting: bool,
         temperature: float,
@@ -239,21 +239,21 @@ class Demo:
             Chat, question box, stop button, turns, choice of question, and the views.
         """
         question = (question or "").strip()
-        if picture is None or not question:
-            missing = "Please choose a picture first." if picture is None else "Please type a question first."
+        if image is None or not question:
+            missing = "Please choose an image first." if image is None else "Please type a question first."
             gr.Warning(missing)
             yield _unchanged()
             return
         try:
-            inputs = self.pictures(self._inputs(picture, question, splitting, turns))
+            inputs = self.images(self._inputs(image, question, splitting, turns))
             options = Sampling(temperature, top_p, max_new_tokens).options(self._room(inputs))
-        except ValueError as error:  # such as a picture of 70000 x 1 pixels, or a question that is too long
+        except ValueError as error:  # such as an image of 70000 x 1 pixels, or a question that is too long
             yield _refused(turns, question, str(error))
             return
         answering = Answering(
             self.model,
             self.processor.tokenizer,
-            picture,
+            image,
             inputs,
             output_attentions=True,
             return_dict_in_generate=True,
@@ -304,7 +304,7 @@ class Demo:
             answering.stop.set()
 
     def clear(self, request: gr.Request) -> list[Any]:
-        """Forget everything: the picture and what is typed as well."""
+        """Forget everything: the image and what is typed as well."""
         return [None, "", *self.begin_anew(request)]
 
     def begin_anew(self, request: gr.Request) -> list[Any]:
@@ -316,21 +316,21 @@ class Demo:
             answering.is_shown.wait(timeout=SECONDS_TO_STOP)
         return _emptied()
 
-    def look_at(self, picture: Image.Image | None, request: gr.Request) -> list[Any]:
-        """Begin anew with another picture; a visitor may be quicker, and have asked about it before this is called."""
+    def look_at(self, image: Image.Image | None, request: gr.Request) -> list[Any]:
+        """Begin anew with another image; a visitor may be quicker, and have asked about it before this is called."""
         answering = self.answering.get(request.session_hash)
-        if answering is not None and answering.picture == picture:
+        if answering is not None and answering.image == image:
             return [gr.skip() for _ in range(3 + len(VIEWS))]
         return self.begin_anew(request)
 
-    def _inputs(self, picture: Image.Image, question: str, splitting: bool, turns: list[Turn]) -> dict[str, Any]:
+    def _inputs(self, image: Image.Image, question: str, splitting: bool, turns: list[Turn]) -> dict[str, Any]:
         if len(question) > MAX_QUESTION_LENGTH:
             raise ValueError(f"This question has {len(question)} characters; the model cannot read so many.")
         messages = []
         for text, *answer in [*((turn.question, turn.answer) for turn in turns), (question,)]:
             messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
             messages += [{"role": "assistant", "content": [{"type": "text", "text": part}]} for part in answer]
-        messages[0]["content"].insert(0, {"type": "image", "image": picture})
+        messages[0]["content"].insert(0, {"type": "image", "image": image})
         return self.processor.apply_chat_template(
             messages,
             add_generation_prompt=True,
@@ -357,7 +357,7 @@ class Demo:
 
     def _views(self, answering: Answering) -> list[Image.Image]:
         inputs, output = answering.inputs, answering.output
-        shown = answering.picture.convert("RGB")
+        shown = answering.image.convert("RGB")
         shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         sizes = [(shown.height, shown.width)]
         looked = self.model.heat_maps(output, inputs["input_ids"], sizes)
@@ -371,7 +371,7 @@ class Demo:
             model = f"FlashSloth's shipped checkpoint. {SHIPPED_CHECKPOINT_NOTE}"
         else:
             model = f"{Path(name).resolve().name if Path(name).is_dir() else name}."
-        return f"Ask about a picture, and see what the model looked at.  \n**Model**: {model}"
+        return f"Ask about an image, and see what the model looked at.  \n**Model**: {model}"
 
     def build(self) -> gr.Blocks:
         """Lay out the page."""
@@ -381,19 +381,19 @@ class Demo:
             gr.Markdown(self._about(), elem_id="about")
             with gr.Row():
                 with gr.Column(min_width=300):
-                    picture = PictureInput(
+                    image = ImageInput(
                         type="pil",
                         image_mode=None,
                         sources=["upload", "webcam", "clipboard"],
                         webcam_options=gr.WebcamOptions(mirror=False),  # or signs could not be read
-                        label="Picture",
+                        label="Image",
                         height=340,
-                        elem_id="picture",
+                        elem_id="image",
                     )
                 with gr.Column(min_width=300):
                     chat = gr.Chatbot(height=340, label="Chat", feedback_options=None, buttons=[], elem_id="chat")
             question = gr.Textbox(
-                placeholder="Ask about the picture …",
+                placeholder="Ask about the image …",
                 label="Question",
                 show_label=False,
                 max_lines=4,
@@ -407,19 +407,19 @@ class Demo:
             folder = Path(__file__).parent
             examples = [[str(folder / name), text] for name, text in EXAMPLES if (folder / name).is_file()]
             if examples:
-                gr.Examples(examples, [picture, question], elem_id="examples", api_visibility="private")
+                gr.Examples(examples, [image, question], elem_id="examples", api_visibility="private")
             choice, views = _views_of_answers()
 
             emptied = [chat, turns, choice, *views]
             quiet = {"show_progress": "hidden", "api_visibility": "private"}
             asked = [send.click, question.submit]
             shown = [chat, question, stop, turns, choice, *views]
-            gr.on(asked, self.ask, [picture, question, *settings, turns], shown, **quiet)
+            gr.on(asked, self.ask, [image, question, *settings, turns], shown, **quiet)
             stop.click(self.stop, queue=False, **quiet)
-            clear.click(self.clear, None, [picture, question, *emptied], **quiet)
+            clear.click(self.clear, None, [image, question, *emptied], **quiet)
             chat.clear(self.begin_anew, None, emptied, **quiet)
-            picture.change(self.look_at, picture, emptied, **quiet)
-            picture.upload(lambda picture: None, picture, None, **quiet)  # refuses what is no picture
+            image.change(self.look_at, image, emptied, **quiet)
+            image.upload(lambda image: None, image, None, **quiet)  # refuses what is no image
             choice.input(lambda index, turns: turns[index].views, [choice, turns], views, **quiet)
         return page
 
@@ -465,7 +465,7 @@ def _views_of_answers() -> tuple[gr.Dropdown, list[gr.Image]]:
     with gr.Row():
         for number, name in enumerate(VIEWS):
             with gr.Column(min_width=240):
-                gr.Markdown(f"**{name}**")  # a label of the picture would hide its corner
+                gr.Markdown(f"**{name}**")  # a label of the image would hide its corner
                 view = gr.Image(
                     label=name,
                     show_label=False,
@@ -517,7 +517,7 @@ def launch(demo: Demo, **kwargs: Any) -> gr.Blocks:
 
 def main() -> None:
     """Load the model, and serve the demo until it is interrupted."""
-    parser = argparse.ArgumentParser(description="Chat about a picture in the browser.")
+    parser = argparse.ArgumentParser(description="Chat about an image in the browser.")
     parser.add_argument("--model", default=str(SHIPPED_CHECKPOINT), help="folder or Hub id (default: the shipped one)")
     parser.add_argument("--host", help="address to serve on (default: this machine only); 0.0.0.0 for all")
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 8 examples/fsdp2.py MODEL conversations.json OUTPUT --num_steps 5000
 
-For loops of your own, and for CPUs, where accelerate divides nothing; with the Trainer, `examples/train.py` does the
+For loops of your own, and for CPUs, where accelerate divides nothing; with the Trainer, `examples/finetune.py` does the
 same under `accelerate launch`. A run that was stopped goes on from its last checkpoint when it is started again, on any
 number of processes; when it ends, OUTPUT is a complete model repository.
 """
@@ -30,7 +30,7 @@ from transformers import get_cosine_schedule_with_warmup
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.cli import CommandError, check_model
 from flashsloth.training import FlashSlothDataCollator, load_rows
-from flashsloth.training.trainer import freeze_for_stage
+from flashsloth.training.recipe import freeze_for_stage
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def main() -> None:
     processor = FlashSlothProcessor.from_pretrained(args.model)
     collator = FlashSlothDataCollator(processor)
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).to(device).train()
-    freeze_for_stage(model, args.stage, high_definition=processor.image_processor.do_image_splitting)
+    freeze_for_stage(model, args.stage, train_vision_tower=processor.image_processor.do_image_splitting)
     model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(divide(model).parameters(), lr=args.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_SHARE * args.num_steps), args.num_steps)

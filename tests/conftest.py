@@ -139,35 +139,35 @@ def processor(tokenizer, make_config):
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    """Four pictures that have nothing in common."""
+def images():
+    """Four images that have nothing in common."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (4, 48, 40, 3), generator=generator, dtype=torch.uint8)
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
+    return [Image.fromarray(image.numpy()) for image in pixels]
 
 
 @pytest.fixture
-def conversations(pictures):
-    """Rows with one picture, none, two in one prompt, and one in each of two turns."""
+def conversations(images):
+    """Rows with one image, none, two in one prompt, and one in each of two turns."""
     return [
-        [(pictures[:1], "What is it?")],
+        [(images[:1], "What is it?")],
         [([], "Hello there, who are you?")],
-        [(pictures[1:3], "Which?")],
-        [(pictures[3:], "First?", "yes"), (pictures[:1], "And the second one?")],
+        [(images[1:3], "Which?")],
+        [(images[3:], "First?", "yes"), (images[:1], "And the second one?")],
     ]
 
 
 @pytest.fixture(scope="session")
 def ask(processor):
-    """Renders conversations: a turn is (pictures, question) or, answered, (pictures, question, answer)."""
+    """Renders conversations: a turn is (images, question) or, answered, (images, question, answer)."""
 
     def render(*conversations, add_generation_prompt=True, padding_side="left", **kwargs):
         batch = []
         for turns in conversations:
             messages = []
-            for pictures, question, *answer in turns:
-                images = [{"type": "image", "image": picture} for picture in pictures]
-                messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+            for images, question, *answer in turns:
+                parts = [{"type": "image", "image": image} for image in images]
+                messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
                 messages += [{"role": "assistant", "content": text} for text in answer]
             batch.append(messages)
         return processor.apply_chat_template(

@@ -1,4 +1,4 @@
-"""One process of an evaluation by the Trainer, whose processes have different numbers of pictures.
+"""One process of an evaluation by the Trainer, whose processes have different numbers of images.
 
 torchrun --nproc_per_node 2 parallel_evaluation.py MODEL OUTPUT
 """
@@ -16,12 +16,12 @@ from flashsloth.training import FlashSlothDataCollator
 
 def rows():
     for number, count in enumerate([1, 0, 0, 0, 3, 1, 2]):
-        pictures = [
+        images = [
             {"type": "image", "image": Image.new("RGB", (40, 32), (9 * number, 50 * i, 99))} for i in range(count)
         ]
         question = {"type": "text", "text": "Why? " * (number + 1)}
         answer = {"role": "assistant", "content": f"It is {number}."}
-        yield {"messages": [{"role": "user", "content": [*pictures, question]}, answer]}
+        yield {"messages": [{"role": "user", "content": [*images, question]}, answer]}
 
 
 def main():

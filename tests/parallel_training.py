@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 parallel_training.py MODEL OUTPUT [stream | plain-stream]
 
-Rows with and without pictures take turns, so that some process has no picture in some steps. A stream is read by
+Rows with and without images take turns, so that some process has no image in some steps. A stream is read by
 `FlashSlothTrainer` as it is, by the plain `Trainer` with the option that docs/training.md names.
 """
 
@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.training import FlashSlothDataCollator
-from flashsloth.training.trainer import FlashSlothTrainer
+from flashsloth.training.recipe import FlashSlothTrainer
 
 COLOURS = ("red", "green", "blue", "white")
 BATCH_SIZE = 4
@@ -23,10 +23,10 @@ BATCH_SIZE = 4
 
 def rows():
     for colour in COLOURS:
-        picture = {"type": "image", "image": Image.new("RGB", (40, 32), colour)}
+        image = {"type": "image", "image": Image.new("RGB", (40, 32), colour)}
         question = {"type": "text", "text": "Which colour?"}
         answer = {"role": "assistant", "content": f"It is {colour}."}
-        for content in ([picture, question], [question], [question]):
+        for content in ([image, question], [question], [question]):
             yield {"messages": [{"role": "user", "content": content}, answer]}
 
 

@@ -58,7 +58,7 @@ def main():
 
 
 def evaluate(model, folder):
-    """Only one of the two processes has a picture; they wait for each other if they gather other parameters."""
+    """Only one of the two processes has an image; they wait for each other if they gather other parameters."""
     batch = torch.load(folder / f"batch_0_{dist.get_rank()}.pt")
     with torch.no_grad():
         assert model.eval()(**batch).logits.isfinite().all()

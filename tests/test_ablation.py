@@ -97,18 +97,18 @@ def test_only_variants_with_the_module_let_it_change_an_answer(name, features):
 
 
 def test_one_pass_counts_what_generate_answers(features):
-    """On evaluation pictures that the model was made to learn by heart, so that some answers are right."""
+    """On evaluation images that the model was made to learn by heart, so that some answers are right."""
     variant = VARIANTS["sap-embq"]
     model = trained_a_little("sap-embq", features, num_steps=60)
     accuracy = ablation.evaluate(model, features, variant)
     generated = dict.fromkeys(accuracy, 0)
-    for index, picture in enumerate(features):
+    for index, image in enumerate(features):
         turns = scenes.questions(scenes.scene_at("evaluation", index))
         for task, (question, answer) in turns.items():
             row = ablation.render([(question, answer)], *ablation.token_counts(variant))
             prompt = row["input_ids"][: -len(answer) - 1].unsqueeze(0)
             with torch.autocast("cpu", torch.bfloat16):
-                said = model.generate(prompt, pixel_values=picture.unsqueeze(0), max_new_tokens=6, do_sample=False)
+                said = model.generate(prompt, pixel_values=image.unsqueeze(0), max_new_tokens=6, do_sample=False)
             right = [*(scenes.VOCABULARY[word] for word in answer), scenes.VOCABULARY[scenes.END]]
             generated[task] += said[0, prompt.shape[1] :].tolist() == right
     assert accuracy == {task: hits / len(features) for task, hits in generated.items()}
@@ -116,7 +116,7 @@ def test_one_pass_counts_what_generate_answers(features):
 
 
 def test_the_script_writes_its_tables_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    sizes = ["--tower-steps", "1", "--steps", "1", "--pictures", "8", "--evaluation-pictures", "4"]
+    sizes = ["--tower-steps", "1", "--steps", "1", "--images", "8", "--evaluation-images", "4"]
     command = ["ablation.py", "--output", str(tmp_path), *sizes, "--variants", "sap", "sap-embq", "--seeds"]
     monkeypatch.setattr(sys, "argv", [*command, "0"])
     ablation.main()

@@ -105,7 +105,7 @@ def test_maps_are_held_against_the_things_of_a_scene(shipped):
 
 
 def test_the_module_is_switched_off_for_comparison(shipped):
-    rows = load("maps").ablation_table(*shipped, num_pictures=12).splitlines()[2:]
+    rows = load("maps").ablation_table(*shipped, num_images=12).splitlines()[2:]
     asked, right, without = (int(part) for part in rows[-1].strip("| ").split(" | ")[1:])
     assert asked >= right > without > 0
 

@@ -1,4 +1,4 @@
-"""`examples/caption.py` answers every picture once, in order, whatever is killed or broken on the way."""
+"""`examples/caption.py` answers every image once, in order, whatever is killed or broken on the way."""
 
 import io
 import json
@@ -60,15 +60,15 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, scenes):
-    """Scenes, two broken pictures, and a file that is none."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Scenes, two broken images, and a file that is none."""
+    folder = tmp_path_factory.mktemp("images")
     (folder / "more").mkdir()
     for i, scene in enumerate(scenes):
         draw(scene, 96).save(folder / ("more" if i % 2 else "") / f"{i:02}.png")
     whole = (folder / "00.png").read_bytes()
     (folder / "05-cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "more" / "text.jpg").write_text("no picture")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "more" / "text.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -80,7 +80,7 @@ def answers(folder, tmp_path_factory):
     return output
 
 
-def test_every_picture_has_its_answer_in_order_and_broken_ones_a_reason(folder, scenes, answers):
+def test_every_image_has_its_answer_in_order_and_broken_ones_a_reason(folder, scenes, answers):
     rows = read(answers / "answers.jsonl")
     files = [file for file in folder.rglob("*") if file.suffix in (".png", ".jpg")]
     assert [row["row"] for row in rows] == list(range(NUM_SCENES + 2))
@@ -99,9 +99,9 @@ def test_answers_are_those_of_generate(folder, answers):
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     for row in [row for row in read(answers / "answers.jsonl") if "answer" in row][:4]:
-        picture = {"type": "image", "path": str(folder / row["image"])}
+        image = {"type": "image", "path": str(folder / row["image"])}
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [picture, {"type": "text", "text": "Describe the picture."}]}],
+            [{"role": "user", "content": [image, {"type": "text", "text": "Describe the picture."}]}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -157,30 +157,30 @@ def test_a_folder_that_has_changed_is_refused(folder, answers):
         extra.unlink()
 
 
-def test_parquet_with_embedded_pictures_is_answered_with_its_own_questions(scenes, tmp_path):
+def test_parquet_with_embedded_images_is_answered_with_its_own_questions(scenes, tmp_path):
     datasets = pytest.importorskip("datasets")
     encoded = []
     for scene in scenes[:3]:
         draw(scene, 96).save(buffer := io.BytesIO(), format="PNG")
         encoded.append({"bytes": buffer.getvalue(), "path": None})
-    encoded.insert(1, {"bytes": b"no picture", "path": None})
+    encoded.insert(1, {"bytes": b"no image", "path": None})
     ids, questions = ["a", "b", "c", "d"], ["Describe the picture.", "What?", "Describe the image.", None]
     columns = datasets.Features(
         {"image": datasets.Image(), "id": datasets.Value("string"), "question": datasets.Value("string")}
     )
     table = {"image": encoded, "id": ids, "question": questions}
-    datasets.Dataset.from_dict(table, features=columns).to_parquet(tmp_path / "pictures.parquet")
-    rows = run(tmp_path / "pictures.parquet", tmp_path / "answers", "--batch-size", "3")
+    datasets.Dataset.from_dict(table, features=columns).to_parquet(tmp_path / "images.parquet")
+    rows = run(tmp_path / "images.parquet", tmp_path / "answers", "--batch-size", "3")
     assert [row["id"] for row in rows] == ids
     assert [row.get("answer") for row in rows] == [describe(scenes[0]), None, *map(describe, scenes[1:3])]
     assert "cannot identify" in rows[1]["error"]
     assert rows[2]["question"] == "Describe the image."
 
 
-def test_a_listing_may_have_broken_lines_and_turned_pictures(scenes, tmp_path):
-    picture = draw(scenes[0], 96)
+def test_a_listing_may_have_broken_lines_and_turned_images(scenes, tmp_path):
+    image = draw(scenes[0], 96)
     (exif := Image.Exif())[0x0112] = 6  # to be turned clockwise by a quarter
-    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     lines = ['{"image": "turned.png"}', "{", '{"image": "nowhere.png"}', "{}", "[1]", '{"image": "turned.png"}']
     (tmp_path / "listing.jsonl").write_text("\n".join(lines))
     rows = run(tmp_path / "listing.jsonl", tmp_path / "answers")
@@ -192,24 +192,24 @@ def test_sources_that_look_alike_are_told_apart(scenes, tmp_path):
     datasets = pytest.importorskip("datasets")
     for day, scene in zip(("monday", "tuesday"), scenes, strict=False):
         (tmp_path / day / "tables").mkdir(parents=True)
-        (tmp_path / day / "pictures").mkdir()
-        draw(scene, 96).save(file := tmp_path / day / "pictures" / "1.png")
+        (tmp_path / day / "images").mkdir()
+        draw(scene, 96).save(file := tmp_path / day / "images" / "1.png")
         table = datasets.Dataset.from_dict({"image": [{"bytes": file.read_bytes(), "path": None}]})
         table.to_parquet(tmp_path / day / "tables" / "1.parquet")
-    for kind in ("pictures", "tables"):
+    for kind in ("images", "tables"):
         run(tmp_path / "monday" / kind, tmp_path / kind)
         with pytest.raises(ValueError, match="another source"):
             run(tmp_path / "tuesday" / kind, tmp_path / kind)
     listing = tmp_path / "listing.jsonl"
-    listing.write_text('{"image": "monday/pictures/1.png", "question": "What?"}')
+    listing.write_text('{"image": "monday/images/1.png", "question": "What?"}')
     run(listing, tmp_path / "listed")
-    listing.write_text('{"image": "monday/pictures/1.png", "question": "Why??"}')
+    listing.write_text('{"image": "monday/images/1.png", "question": "Why??"}')
     with pytest.raises(ValueError, match="another source"):
         run(listing, tmp_path / "listed")
 
 
 def test_what_is_not_unicode_stops_nothing(scenes, tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     name = os.fsdecode(b"caf\xe9.png")
     draw(scenes[0], 96).save(buffer := io.BytesIO(), format="PNG")
@@ -226,7 +226,7 @@ def test_what_is_not_unicode_stops_nothing(scenes, tmp_path):
     assert rows[2]["id"] == "\ud83d"
 
 
-def test_a_placeholder_in_a_question_is_where_the_picture_stands(scenes, tmp_path):
+def test_a_placeholder_in_a_question_is_where_the_image_stands(scenes, tmp_path):
     draw(scenes[0], 96).save(tmp_path / "1.png")
     (tmp_path / "listing.jsonl").write_text(
         json.dumps({"image": "1.png", "question": "<image>\nDescribe the picture."})
@@ -237,11 +237,11 @@ def test_a_placeholder_in_a_question_is_where_the_picture_stands(scenes, tmp_pat
 
 def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures in"):
+    with pytest.raises(ValueError, match="no images in"):
         run(tmp_path / "empty", tmp_path / "answers")
 
 
-def test_pictures_are_read_when_their_batch_comes(folder):
+def test_images_are_read_when_their_batch_comes(folder):
     source, where = caption.open_source(folder)
     options = caption._parse([str(folder), "--output", "unused", "--batch-size", "2"])
     processor = FlashSlothProcessor.from_pretrained(ROOT)
@@ -252,12 +252,12 @@ def test_pictures_are_read_when_their_batch_comes(folder):
 
 
 def test_several_processes_say_their_last_line_once(folder, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for name in ("00.png", "02.png"):
-        (pictures / name).write_bytes((folder / name).read_bytes())
+        (images / name).write_bytes((folder / name).read_bytes())
     output = tmp_path / "answers"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(pictures)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(images)]
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, *command, "--output", str(output), "--batch-size", "1", "--loaders", "0"],

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate import evaluate, evaluation_set
 from safetensors import safe_open
+from score import evaluate, evaluation_set
 from test_hub import WITHOUT_PACKAGE
 from transformers import CompileConfig
 
@@ -33,7 +33,7 @@ def prompts(shipped):
     def render(rows, **kwargs):
         conversations = []
         for question in (questions[row] for row in rows):
-            content = [{"type": "image", "image": question.picture}, {"type": "text", "text": question.text}]
+            content = [{"type": "image", "image": question.image}, {"type": "text", "text": question.text}]
             conversations.append([{"role": "user", "content": content}])
         arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         return shipped[1].apply_chat_template(conversations, **arguments, processor_kwargs={"padding": True, **kwargs})
@@ -57,8 +57,8 @@ def test_it_is_small():
     assert (ROOT / "model.safetensors").stat().st_size <= 20e6
 
 
-def test_a_fresh_clone_loads_by_remote_code(shipped, pictures, tmp_path):
-    content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "Why?"}]
+def test_a_fresh_clone_loads_by_remote_code(shipped, images, tmp_path):
+    content = [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}]
     messages = [{"role": "user", "content": content}]
     torch.save(([], messages), tmp_path / "inputs.pt")
     script = tmp_path / "script.py"
@@ -75,7 +75,7 @@ def test_a_fresh_clone_loads_by_remote_code(shipped, pictures, tmp_path):
 def test_it_answers_four_of_five_questions(shipped):
     """A part of the evaluation set; `examples/tiny/evaluation.json` has all of it."""
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=working_dtype("cpu")).eval()
-    result = evaluate(model, shipped[1], num_pictures=40)
+    result = evaluate(model, shipped[1], num_images=40)
     assert all(counts["asked"] for counts in result.values())
     assert result["all"]["right"] >= 0.8 * result["all"]["asked"]
 

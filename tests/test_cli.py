@@ -36,8 +36,8 @@ def checkpoint(tmp_path_factory, make_model, processor):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    file = tmp_path_factory.mktemp("pictures") / "picture.png"
+def image(tmp_path_factory):
+    file = tmp_path_factory.mktemp("images") / "image.png"
     Image.radial_gradient("L").resize((40, 30)).convert("RGB").save(file)
     return file
 
@@ -68,9 +68,9 @@ def refused(run):
     return run_refused
 
 
-def expected_answer(folder, picture, **images_kwargs):
+def expected_answer(folder, image, **images_kwargs):
     model, processor = (c.from_pretrained(folder) for c in (FlashSlothForConditionalGeneration, FlashSlothProcessor))
-    content = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": QUESTION}]
+    content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -83,39 +83,39 @@ def expected_answer(folder, picture, **images_kwargs):
     return processor.post_process_image_text_to_text(ids)[0]
 
 
-def test_ask_prints_the_answer(run, checkpoint, picture):
-    code, output, errors = run("ask", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS)
-    assert (code, output.strip(), errors) == (0, expected_answer(checkpoint, picture), "")
+def test_ask_prints_the_answer(run, checkpoint, image):
+    code, output, errors = run("ask", image, QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS)
+    assert (code, output.strip(), errors) == (0, expected_answer(checkpoint, image), "")
     assert output.endswith("\n")
     assert output == output.lstrip()
 
 
-def test_ask_reads_five_tiles_with_hd(run, checkpoint, picture):
-    arguments = ["ask", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS, "--hd"]
+def test_ask_reads_five_tiles_with_hd(run, checkpoint, image):
+    arguments = ["ask", image, QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS, "--hd"]
     code, output, _ = run(*arguments)
-    answer = expected_answer(checkpoint, picture, do_image_splitting=True)
+    answer = expected_answer(checkpoint, image, do_image_splitting=True)
     assert (code, output.strip()) == (0, answer)
-    assert answer != expected_answer(checkpoint, picture)
+    assert answer != expected_answer(checkpoint, image)
 
 
-def test_ask_opens_urls(run, refused, checkpoint, picture):
+def test_ask_opens_urls(run, refused, checkpoint, image):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             """Says nothing."""
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=picture.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=image.parent))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     try:
         arguments = [QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS]
-        code, output, _ = run("ask", f"{url}/{picture.name}", *arguments)
-        assert (code, output.strip()) == (0, expected_answer(checkpoint, picture))
+        code, output, _ = run("ask", f"{url}/{image.name}", *arguments)
+        assert (code, output.strip()) == (0, expected_answer(checkpoint, image))
         assert "404" in refused("ask", f"{url}/nothing.png", *arguments)
-        assert "not a picture" in refused("ask", url, *arguments)
+        assert "not an image" in refused("ask", url, *arguments)
     finally:
         server.shutdown()
         server.server_close()
-    assert "cannot be read" in refused("ask", f"{url}/{picture.name}", *arguments)
+    assert "cannot be read" in refused("ask", f"{url}/{image.name}", *arguments)
 
 
 RELEASES = {  # what differs from a release's config, or is absent
@@ -129,43 +129,43 @@ RELEASES = {  # what differs from a release's config, or is absent
 
 
 @pytest.mark.parametrize("kind", RELEASES)
-def test_ask_loads_an_original_release(run, tmp_path, picture, kind):
+def test_ask_loads_an_original_release(run, tmp_path, image, kind):
     source = make_original(tmp_path / "original", **RELEASES[kind])
     config = json.loads((source / "config.json").read_text())
     write_json(source / "config.json", {name: value for name, value in config.items() if value is not None})
-    code, output, errors = run("ask", picture, QUESTION, "--model", source, "--max-new-tokens", NUM_TOKENS)
+    code, output, errors = run("ask", image, QUESTION, "--model", source, "--max-new-tokens", NUM_TOKENS)
     assert (code, errors) == (0, "")
-    assert output.strip() == expected_answer(source, picture)
+    assert output.strip() == expected_answer(source, image)
 
 
-def test_the_shipped_checkpoint_is_the_default(run, checkpoint, picture, monkeypatch):
+def test_the_shipped_checkpoint_is_the_default(run, checkpoint, image, monkeypatch):
     monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", checkpoint)
-    code, output, errors = run("ask", picture, QUESTION, "--max-new-tokens", NUM_TOKENS)
-    assert (code, output.strip()) == (0, expected_answer(checkpoint, picture))
+    code, output, errors = run("ask", image, QUESTION, "--max-new-tokens", NUM_TOKENS)
+    assert (code, output.strip()) == (0, expected_answer(checkpoint, image))
     assert errors == f"flashsloth: {cli.SHIPPED_CHECKPOINT_NOTE} Choose another with --model.\n"
     assert "\n" not in cli.SHIPPED_CHECKPOINT_NOTE
 
 
-def test_pictures_that_cannot_be_read_are_one_clear_line(refused, tmp_path, checkpoint, picture):
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:300])
-    for image, reason in {
+def test_images_that_cannot_be_read_are_one_clear_line(refused, tmp_path, checkpoint, image):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "half.png").write_bytes(image.read_bytes()[:300])
+    for source, reason in {
         tmp_path / "nothing.png": "no such file",
-        tmp_path / "text.png": "not a picture",
+        tmp_path / "text.png": "not an image",
         tmp_path / "half.png": "cannot be read",
         tmp_path: "cannot be read",
         "http://127.0.0.1:x/": "cannot be read",
     }.items():
-        line = refused("ask", image, QUESTION, "--model", checkpoint)
+        line = refused("ask", source, QUESTION, "--model", checkpoint)
         assert reason in line
-        assert str(image) in line
+        assert str(source) in line
 
 
-def test_an_empty_question_is_answered(run, checkpoint, picture):
-    assert run("ask", picture, "", "--model", checkpoint, "--max-new-tokens", NUM_TOKENS)[0] == 0
+def test_an_empty_question_is_answered(run, checkpoint, image):
+    assert run("ask", image, "", "--model", checkpoint, "--max-new-tokens", NUM_TOKENS)[0] == 0
 
 
-def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, checkpoint, picture):
+def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, checkpoint, image):
     other, partial, broken, empty = (tmp_path / name for name in ("other", "partial", "broken", "empty"))
     for folder in (other, partial, broken, empty):
         folder.mkdir()
@@ -186,7 +186,7 @@ def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, chec
         partial: "model.query_tokens",
         broken: "cannot be loaded",
     }.items():
-        line = refused("ask", picture, QUESTION, "--model", model)
+        line = refused("ask", image, QUESTION, "--model", model)
         assert reason in line
         assert str(model) in line
 
@@ -222,11 +222,11 @@ BROKEN = {  # file, content, part of the message
 
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("command", ["ask", "export", "onnx"])
-def test_broken_checkpoints_are_one_clear_line(refused, tmp_path, checkpoint, picture, command, kind):
+def test_broken_checkpoints_are_one_clear_line(refused, tmp_path, checkpoint, image, command, kind):
     folder = shutil.copytree(checkpoint, tmp_path / "broken", ignore=shutil.ignore_patterns("*.py"))
     file, content, part = BROKEN[kind]
     (folder / file).write_text(content)
-    arguments = {"ask": [picture, QUESTION, "--model", folder], "export": [folder, tmp_path / "out"]}
+    arguments = {"ask": [image, QUESTION, "--model", folder], "export": [folder, tmp_path / "out"]}
     line = refused(command, *arguments.get(command, [folder, tmp_path / "out"]))
     assert str(folder) in line
     if command == "export":
@@ -367,12 +367,12 @@ def test_help_names_the_commands(capsys):
     assert {"ask", "convert", "init", "export", "onnx"} <= set(capsys.readouterr().out.split())
 
 
-def test_a_picture_comes_from_standard_input(checkpoint, picture):
+def test_an_image_comes_from_standard_input(checkpoint, image):
     arguments = ["ask", "-", QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS]
     command = [PROGRAM, *map(str, arguments)]
-    result = subprocess.run(command, input=picture.read_bytes(), capture_output=True)
+    result = subprocess.run(command, input=image.read_bytes(), capture_output=True)
     assert (result.returncode, b"flashsloth" in result.stderr) == (0, False)  # torchao logs when it is imported
-    assert result.stdout.decode().strip() == expected_answer(checkpoint, picture)
+    assert result.stdout.decode().strip() == expected_answer(checkpoint, image)
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
@@ -386,10 +386,10 @@ def test_the_type_of_the_weights_is_the_one_asked_for_or_the_one_that_the_cpu_mu
 
 def test_an_error_is_one_line_and_exit_code_2_of_the_process(checkpoint):
     command = [PROGRAM, "ask", "-", QUESTION, "--model", str(checkpoint)]
-    result = subprocess.run(command, input=b"no picture", capture_output=True)
+    result = subprocess.run(command, input=b"no image", capture_output=True)
     assert (result.returncode, result.stdout) == (2, b"")
     assert result.stderr.decode().endswith(
-        "flashsloth: error: standard input is not a picture, or of a format that Pillow does not know.\n"
+        "flashsloth: error: standard input is not an image, or of a format that Pillow does not know.\n"
     )
 
 

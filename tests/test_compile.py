@@ -1,4 +1,4 @@
-"""The first token waits for nothing, and decoding is compiled once for all pictures and questions."""
+"""The first token waits for nothing, and decoding is compiled once for all images and questions."""
 
 import pytest
 import torch
@@ -48,14 +48,14 @@ def compiled(backend="eager"):
 
 
 @pytest.fixture
-def prompts(ask, pictures):
-    """Questions about four pictures, plain and in five tiles, with prompts of several lengths."""
+def prompts(ask, images):
+    """Questions about four images, plain and in five tiles, with prompts of several lengths."""
     return [
-        ask([(pictures[:1], "What is it?")]),
-        ask([(pictures[1:2], "What is it? Or is it something else?")]),
-        ask([(pictures[:1], "Why?")]),
-        ask([(pictures[2:3], "Is it so?")], do_image_splitting=True),
-        ask([(pictures[3:], "And what is this?")]),
+        ask([(images[:1], "What is it?")]),
+        ask([(images[1:2], "What is it? Or is it something else?")]),
+        ask([(images[:1], "Why?")]),
+        ask([(images[2:3], "Is it so?")], do_image_splitting=True),
+        ask([(images[3:], "And what is this?")]),
     ]
 
 
@@ -71,8 +71,8 @@ def num_graphs():
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 @torch.no_grad()
-def test_the_only_read_before_the_first_token_is_behind_the_vision_tower(any_model, ask, pictures, num_rows):
-    inputs = ask(*[[([picture], "What is it?")] for picture in pictures[:num_rows]])
+def test_the_only_read_before_the_first_token_is_behind_the_vision_tower(any_model, ask, images, num_rows):
+    inputs = ask(*[[([image], "What is it?")] for image in images[:num_rows]])
     positions = inputs["attention_mask"].cumsum(dim=1) - 1
     cache = DynamicCache(config=any_model.config.get_text_config())
     events = []
@@ -83,7 +83,7 @@ def test_the_only_read_before_the_first_token_is_behind_the_vision_tower(any_mod
     assert events == ["vision tower", "tolist"]
 
 
-def test_decoding_is_compiled_once_for_all_pictures_and_questions(make_model, prompts, num_graphs):
+def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, prompts, num_graphs):
     model = make_model("phi")
     for number, inputs in enumerate(prompts):
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
@@ -99,9 +99,9 @@ def test_decoding_is_compiled_once_for_all_pictures_and_questions(make_model, pr
 
 
 @pytest.mark.parametrize("family", ["phi", "qwen3"])
-def test_known_pictures_and_compiled_decoding_go_together(make_model, prompts, num_graphs, family):
+def test_cached_prefixes_and_compiled_decoding_go_together(make_model, prompts, num_graphs, family):
     model = make_model(family)
-    cache = model.picture_cache(max_cache_len=MAX_CACHE_LEN)
+    cache = model.image_prefix_cache(max_cache_len=MAX_CACHE_LEN)
     for number, inputs in enumerate(prompts):
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             answer = model.generate(**cache(inputs), **GREEDY, compile_config=compiled())
@@ -110,17 +110,17 @@ def test_known_pictures_and_compiled_decoding_go_together(make_model, prompts, n
     assert len(cache.known) == 4
 
 
-def test_a_picture_that_a_static_cache_cannot_hold_is_refused(make_model, model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_an_image_that_a_static_cache_cannot_hold_is_refused(make_model, model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     with pytest.raises(ValueError, match=r"more than `max_cache_len`=32"):
-        model.picture_cache(max_cache_len=32)(inputs)
+        model.image_prefix_cache(max_cache_len=32)(inputs)
     sliding = make_model("gemma3_text")
     with pytest.raises(ValueError, match=r"sliding window of the decoder.*leave it out"):
-        sliding.picture_cache(max_cache_len=MAX_CACHE_LEN)(inputs)
+        sliding.image_prefix_cache(max_cache_len=MAX_CACHE_LEN)(inputs)
 
 
-def test_beams_from_a_static_cache_are_refused(model, ask, pictures):
-    known = model.picture_cache(max_cache_len=MAX_CACHE_LEN)(ask([(pictures[:1], "What is it?")]))
+def test_beams_from_a_static_cache_are_refused(model, ask, images):
+    known = model.image_prefix_cache(max_cache_len=MAX_CACHE_LEN)(ask([(images[:1], "What is it?")]))
     with pytest.raises(ValueError, match=r"DynamicCache only, found a StaticCache.*leave `max_cache_len` out"):
         model.generate(**known, **GREEDY, num_beams=2)
 

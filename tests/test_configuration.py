@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import VISION
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from flashsloth import FlashSlothConfig, FlashSlothModel
@@ -15,7 +16,7 @@ from flashsloth.original_flashsloth import is_flashsloth_config, is_original_con
 
 def test_defaults_are_the_released_model():
     config = FlashSlothConfig()
-    config.check()
+    config.validate_architecture()
     text, vision = config.text_config, config.vision_config
     assert (text.model_type, text.hidden_size, text.num_hidden_layers, text.vocab_size) == ("phi", 2560, 32, 51200)
     assert text.rope_parameters["partial_rotary_factor"] == 0.4
@@ -74,11 +75,13 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(("change", "message"), IMPOSSIBLE)
-def test_impossible_combinations_are_refused_when_the_model_is_built(make_config, change, message):
-    assert make_config().image_token_id == 258
+def test_impossible_combinations_are_refused(make_config, change, message):
     config = make_config()
+    assert config.image_token_id == 258
+    with pytest.raises(StrictDataclassError, match=message):
+        FlashSlothConfig(**{**config.to_dict(), **change})
     for name, value in change.items():
-        setattr(config, name, value)  # as `from_pretrained(..., name=value)` does, past any check at construction
+        setattr(config, name, value)  # as `from_pretrained(..., name=value)` does, past the check at construction
     with pytest.raises(ValueError, match=message):
         FlashSlothModel(config)
 
@@ -88,9 +91,8 @@ def test_impossible_combinations_are_refused_when_the_model_is_built(make_config
     [{**VISION, "image_size": [32, 40]}, {"model_type": "siglip2_vision_model", "num_attention_heads": 4}],
 )
 def test_a_tower_without_a_square_grid_is_refused(make_config, vision_config):
-    config = make_config(vision_config=vision_config)
-    with pytest.raises(ValueError, match=r"square pictures and patches.*choose another tower"):
-        FlashSlothModel(config)
+    with pytest.raises(StrictDataclassError, match=r"square images and patches.*choose another tower"):
+        make_config(vision_config=vision_config)
 
 
 def test_a_decoder_without_layers_is_refused(make_config):
@@ -171,7 +173,7 @@ def test_an_original_config_is_translated(tmp_path, caplog, kind):
 def test_the_tower_is_found_in_a_subfolder_too(tmp_path):
     (tmp_path / "release" / "tower").mkdir(parents=True)
     write_original(tmp_path / "release", mm_vision_tower="tower")
-    tower = {"hidden_size": 64, "num_hidden_layers": 3, "image_size": 42}
+    tower = {"hidden_size": 64, "num_hidden_layers": 3, "image_size": 48}
     (tmp_path / "release" / "tower" / "config.json").write_text(json.dumps(tower))
     for config in (
         FlashSlothConfig.from_pretrained(tmp_path / "release"),

@@ -40,11 +40,11 @@ OUTPUT_FILES = {
     "handler.py",
     *(file.name for file in ROOT.glob("*_flashsloth.py")),
 }
-PICTURE = Image.radial_gradient("L").resize((40, 30)).convert("RGB")
+IMAGE = Image.radial_gradient("L").resize((40, 30)).convert("RGB")
 
 
-def compute_logits(model, processor, picture):
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is .?"}]
+def compute_logits(model, processor, image):
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is .?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -67,13 +67,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 torch.set_num_threads(1)  # as here: the order of a sum depends on it
 {inspect.getsource(compute_logits)}
-folder, picture, output = sys.argv[1:]
+folder, image, output = sys.argv[1:]
 model, report = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
 assert not any(report.values()), report
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 assert type(processor).__name__ == "FlashSlothProcessor"
 assert model.generation_config.eos_token_id == 50296
-save_file({{"logits": compute_logits(model, processor, Image.open(picture))}}, output)
+save_file({{"logits": compute_logits(model, processor, Image.open(image))}}, output)
 """
 MEMORY = """
 import sys
@@ -142,7 +142,7 @@ def test_every_kind_of_release_becomes_what_loading_it_directly_gives(tmp_path, 
     processors = [FlashSlothProcessor.from_pretrained(path) for path in (source, output)]
     assert [p.image_processor.do_image_splitting for p in processors] == [image_hd, image_hd]
     logits = [
-        compute_logits(model, processor, PICTURE)
+        compute_logits(model, processor, IMAGE)
         for model, processor in zip((direct, converted), processors, strict=True)
     ]
     assert torch.equal(*logits)
@@ -174,13 +174,13 @@ def test_output_is_a_complete_repository(tmp_path, tensors):
 def test_output_loads_in_a_fresh_process_without_the_package(tmp_path, tensors, image_hd):
     source = make_original(tmp_path / "in", tensors, num_shards=2, image_hd=image_hd)
     convert.convert(source, tmp_path / "out")
-    PICTURE.save(tmp_path / "picture.png")
+    IMAGE.save(tmp_path / "image.png")
 
     home = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    result = run_python(FRESH_PROCESS, tmp_path / "out", tmp_path / "picture.png", tmp_path / "logits", **home)
+    result = run_python(FRESH_PROCESS, tmp_path / "out", tmp_path / "image.png", tmp_path / "logits", **home)
     assert result.returncode == 0, result.stderr
     model = FlashSlothForConditionalGeneration.from_pretrained(source)
-    expected = compute_logits(model, FlashSlothProcessor.from_pretrained(source), PICTURE)
+    expected = compute_logits(model, FlashSlothProcessor.from_pretrained(source), IMAGE)
     torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], expected, atol=1e-6, rtol=1e-5)
 
 
@@ -386,7 +386,7 @@ BROKEN = {  # change: part of the message
     "tower's config is a list": (write("siglip-tower/config.json", "[]"), "should hold a vision tower's config"),
     "tower's config is no JSON": (write("siglip-tower/config.json", "{"), "should hold a vision tower's config"),
     "tower's sizes are text": (change_tower(hidden_size="16"), "`hidden_size` must be a whole number from 1"),
-    "tower's picture is negative": (change_tower(image_size=-24), "`image_size` must be a whole number from 1"),
+    "tower's image is negative": (change_tower(image_size=-24), "`image_size` must be a whole number from 1"),
     "tower's kind is unknown": (change_tower(model_type="nothing"), "cannot be right"),
     "tower has more layers than tensors": (change_tower(num_hidden_layers=10**9), "but there are"),
     "tower's grid has no window": (change_tower(image_size=28), "`pooling_window_size`=3 must divide"),
@@ -537,7 +537,7 @@ def test_the_card_has_valid_metadata(tmp_path, tensors):
 
 def test_the_card_of_the_released_sizes_names_its_base_models():
     card = convert.model_card.build_model_card(
-        FlashSlothConfig(), name="sloth", dtype="float16", num_parameters=3_200_000_000, high_definition=True
+        FlashSlothConfig(), name="sloth", dtype="float16", num_parameters=3_200_000_000, do_image_splitting=True
     )
     assert card.data.base_model == ["microsoft/phi-2", "google/siglip-so400m-patch14-384"]
     assert "405 tokens" in card.text.replace("\n", " ")

@@ -26,7 +26,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a picture of each colour."""
+    """A folder with an image of each colour."""
     for name, color in COLORS.items():
         Image.new("RGB", (20, 16), color).save(tmp_path / f"{name}.png")
     return tmp_path
@@ -49,8 +49,8 @@ def text(text):
     return {"type": "text", "text": text}
 
 
-def image(picture):
-    return {"type": "image", "image": picture}
+def image(source):
+    return {"type": "image", "image": source}
 
 
 def messages(question, answer="Yes."):
@@ -63,11 +63,11 @@ def encoded(color):
     return file.getvalue()
 
 
-def color_of(picture):
-    return next(name for name, color in COLORS.items() if picture.convert("RGB").getpixel((0, 0)) == color)
+def color_of(image):
+    return next(name for name, color in COLORS.items() if image.convert("RGB").getpixel((0, 0)) == color)
 
 
-def pictures_of(row):
+def images_of(row):
     return [part["image"] for message in row["messages"] for part in message["content"] if part["type"] == "image"]
 
 
@@ -101,12 +101,12 @@ def test_llava_files_become_conversations(llava_rows, folder):
     assert llava_rows[1]["messages"][0]["content"] == [text("What is 1 + 1?")]
 
 
-def test_several_pictures_keep_their_order(llava_rows, folder):
+def test_several_images_keep_their_order(llava_rows, folder):
     files = [image(str(folder / f"{name}.png")) for name in ("green", "blue")]
     assert llava_rows[2]["messages"][0]["content"] == [*files, text("Compare  and")]
 
 
-def test_pictures_may_lie_elsewhere(folder, tmp_path_factory):
+def test_images_may_lie_elsewhere(folder, tmp_path_factory):
     file = write_lines(tmp_path_factory.mktemp("elsewhere") / "rows.jsonl", LLAVA_ROWS)
     row = load_rows(file, image_folder=folder)[0]
     assert row["messages"][0]["content"][0] == image(str(folder / "red.png"))
@@ -124,37 +124,37 @@ def test_conversations_serve_as_captions(folder):
     file = write_lines(folder / "rows.jsonl", LLAVA_ROWS)
     for rows in (load_rows(file, as_captions=True), list(load_rows(file, as_captions=True, streaming=True))):
         assert rows[0] == {"image": [str(folder / "red.png")], "caption": "Red.", "index": 0}
-        assert "a caption needs a picture and text, but has 0 pictures" in rows[1]["error"]
+        assert "a caption needs an image and text, but has 0 images" in rows[1]["error"]
         files = [str(folder / f"{name}.png") for name in ("green", "blue")]
         assert rows[2] == {"image": files, "caption": "Green and blue.", "index": 2}
 
 
 @pytest.mark.parametrize("image", [None, "", []])
-def test_an_empty_column_is_no_picture(image):
+def test_an_empty_column_is_no_image(image):
     row = normalize_row(llava("Why?", "So.", image=image))
     assert row["messages"][0]["content"] == [text("Why?")]
 
 
 def test_an_answer_may_write_the_placeholder():
-    row = normalize_row(llava("What stands for a picture?", "<image> does."))
+    row = normalize_row(llava("What stands for an image?", "<image> does."))
     assert row["messages"][1]["content"] == [text("<image> does.")]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (llava("<image>\nWhy?", "So."), "the row has 0 pictures, but 1 places for them"),
-        (llava("Why?", "So.", image="red.png"), "the row has 1 pictures, but 0 places for them"),
-        (llava("<image>", "So.", image=["red.png", "blue.png"]), "has 2 pictures, but 1 places"),
+        (llava("<image>\nWhy?", "So."), "the row has 0 images, but 1 places for them"),
+        (llava("Why?", "So.", image="red.png"), "the row has 1 images, but 0 places for them"),
+        (llava("<image>", "So.", image=["red.png", "blue.png"]), "has 2 images, but 1 places"),
         ({"conversations": [{"from": "robot", "value": "Hi"}]}, "a message is by 'robot', but only human, user, gpt"),
         ({"conversations": [{"from": "human", "value": 5}]}, "must be text or parts, but is a int"),
         ({"conversations": ["Hi"]}, "a message must be a dict, but is a str"),
         ({"image": "red.png"}, r"the row has the columns \['image'\], but must have `messages`"),
-        ({"image": 5, "caption": "red"}, "a picture must be a path, a URL, a picture or its bytes, but is a int"),
+        ({"image": 5, "caption": "red"}, "an image must be a path, a URL, an image or its bytes, but is a int"),
         ({"image": {"name": "x"}, "caption": "red"}, r"must have `bytes` or `path`, but has \['name'\]"),
         (
             {"image": "red.png", "caption": " "},
-            "a caption needs a picture and text, but has 1 pictures and the text ''",
+            "a caption needs an image and text, but has 1 images and the text ''",
         ),
         ({"messages": messages([{"type": "audio"}])}, "a part of type 'audio', but only text and image"),
         ({"messages": messages([text(None)])}, "a text must be a string, but is a NoneType"),
@@ -203,17 +203,17 @@ def test_only_json_is_read_without_datasets(folder, monkeypatch):
 # ---- what `datasets` reads -------------------------------------------------------------------------------------------
 
 
-def write_parquet(file, rows, **pictures):
-    """With the pictures' columns as `datasets.Image`, which embeds them."""
+def write_parquet(file, rows, **images):
+    """With the images' columns as `datasets.Image`, which embeds them."""
     table = datasets.Dataset.from_list(rows)
-    for name, feature in pictures.items():
+    for name, feature in images.items():
         table = table.cast_column(name, feature)
     table.to_parquet(file)
     return file
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_parquet_with_embedded_pictures_is_read(tmp_path, streaming):
+def test_parquet_with_embedded_images_is_read(tmp_path, streaming):
     rows = [
         {"images": [{"bytes": encoded("red")}], "messages": messages("Which colour?")},
         {"images": [], "messages": messages("Who are you?")},
@@ -222,13 +222,13 @@ def test_parquet_with_embedded_pictures_is_read(tmp_path, streaming):
     file = write_parquet(tmp_path / "rows.parquet", rows, images=datasets.List(datasets.Image()))
     found = list(load_rows(file, streaming=streaming))
     assert [set(row) for row in found] == [{"messages", "index"}] * 3
-    assert [[color_of(p) for p in pictures_of(row)] for row in found] == [["red"], [], ["green", "blue"]]
+    assert [[color_of(p) for p in images_of(row)] for row in found] == [["red"], [], ["green", "blue"]]
     assert found[2]["messages"][0]["content"][-1] == text("Which?")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_broken_embedded_picture_breaks_its_own_row_only(tmp_path, streaming):
-    rows = [{"image": {"bytes": data}, "caption": "a thing"} for data in (b"no picture", encoded("blue"))]
+def test_a_broken_embedded_image_breaks_its_own_row_only(tmp_path, streaming):
+    rows = [{"image": {"bytes": data}, "caption": "a thing"} for data in (b"no image", encoded("blue"))]
     file = write_parquet(tmp_path / "rows.parquet", rows, image=datasets.Image())
     broken, good = load_rows(file, streaming=streaming)
     assert "cannot identify image file" in broken["error"]
@@ -239,10 +239,10 @@ def test_a_broken_embedded_picture_breaks_its_own_row_only(tmp_path, streaming):
 def test_conversations_may_lie_in_parquet(tmp_path):
     row = llava("<image>\nWhich colour?", "Green.", image={"bytes": encoded("green")})
     file = write_parquet(tmp_path / "rows.parquet", [row], image=datasets.Image())
-    assert color_of(pictures_of(load_rows(file)[0])[0]) == "green"
+    assert color_of(images_of(load_rows(file)[0])[0]) == "green"
 
 
-def test_pictures_may_lie_inside_parts(tmp_path):
+def test_images_may_lie_inside_parts(tmp_path):
     content = [{"type": "image", "image": {"bytes": encoded("blue")}}, {"type": "text", "text": "Which colour?"}]
     table = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": content}]}])
     table.to_parquet(tmp_path / "rows.parquet")
@@ -252,15 +252,15 @@ def test_pictures_may_lie_inside_parts(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_of_pictures_with_captions_is_read(folder, streaming):
+def test_a_folder_of_images_with_captions_is_read(folder, streaming):
     write_lines(folder / "metadata.jsonl", [{"file_name": f"{name}.png", "text": f"all {name}"} for name in COLORS])
     rows = list(load_rows(folder, streaming=streaming))
     assert sorted(row["caption"] for row in rows) == ["all blue", "all green", "all red"]
     assert all(row["caption"].endswith(color_of(_open(row["image"][0]))) for row in rows)
 
 
-def _open(picture):
-    return Image.open(picture) if isinstance(picture, str) else picture
+def _open(image):
+    return Image.open(image) if isinstance(image, str) else image
 
 
 def test_splits_are_read(folder):
@@ -279,13 +279,13 @@ def test_splits_are_read(folder):
         ([{"type": "image"}, text("or"), {"type": "image"}], [image("a.png"), text("or"), image("b.png")]),
     ],
 )
-def test_pictures_of_a_column_take_their_places(content, expected):
+def test_images_of_a_column_take_their_places(content, expected):
     row = normalize_row({"messages": messages(content), "images": ["a.png", "b.png"]})
     assert row["messages"][0]["content"] == expected
     assert row["messages"][1] == {"role": "assistant", "content": [text("Yes.")]}
 
 
-def test_unplaced_pictures_stand_before_the_first_question_only():
+def test_unplaced_images_stand_before_the_first_question_only():
     row = normalize_row({"messages": messages("One?") + messages("Two?"), "images": ["a.png"]})
     questions = [message["content"] for message in row["messages"] if message["role"] == "user"]
     assert questions == [[image("a.png"), text("One?")], [text("Two?")]]
@@ -301,12 +301,12 @@ def test_unplaced_pictures_stand_before_the_first_question_only():
         {"type": "input_image", "image_url": "a.png", "image": {"bytes": None, "path": None}},
     ],
 )
-def test_parts_may_bring_their_pictures(part):
+def test_parts_may_bring_their_images(part):
     row = normalize_row({"messages": messages([part, {**text("Why?"), "image": None, "image_url": {"url": None}}])})
     assert row["messages"][0]["content"] == [image("a.png"), text("Why?")]
 
 
-def test_a_part_may_hold_base64_but_not_text_and_a_picture_at_once():
+def test_a_part_may_hold_base64_but_not_text_and_an_image_at_once():
     row = normalize_row({"messages": messages([{"type": "image", "base64": "AAAA"}, text("Why?")])})
     assert row["messages"][0]["content"][0] == image("data:;base64,AAAA")
     with pytest.raises(ValueError, match="a part of type text also has path; give it a part of type image"):
@@ -320,8 +320,8 @@ def test_a_question_about_the_placeholder_is_text():
 
 @pytest.mark.parametrize("images", [["a.png"], ["a.png", "b.png", "c.png"]])
 @pytest.mark.parametrize("content", ["<image> <image>", [{"type": "image"}, {"type": "image"}]])
-def test_places_and_pictures_must_agree(content, images):
-    with pytest.raises(ValueError, match=rf"has {len(images)} pictures, but 2 places for them"):
+def test_places_and_images_must_agree(content, images):
+    with pytest.raises(ValueError, match=rf"has {len(images)} images, but 2 places for them"):
         normalize_row({"messages": messages(content), "images": images})
 
 
@@ -347,10 +347,10 @@ def test_rows_are_ready_for_the_chat_template(processor, folder):
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_lengths_need_no_picture(folder, tmp_path_factory):
+def test_lengths_need_no_image(folder, tmp_path_factory):
     file = write_lines(folder / "rows.jsonl", [*LLAVA_ROWS, "broken"])
-    for picture in folder.glob("*.png"):
-        picture.unlink()
+    for image in folder.glob("*.png"):
+        image.unlink()
     rows = load_rows(file)
     characters = [
         "<image>\nWhich colour?Red.Sure?Yes.",
@@ -364,7 +364,7 @@ def test_lengths_need_no_picture(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["image", "images"])
-def test_lengths_of_embedded_pictures_are_known(tmp_path, name):
+def test_lengths_of_embedded_images_are_known(tmp_path, name):
     is_list = name == "images"
     values = [{"bytes": b"never opened"}, None]
     rows = [
@@ -393,8 +393,8 @@ def test_batches_hold_like_rows(lengths):
     spread = np.mean([np.ptp([lengths[0][row] for row in batch]) for batch in batches[:-2]])
     assert spread < 100  # of rows taken at random: 770
     # Neither the kinds nor the lengths come one after the other.
-    has_picture = [kind == {True} for kind in kinds[:-2]]
-    assert sum(one != other for one, other in itertools.pairwise(has_picture)) > 20
+    has_image = [kind == {True} for kind in kinds[:-2]]
+    assert sum(one != other for one, other in itertools.pairwise(has_image)) > 20
     longest = [max(lengths[0][row] for row in batch) for batch in batches]
     assert 0.3 < np.mean(np.diff(longest) > 0) < 0.7
 

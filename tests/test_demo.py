@@ -1,4 +1,4 @@
-"""The demo in a browser: a picture goes in, answers and what the model looked at come out."""
+"""The demo in a browser: an image goes in, answers and what the model looked at come out."""
 
 import base64
 import io
@@ -73,9 +73,9 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-def film(picture, file):
-    """Write what a camera sees that points at a picture, as uncompressed video (YUV4MPEG2)."""
-    frame = Image.open(picture).convert("YCbCr").resize((480, 480))
+def film(image, file):
+    """Write what a camera sees that points at an image, as uncompressed video (YUV4MPEG2)."""
+    frame = Image.open(image).convert("YCbCr").resize((480, 480))
     luma, *chroma = frame.split()
     planes = luma.tobytes() + b"".join(plane.reduce(2).tobytes() for plane in chroma)
     file.write_bytes(b"YUV4MPEG2 W480 H480 F10:1 Ip A1:1 C420jpeg\n" + (b"FRAME\n" + planes) * 2)
@@ -88,17 +88,17 @@ class Page:
         self.browser = browser
         self.wait = WebDriverWait(browser, TIMEOUT, 0.1, ignored_exceptions=[StaleElementReferenceException])
         browser.get(url)
-        self.wait.until(lambda _: self.all("#picture input[type=file]"))
+        self.wait.until(lambda _: self.all("#image input[type=file]"))
 
     def all(self, selector):
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
     def upload(self, path):
-        self.all("#picture input[type=file]")[0].send_keys(str(path))
+        self.all("#image input[type=file]")[0].send_keys(str(path))
 
     def show(self, name):
         self.upload(ROOT / "examples" / name)
-        self.wait.until(lambda _: self.all("#picture img"))
+        self.wait.until(lambda _: self.all("#image img"))
         time.sleep(0.5)  # the page tells the server, which empties the chat
 
     def ask(self, question):
@@ -180,13 +180,13 @@ def test_a_visitor_uploads_asks_and_sees_what_was_looked_at(page, encodings):
     assert hosts == {"127.0.0.1"}
 
 
-def test_a_visitor_takes_a_picture_with_the_camera(page):
-    page.all("#picture button[aria-label='Capture from camera']")[0].click()
-    page.wait.until(lambda _: [button for button in page.all("#picture button") if "Webcam" in button.text])[0].click()
-    page.wait.until(lambda _: page.all("#picture button[aria-label='capture photo']"))
-    page.wait.until(lambda _: page.browser.execute_script("return document.querySelector('#picture video').videoWidth"))
-    page.all("#picture button[aria-label='capture photo']")[0].click()
-    page.wait.until(lambda _: page.all("#picture img"))
+def test_a_visitor_takes_an_image_with_the_camera(page):
+    page.all("#image button[aria-label='Capture from camera']")[0].click()
+    page.wait.until(lambda _: [button for button in page.all("#image button") if "Webcam" in button.text])[0].click()
+    page.wait.until(lambda _: page.all("#image button[aria-label='capture photo']"))
+    page.wait.until(lambda _: page.browser.execute_script("return document.querySelector('#image video').videoWidth"))
+    page.all("#image button[aria-label='capture photo']")[0].click()
+    page.wait.until(lambda _: page.all("#image img"))
     time.sleep(0.5)
     page.ask("Read the sign.")
     page.wait_for_views()
@@ -203,7 +203,7 @@ def test_high_definition_reads_five_tiles_once(page, encodings):
     assert encodings == [5]
 
 
-def test_a_map_is_drawn_over_the_picture(page):
+def test_a_map_is_drawn_over_the_image(page):
     page.show("scene.png")
     page.ask("Which colour is the star?")
     source = page.wait_for_views()[0]
@@ -214,9 +214,9 @@ def test_a_map_is_drawn_over_the_picture(page):
         });"""
     data = page.browser.execute_async_script(script, source)
     drawn = Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))).convert("L")
-    picture = Image.open(ROOT / "examples" / "scene.png").convert("L")
-    assert drawn.size == picture.size
-    brighter = ImageChops.subtract(drawn, picture)
+    image = Image.open(ROOT / "examples" / "scene.png").convert("L")
+    assert drawn.size == image.size
+    brighter = ImageChops.subtract(drawn, image)
     _, _, right, bottom = brighter.point(lambda level: 255 * (level > 40)).getbbox()
     assert right < 200  # the green star stands top left
     assert bottom < 200
@@ -249,7 +249,7 @@ def test_a_new_chat_begins_while_an_answer_is_being_given(page, demo):
             time.sleep(1)  # nothing of the old answer comes after
             assert (page.answers(), page.views()) == ([], [])
             page.browser.refresh()
-            page.wait.until(lambda _: page.all("#picture input[type=file]"))
+            page.wait.until(lambda _: page.all("#image input[type=file]"))
     finally:
         demo.model.generation_config.min_new_tokens = None
 
@@ -271,10 +271,10 @@ def test_what_is_typed_during_an_answer_stays(page, demo):
         demo.model.generation_config.min_new_tokens = None
 
 
-def test_a_picture_that_the_model_refuses_is_explained(page, tmp_path):
+def test_an_image_that_the_model_refuses_is_explained(page, tmp_path):
     Image.new("RGB", (70000, 4)).save(tmp_path / "long.png")
     page.upload(tmp_path / "long.png")
-    page.wait.until(lambda _: page.all("#picture img"))
+    page.wait.until(lambda _: page.all("#image img"))
     time.sleep(0.5)
     page.ask("What is it?")
     page.wait.until(lambda _: page.answers())
@@ -285,18 +285,18 @@ def test_a_picture_that_the_model_refuses_is_explained(page, tmp_path):
 
 def test_what_is_missing_is_said(page, tmp_path):
     page.ask("Read the sign.")
-    assert "choose a picture first" in page.warning()
+    assert "choose an image first" in page.warning()
     page.browser.refresh()
-    page.wait.until(lambda _: page.all("#picture input[type=file]"))
+    page.wait.until(lambda _: page.all("#image input[type=file]"))
     page.show("scene.png")
     page.ask("   ")
     assert "type a question first" in page.warning()
     page.browser.refresh()
-    page.wait.until(lambda _: page.all("#picture input[type=file]"))
+    page.wait.until(lambda _: page.all("#image input[type=file]"))
     broken = tmp_path / "broken.png"
     broken.write_bytes((ROOT / "examples" / "scene.png").read_bytes()[:300])
     page.upload(broken)
-    assert "not a picture that can be read" in page.warning()
+    assert "not an image that can be read" in page.warning()
 
 
 def test_an_earlier_question_can_be_looked_at_again(page):
@@ -367,22 +367,22 @@ def test_stop_is_active_only_while_an_answer_is_given(page, demo):
         demo.model.generation_config.min_new_tokens = None
 
 
-def test_clear_clears_the_picture_and_the_question(page):
+def test_clear_clears_the_image_and_the_question(page):
     page.show("scene.png")
     page.ask("Read the sign.")
     page.wait_for_views()
     page.type("Which colour is the star?")
     page.all("#clear")[0].click()
-    page.wait.until(lambda _: not page.views() and not page.answers() and not page.all("#picture img"))
+    page.wait.until(lambda _: not page.views() and not page.answers() and not page.all("#image img"))
     page.wait.until(lambda _: not page.question())
     page.ask("Read the sign.")
-    assert "choose a picture first" in page.warning()
+    assert "choose an image first" in page.warning()
 
 
-def test_an_example_fills_picture_and_question(page):
+def test_an_example_fills_image_and_question(page):
     page.wait.until(lambda _: page.all("#examples tbody tr, #examples .gallery-item"))
     page.all("#examples tbody tr, #examples .gallery-item")[0].click()
-    page.wait.until(lambda _: page.all("#picture img") and page.question() == "Read the sign.")
+    page.wait.until(lambda _: page.all("#image img") and page.question() == "Read the sign.")
     time.sleep(0.5)
     page.all("#send")[0].click()
     page.wait_for_views()
@@ -461,8 +461,8 @@ class Stranger:
         self.post("/gradio_api/queue/join", json.dumps(body).encode())
         return self.get(f"/gradio_api/queue/data?session_hash={self.visitor}")
 
-    def ask(self, picture, question="Read the sign."):
-        return self.send(self.ask_index, picture, question, False, 0, 1, 64, None)
+    def ask(self, image, question="Read the sign."):
+        return self.send(self.ask_index, image, question, False, 0, 1, 64, None)
 
 
 @pytest.fixture
@@ -479,7 +479,7 @@ META = {"_type": "gradio.FileData"}
 
 
 def secrets_of(folder, website):
-    """Ways to name an image that is not the visitor's: `{name: what stands for a picture}`."""
+    """Ways to name an image that is not the visitor's: `{name: what stands for an image}`."""
     secret = folder / "secret.png"
     shutil.copy(ROOT / "examples" / "scene.png", secret)
     upwards = "../" * 20
@@ -507,22 +507,22 @@ def secrets_of(folder, website):
 MARKS = {"no meta": {}, "meta": {"meta": META}, "another meta": {"meta": {"_type": "else"}}}
 
 
-def test_a_stranger_reads_no_picture_of_the_server(stranger, demo, tmp_path, capfd):
-    for name, picture in secrets_of(tmp_path, demo.url).items():
-        for reply in (stranger.ask(picture), stranger.send(stranger.show_index, picture)):
+def test_a_stranger_reads_no_image_of_the_server(stranger, demo, tmp_path, capfd):
+    for name, image in secrets_of(tmp_path, demo.url).items():
+        for reply in (stranger.ask(image), stranger.send(stranger.show_index, image)):
             assert "assistant" not in reply, name
             assert str(tmp_path) not in reply, name
-            assert '"success":true' not in reply or "choose a picture" in reply, (name, reply)
+            assert '"success":true' not in reply or "choose an image" in reply, (name, reply)
     capfd.readouterr()
 
 
 def test_a_stranger_cannot_have_files_fetched_in_the_place_of_a_question(stranger, tmp_path):
     secret = tmp_path / "secret.png"
     shutil.copy(ROOT / "examples" / "scene.png", secret)
-    picture = {"path": stranger.upload((ROOT / "examples" / "scene.png").read_bytes()), "meta": META}
+    image = {"path": stranger.upload((ROOT / "examples" / "scene.png").read_bytes()), "meta": META}
     for path in (str(secret), "http://127.0.0.1:9/nothing.png", "https://example.org/nothing.png"):
         for question in ({"path": path, "meta": META}, [[{"deep": {"path": path, "meta": META}}]]):
-            reply = stranger.ask(picture, question)
+            reply = stranger.ask(image, question)
             assert "was not uploaded here" in reply
             assert str(tmp_path) not in reply
 
@@ -564,10 +564,10 @@ def test_what_is_uploaded_has_a_limit(stranger):
     assert stranger.upload(bytes(2**20))
 
 
-def test_a_program_is_not_run_to_draw_a_picture(stranger):
+def test_a_program_is_not_run_to_draw_an_image(stranger):
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     reply = stranger.ask({"path": stranger.upload(program, "program.png"), "meta": META})
-    assert "not a picture that can be read" in reply
+    assert "not an image that can be read" in reply
 
 
 def test_the_question_box_is_on_a_phones_first_screen_and_examples_stand_above_the_maps(browser, demo):
@@ -595,7 +595,7 @@ def test_a_phone_shows_all_of_it(browser, demo, theme):
         page.wait_for_views()
         width = browser.execute_script("return document.documentElement.clientWidth")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        for selector in ("#picture", "#chat", "#question", "#send", "#stop", "#view0", "#view1", "#view2"):
+        for selector in ("#image", "#chat", "#question", "#send", "#stop", "#view0", "#view1", "#view2"):
             (element,) = page.all(selector)
             box = element.rect
             assert box["x"] >= 0, selector

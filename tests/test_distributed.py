@@ -1,4 +1,4 @@
-"""Two processes train as one would, also when one of them has no picture; and what they save loads anywhere."""
+"""Two processes train as one would, also when one of them has no image; and what they save loads anywhere."""
 
 import json
 import os
@@ -34,11 +34,11 @@ def run_processes(script, *args, number=2):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, make_model, ask, pictures):
-    """A model, and for every step a batch for each process: with a picture for both, one of them, or none."""
+def prepared(tmp_path_factory, make_model, ask, images):
+    """A model, and for every step a batch for each process: with an image for both, one of them, or none."""
     folder = tmp_path_factory.mktemp("two_processes")
     make_model("llama", pooling_dropout=0.0).save_pretrained(folder / "model")
-    seeing = ask([(pictures[:1], "What is it?")], [(pictures[1:3], "Which?")])
+    seeing = ask([(images[:1], "What is it?")], [(images[1:3], "Which?")])
     reading = ask([([], "Hello there, who are you?")], [([], "Why?")])
     for step, batches in enumerate([(seeing, reading), (reading, seeing), (reading, reading), (seeing, seeing)]):
         for rank, batch in enumerate(batches):
@@ -91,11 +91,11 @@ def test_what_sharded_training_saves_loads_without_the_package(prepared, tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_plain_loop_trains_as_one_process_does_and_goes_on_where_it_was(prepared, processor, pictures, tmp_path):
+def test_the_plain_loop_trains_as_one_process_does_and_goes_on_where_it_was(prepared, processor, images, tmp_path):
     processor.save_pretrained(prepared / "model")
     rows = []
-    for number, (picture, answer) in enumerate(zip(pictures[:3], ("red", "a green one", "blue it is"), strict=True)):
-        picture.convert("RGB").save(tmp_path / f"{number}.png")
+    for number, (image, answer) in enumerate(zip(images[:3], ("red", "a green one", "blue it is"), strict=True)):
+        image.convert("RGB").save(tmp_path / f"{number}.png")
         rows.append({"image": f"{number}.png", "caption": answer})
     rows.append(
         {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello to you."}]}
@@ -134,7 +134,7 @@ def test_data_parallel_training_equals_one_process_with_the_whole_batch(prepared
         torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_metrics_are_gathered_from_processes_with_different_numbers_of_pictures(prepared, processor, tmp_path):
+def test_metrics_are_gathered_from_processes_with_different_numbers_of_images(prepared, processor, tmp_path):
     processor.save_pretrained(prepared / "model")
     for number in (1, 2):
         run_processes(TESTS / "parallel_evaluation.py", prepared / "model", tmp_path / f"{number}.pt", number=number)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, Image
-from evaluate import answer, evaluation_set
 from scenes import draw, scene_at
+from score import answer, evaluation_set
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-NUM_PICTURES = 18
+NUM_IMAGES = 18
 DEADLINE = 300  # seconds
 
 needs_lmms_eval = pytest.mark.skipif(
@@ -36,7 +36,7 @@ def shown_command(name):
 @pytest.fixture(scope="module")
 def asked():
     """Questions of every kind on drawn scenes; to every fourth a wrong answer is expected."""
-    questions = list(evaluation_set(NUM_PICTURES))
+    questions = list(evaluation_set(NUM_IMAGES))
     return [question._replace(answer="wrong") if i % 4 == 0 else question for i, question in enumerate(questions)]
 
 
@@ -59,7 +59,7 @@ def folder(tmp_path_factory, asked):
     (folder / "my-task").mkdir()
     yaml = re.search(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)[1]
     (folder / "my-task" / "questions.yaml").write_text(yaml)
-    rows = [{"image": row.picture, "question": row.text, "answer": row.answer} for row in asked]
+    rows = [{"image": row.image, "question": row.text, "answer": row.answer} for row in asked]
     Dataset.from_list(rows).cast_column("image", Image()).to_parquet(folder / "my-task" / "questions.parquet")
     return folder
 
@@ -154,7 +154,7 @@ def image(number):
 
 @pytest.fixture
 def mixed(adapter, tmp_path):
-    """Requests with a picture, without, with several, with a video, and with other generation arguments."""
+    """Requests with an image, without, with several, with a video, and with other generation arguments."""
     frames = [draw(scene_at("evaluation", number), 96) for number in range(20, 32)]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
     contents = [
@@ -178,7 +178,7 @@ def test_batching_changes_no_answer_and_no_order(adapter, mixed):
 
 
 @needs_lmms_eval
-def test_a_video_is_read_as_a_bounded_number_of_pictures(adapter, mixed):
+def test_a_video_is_read_as_a_bounded_number_of_images(adapter, mixed):
     _, to_messages, _, number, *_ = mixed[3].args
     (message,) = adapter._conversation(to_messages(adapter.task_dict["task"]["test"][number]))
     assert [part["type"] for part in message["content"]] == ["image"] * 8 + ["text"]
@@ -187,13 +187,13 @@ def test_a_video_is_read_as_a_bounded_number_of_pictures(adapter, mixed):
 @needs_lmms_eval
 def test_hd_reads_five_tiles(adapter, asked):
     model = importlib.import_module("flashsloth.evaluation.model")
-    hd = model.FlashSlothForEvaluation(str(ROOT), 8, device="cpu", dtype="float32", hd=True)
+    hd = model.FlashSlothForEvaluation(str(ROOT), 8, device="cpu", dtype="float32", do_image_splitting=True)
     adapter.processor.image_processor.do_image_splitting = True
     try:
         expected = answer(adapter.model, adapter.processor, asked[:8])
     finally:
         adapter.processor.image_processor.do_image_splitting = False
-    shown = [[{"type": "image", "url": row.picture}, text(row.text)] for row in asked[:8]]
+    shown = [[{"type": "image", "url": row.image}, text(row.text)] for row in asked[:8]]
     found = list(hd.generate_until([request(hd, i, content, max_new_tokens=64) for i, content in enumerate(shown)]))
     assert found == expected
     assert found != answer(adapter.model, adapter.processor, asked[:8])

@@ -44,10 +44,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 torch.set_num_threads(1)
-folder, picture = sys.argv[1:]
+folder, image = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-content = [{"type": "image", "path": picture}, {"type": "text", "text": "Describe the picture."}]
+content = [{"type": "image", "path": image}, {"type": "text", "text": "Describe the picture."}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -286,7 +286,7 @@ def test_a_broken_checkpoint_is_refused_in_one_line(refused, trained, reason):
 
 def test_a_folder_in_use_and_a_missing_example_are_refused(run, refused, trained):
     assert "exists already" in run(trained, trained)[2]
-    assert "no example picture nothing.png" in refused(trained, "--example", "nothing.png", "Why?")
+    assert "no example image nothing.png" in refused(trained, "--example", "nothing.png", "Why?")
 
 
 def test_a_processor_may_lie_elsewhere(run, trained, tmp_path):
@@ -298,8 +298,8 @@ def test_a_processor_may_lie_elsewhere(run, trained, tmp_path):
 def test_two_examples_of_one_name_are_refused(refused, trained, tmp_path):
     examples = []
     for number in range(2):
-        picture = tmp_path / str(number) / "picture.png"
-        picture.parent.mkdir()
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(picture)
-        examples += ["--example", str(picture), "Why?"]
-    assert "two example pictures are called picture.png; rename one of them." in refused(trained, *examples)
+        image = tmp_path / str(number) / "image.png"
+        image.parent.mkdir()
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(image)
+        examples += ["--example", str(image), "Why?"]
+    assert "two example images are called image.png; rename one of them." in refused(trained, *examples)

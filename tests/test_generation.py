@@ -89,7 +89,7 @@ def test_beams_do_not_depend_on_the_cache(any_model, ask, conversations, mode):
     assert answers(any_model, inputs, num_beams=3, **mode) == answers(any_model, inputs, num_beams=3)
 
 
-def test_several_samples_a_row_use_that_rows_pictures(any_model, ask, conversations):
+def test_several_samples_a_row_use_that_rows_images(any_model, ask, conversations):
     """Sampling from the single most likely token is greedy search, so every sample must be its row's greedy answer."""
     inputs = ask(*conversations)
     expected = [row for row in answers(any_model, inputs) for _ in range(2)]
@@ -104,25 +104,25 @@ def test_sampling_repeats_with_its_seed(any_model, ask, conversations):
     assert samples[0] == samples[1]
 
 
-def test_streaming_gives_the_same_text(model, processor, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_streaming_gives_the_same_text(model, processor, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
     expected = processor.tokenizer.decode(answers(model, inputs)[0])
     model.generate(**inputs, **GREEDY, streamer=streamer)
     assert "".join(streamer) == expected
 
 
-def test_prompt_lookup_changes_nothing(any_model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it? What is it? What is it?")])
+def test_prompt_lookup_changes_nothing(any_model, ask, images):
+    inputs = ask([(images[:1], "What is it? What is it? What is it?")])
     assert answers(any_model, inputs, prompt_lookup_num_tokens=3) == answers(any_model, inputs)
 
 
-def test_an_assistant_changes_nothing(make_model, ask, pictures):
+def test_an_assistant_changes_nothing(make_model, ask, images):
     model, assistant = make_model("llama"), make_model("llama")
     with torch.no_grad():
         for parameter in assistant.lm_head.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    inputs = ask([(pictures[:1], "What is it?")])
+    inputs = ask([(images[:1], "What is it?")])
     assert answers(model, inputs, assistant_model=assistant) == answers(model, inputs)
 
 
@@ -140,8 +140,8 @@ CACHES = {"dynamic": DynamicCache, "static": functools.partial(StaticCache, max_
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_a_cache_has_the_name_that_transformers_gives_it_now_or_gave_it_before(any_model, ask, pictures, name):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_a_cache_has_the_name_that_transformers_gives_it_now_or_gave_it_before(any_model, ask, images, name):
+    inputs = ask([(images[:1], "What is it?")])
     cache = DynamicCache(config=any_model.config.get_text_config())
     with torch.no_grad():
         output = any_model(**inputs, **{name: cache}, use_cache=True)
@@ -149,21 +149,21 @@ def test_a_cache_has_the_name_that_transformers_gives_it_now_or_gave_it_before(a
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
-def test_two_caches_are_refused(model, ask, pictures):
+def test_two_caches_are_refused(model, ask, images):
     first, second = (DynamicCache(config=model.config.get_text_config()) for _ in range(2))
     with pytest.raises(ValueError, match=r"two names of one thing.*pass one of them"):
-        model(**ask([(pictures[:1], "What is it?")]), cache=first, past_key_values=second)
+        model(**ask([(images[:1], "What is it?")]), cache=first, past_key_values=second)
 
 
-@pytest.mark.parametrize("new_picture", [False, True])
+@pytest.mark.parametrize("new_image", [False, True])
 @pytest.mark.parametrize("kind", CACHES)
-def test_a_chat_goes_on_on_its_cache(any_model, ask, pictures, processor, new_picture, kind):
-    first = ask([(pictures[:1], "First?")])
+def test_a_chat_goes_on_on_its_cache(any_model, ask, images, processor, new_image, kind):
+    first = ask([(images[:1], "First?")])
     cache = CACHES[kind](config=any_model.config.get_text_config())
     sequence = any_model.generate(**first, **GREEDY, **{CACHE_NAME: cache}, disable_compile=True)
     answer = sequence[:, first["input_ids"].shape[1] :]
-    turn = ([pictures[1]] if new_picture else [], "And the second one?")
-    rest = ask([(pictures[:1], "First?", "@"), turn])
+    turn = ([images[1]] if new_image else [], "And the second one?")
+    rest = ask([(images[:1], "First?", "@"), turn])
     # The conversation in full, with the ids of the answer as they were generated.
     marker = first["input_ids"].shape[1]
     ids = rest["input_ids"][:, marker:]
@@ -177,8 +177,8 @@ def test_a_chat_goes_on_on_its_cache(any_model, ask, pictures, processor, new_pi
     torch.testing.assert_close(continued, afresh, atol=1e-4, rtol=0)
 
 
-def test_a_batch_of_chats_with_different_pictures_goes_on_on_its_cache(any_model, ask, pictures):
-    inputs = ask([(pictures[:1], "Is it so?")], [(pictures[1:3], "It is?")])
+def test_a_batch_of_chats_with_different_images_goes_on_on_its_cache(any_model, ask, images):
+    inputs = ask([(images[:1], "Is it so?")], [(images[1:3], "It is?")])
     question = ask([([], "And the second one?")])["input_ids"]
     system = ask([([], "")])["input_ids"].shape[1]
     turn = question[:, system - len("USER: ") - 3 - len(" ASSISTANT:") :].expand(2, -1)
@@ -193,19 +193,19 @@ def test_a_batch_of_chats_with_different_pictures_goes_on_on_its_cache(any_model
     torch.testing.assert_close(continued, scores_of(any_model, whole), atol=1e-4, rtol=0)
 
 
-def test_a_cached_picture_without_its_pixels_is_refused(model, ask, pictures):
-    first = ask([(pictures[:1], "First?")])
+def test_a_cached_image_without_its_pixels_is_refused(model, ask, images):
+    first = ask([(images[:1], "First?")])
     cache = DynamicCache(config=model.config.get_text_config())
     model.generate(**first, **GREEDY, **{CACHE_NAME: cache})
-    rest = dict(ask([(pictures[:1], "First?", "yes, that is so"), ([], "Second?")]))
+    rest = dict(ask([(images[:1], "First?", "yes, that is so"), ([], "Second?")]))
     del rest["pixel_values"]
-    with pytest.raises(ValueError, match=r"1 tiles in the cache.*pixels of all pictures again"):
+    with pytest.raises(ValueError, match=r"1 tiles in the cache.*pixels of all images again"):
         model.generate(**rest, **GREEDY, **{CACHE_NAME: cache})
 
 
 @pytest.mark.parametrize("chunk_size", [5, 60, 152, 160])
-def test_chunked_prefill_through_a_picture_is_refused(model, ask, pictures, chunk_size):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_chunked_prefill_through_an_image_is_refused(model, ask, images, chunk_size):
+    inputs = ask([(images[:1], "What is it?")])
     assert chunk_size < inputs["input_ids"].shape[1]
     with pytest.raises(ValueError, match=r"prefill_chunk_size"):
         model.generate(**inputs, **GREEDY, prefill_chunk_size=chunk_size)
@@ -224,16 +224,16 @@ def test_generation_keeps_the_callers_inputs(model, ask, conversations):
     assert all(torch.equal(before[name], inputs[name]) for name in before)
 
 
-def test_beams_refuse_more_pictures_than_placeholders(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_beams_refuse_more_images_than_placeholders(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     inputs["pixel_values"] = torch.cat([inputs["pixel_values"]] * 2)
     with pytest.raises(ValueError, match=r"1 tiles are expected.*gives 2"):
         answers(model, inputs, num_beams=2)
 
 
 @pytest.mark.parametrize("asked", [{"suppress_tokens": [50]}, {"suppress_tokens": []}, {"suppress_tokens": None}, {}])
-def test_image_and_query_tokens_stay_banned_whatever_else_is(make_model, ask, pictures, asked):
-    model, inputs = make_model("phi"), ask([(pictures[:1], "What is it?")])
+def test_image_and_query_tokens_stay_banned_whatever_else_is(make_model, ask, images, asked):
+    model, inputs = make_model("phi"), ask([(images[:1], "What is it?")])
     placeholders = [model.config.image_token_id, model.config.query_token_id]
     with torch.no_grad():  # a model that would like nothing better
         model.lm_head.bias[placeholders] += 1000

@@ -27,13 +27,13 @@ def released_widths(attn_implementation):
 
 @pytest.fixture(scope="module")
 def inputs():
-    """A row with a high-definition picture, one with a plain one and one without, padded on the left."""
+    """A row with a high-definition image, one with a plain one and one without, padded on the left."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for num_tiles in (5, 1, 0):
         text = torch.randint(1000, 20000, (30,), generator=generator).tolist()
-        picture = [50297] * (81 * num_tiles) + [198] * (num_tiles > 0)
-        rows.append([1294, 1137, 25, *picture, *text, *[50295] * 9, 24994, 8808, 8643, 25])
+        image = [50297] * (81 * num_tiles) + [198] * (num_tiles > 0)
+        rows.append([1294, 1137, 25, *image, *text, *[50295] * 9, 24994, 8808, 8643, 25])
     length = max(map(len, rows))
     return {
         "input_ids": torch.tensor([[50256] * (length - len(row)) + row for row in rows], device="cuda"),
@@ -68,8 +68,8 @@ def test_attention_implementations_agree(inputs):
 
 
 @torch.no_grad()
-def test_generation_agrees_with_the_cpu(model, ask, pictures):
-    prompt = ask([(pictures[:1], "What is it?")], [([], "Hello?")])
+def test_generation_agrees_with_the_cpu(model, ask, images):
+    prompt = ask([(images[:1], "What is it?")], [([], "Hello?")])
     expected = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     model.to("cuda")
     try:
@@ -105,18 +105,18 @@ def test_nothing_waits_for_the_device_before_the_first_token(inputs, num_tiles):
     assert torch.equal(found, expected)
 
 
-def test_decoding_is_compiled_once_for_all_pictures_and_questions(make_model, ask, pictures):
+def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, ask, images):
     model = make_model().to("cuda")
     prompts = [
-        ask([(pictures[:1], "What is it?")]),
-        ask([(pictures[1:2], "What is it? Or is it something else?")]),
-        ask([(pictures[2:3], "Is it so?")], do_image_splitting=True),
+        ask([(images[:1], "What is it?")]),
+        ask([(images[1:2], "What is it? Or is it something else?")]),
+        ask([(images[2:3], "Is it so?")], do_image_splitting=True),
     ]
     greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
     static = {"cache_implementation": "static", "max_cache_len": 360}
     torch._dynamo.reset()
     try:
-        cache = model.picture_cache(max_cache_len=360)
+        cache = model.image_prefix_cache(max_cache_len=360)
         for number, prompt in enumerate(prompts):
             prompt.to("cuda")
             expected = model.generate(**prompt, **greedy)

@@ -97,7 +97,7 @@ ANSWERED = {
         {"inputs": SIGN | {"image": f"data:image/png,{urllib.parse.quote(SCENE.read_bytes())}"}},
         "PULL",
     ),
-    "list of pictures": ({"inputs": {"images": [encoded(SHAPES)], "text": "Describe the picture."}}, DESCRIPTION),
+    "list of images": ({"inputs": {"images": [encoded(SHAPES)], "text": "Describe the picture."}}, DESCRIPTION),
     "url": ({"inputs": {"image": "http://SERVER/scene.png", "text": "Read the sign."}}, "PULL"),
     "OpenAI's messages": ({"messages": FIRST_TURN[:1]}, "PULL"),
     "second turn": ({"inputs": {"messages": [*FIRST_TURN, user(text("Which colour is the star?"))]}}, "green"),
@@ -120,12 +120,12 @@ REFUSED = {
     "no role": ({"messages": [{"content": "Hello"}]}, "a message should have a `role`"),
     "unknown role": ({"messages": [{"role": "wizard", "content": "Hello"}]}, "wizard"),
     "unknown part": ({"messages": [user({"type": "audio", "audio": "x"})]}, "a part of a message should be"),
-    "broken base64": ({"inputs": {"image": "no picture", "text": "?"}}, "the picture 'no picture' is neither"),
-    "half a picture": ({"inputs": {"image": encoded(SCENE)[:200], "text": "?"}}, "a picture that can be read"),
+    "broken base64": ({"inputs": {"image": "no image", "text": "?"}}, "the image 'no image' is neither"),
+    "half an image": ({"inputs": {"image": encoded(SCENE)[:200], "text": "?"}}, "an image that can be read"),
     "a file of the server": ({"inputs": {"image": str(SCENE), "text": "?"}}, "neither base64 nor a URL"),
     "a number": ({"inputs": {"image": 5, "text": "?"}}, "should be base64 or a URL, but is 5"),
     "no such url": ({"inputs": {"image": "http://SERVER/nothing.png", "text": "?"}}, "answers 404"),
-    "no picture at a url": ({"inputs": {"image": "http://SERVER/demo.py", "text": "?"}}, "a picture that can be read"),
+    "no image at a url": ({"inputs": {"image": "http://SERVER/demo.py", "text": "?"}}, "an image that can be read"),
     "another scheme": ({"inputs": {"image": f"file://{SCENE}", "text": "?"}}, "neither base64 nor a URL"),
     "no host": ({"inputs": {"image": "http:///scene.png", "text": "?"}}, "should be http://HOST"),
     "a program": ({"inputs": {"image": PROGRAM, "text": "?"}}, "is a program in EPS"),
@@ -136,10 +136,10 @@ REFUSED = {
     ),
     "too long a least answer": ({"inputs": SIGN, "parameters": {"min_new_tokens": 2049}}, "2048 `min_new_tokens`"),
     "too large a number": ({"inputs": SIGN, "parameters": {"temperature": 10**400}}, "should be a number from 0"),
-    "too many pictures": ({"inputs": {"images": [encoded(SCENE)] * 17, "text": "?"}}, "16 images, but has 17"),
+    "too many images": ({"inputs": {"images": [encoded(SCENE)] * 17, "text": "?"}}, "16 images, but has 17"),
     "too many messages": ({"messages": [user(text("Hi"))] * 65}, "may have 64 messages, but has 65"),
     "too long a text": ({"messages": [user(text("a" * 60_000), text("a" * 60_000))]}, "100000 characters of text"),
-    "too large a picture": ({"inputs": {"image": "A" * 2**26, "text": "?"}}, "33554432 bytes of images"),
+    "too large an image": ({"inputs": {"image": "A" * 2**26, "text": "?"}}, "33554432 bytes of images"),
     "too many pixels": ({"inputs": {"images": [WIDE] * 3, "text": "?"}}, "134217728 pixels of images"),
     "too long for the model": ({"inputs": "star " * 5_000}, "but the model was made for 1024"),
     "unknown parameter": ({"inputs": "Hi", "parameters": {"max_tokens": 5}}, "max_tokens, which nothing reads"),
@@ -167,11 +167,11 @@ def server():
         def log_message(self, *args):
             """Says nothing."""
 
-    pictures = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SCENE.parent))
-    threading.Thread(target=pictures.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{pictures.server_port}"
-    pictures.shutdown()
-    pictures.server_close()
+    images = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SCENE.parent))
+    threading.Thread(target=images.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{images.server_port}"
+    images.shutdown()
+    images.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -429,11 +429,11 @@ def test_a_long_download_ends_at_the_limit(endpoint):
 @pytest.mark.usefixtures("public")
 def test_images_of_a_request_share_its_bytes(endpoint):
     with website(lambda request, _: send(request, bytes(2**24) if request.path == "/large" else None)) as (url, _):
-        picture = base64.b64encode(SCENE.read_bytes() + bytes(2**24)).decode()
+        image = base64.b64encode(SCENE.read_bytes() + bytes(2**24)).decode()
         with pytest.raises(ValueError, match="bytes of images"):
-            read_sign(endpoint, picture, picture)
+            read_sign(endpoint, image, image)
         with pytest.raises(ValueError, match="bytes of images"):
-            read_sign(endpoint, picture, f"{url}/large")
+            read_sign(endpoint, image, f"{url}/large")
 
 
 def drip(request, _):

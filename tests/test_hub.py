@@ -32,7 +32,7 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
 assert type(processor).__module__.startswith("transformers_modules"), type(processor).__module__
 assert type(processor.image_processor).__module__.startswith("transformers_modules")
-pictures, messages = torch.load(inputs, weights_only=False)
+images, messages = torch.load(inputs, weights_only=False)
 inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
 with torch.no_grad():
     torch.save((dict(inputs), model(**inputs).logits), outputs)
@@ -50,8 +50,8 @@ def saved(model, processor, tmp_path):
 
 
 @pytest.fixture
-def messages(pictures):
-    return [{"role": "user", "content": [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "Why?"}]}]
+def messages(images):
+    return [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}]}]
 
 
 def logits_of(model, processor, messages):
@@ -103,7 +103,7 @@ def test_a_folder_names_its_code(saved):
         "prompt_flashsloth.py",
         "saliency_flashsloth.py",
         "training_flashsloth.py",
-        "video_flashsloth.py",
+        "video_processing_flashsloth.py",
     }
 
 

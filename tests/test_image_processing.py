@@ -1,4 +1,4 @@
-"""The model sees exactly the pictures that the original saw, from whatever the user has; the rest is a clear error."""
+"""The model sees exactly the images that the original saw, from whatever the user has; the rest is a clear error."""
 
 import base64
 import functools
@@ -33,17 +33,17 @@ def processor():
 
 @pytest.fixture(scope="module")
 def small():
-    """A processor that gives levels 0..255, in tiles as large as `picture`, which is then not resized."""
+    """A processor that gives levels 0..255, in tiles as large as `image`, which is then not resized."""
     return FlashSlothImageProcessor(size={"height": 6, "width": 8}, do_rescale=False, do_normalize=False)
 
 
 @pytest.fixture
-def picture():
+def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
 
 
 def levels(features):
-    """`pixel_values` as the pictures they were, `(tiles, height, width, 3)`; fails unless they are 8-bit levels."""
+    """`pixel_values` as the images they were, `(tiles, height, width, 3)`; fails unless they are 8-bit levels."""
     values = (np.asarray(features["pixel_values"]) * np.float32(0.5) + np.float32(0.5)) * np.float32(255)
     rounded = np.rint(values)
     assert np.abs(values - rounded).max() < 1e-4
@@ -80,49 +80,49 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FILES)
-def test_pictures_equal_the_original_to_the_last_bit(processor, name, form):
-    picture = FORMS[form](FILES[name])
+def test_images_equal_the_original_to_the_last_bit(processor, name, form):
+    image = FORMS[form](FILES[name])
     expected = np.asarray(Image.open(GOLDEN / f"{name}.expect.png"))
     expected_hd = np.asarray(Image.open(GOLDEN / f"{name}.expect_hd.png")).reshape(5, *expected.shape)
-    np.testing.assert_array_equal(levels(processor(picture, return_tensors="pt")), expected[None])
-    np.testing.assert_array_equal(levels(processor(picture, do_image_splitting=True)), expected_hd)
+    np.testing.assert_array_equal(levels(processor(image, return_tensors="pt")), expected[None])
+    np.testing.assert_array_equal(levels(processor(image, do_image_splitting=True)), expected_hd)
 
 
 @pytest.mark.parametrize(
     "size", [(1, 1), (1, 2), (2, 1), (31, 30), (30, 31), (97, 12), (12, 97), (700, 300), (300, 700)]
 )
-def test_tiles_equal_those_of_a_picture_that_was_really_padded(processor, size, monkeypatch):
+def test_tiles_equal_those_of_an_image_that_was_really_padded(processor, size, monkeypatch):
     width, height = size
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
     side = max(size)
     square = Image.new("RGB", (side, side), (127, 127, 127))
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
     enlarged = np.asarray(square.resize((768, 768), Image.Resampling.BICUBIC))
     expected = [enlarged[top : top + 384, left : left + 384] for top in (0, 384) for left in (0, 384)]
     monkeypatch.setattr(f"{type(processor).__module__}.STRIP_PIXELS", 5_000)  # several strips, the last one shorter
-    np.testing.assert_array_equal(levels(processor(picture, do_image_splitting=True))[1:], expected)
+    np.testing.assert_array_equal(levels(processor(image, do_image_splitting=True))[1:], expected)
 
 
-def padded_and_resized(picture, side, size, background):
+def padded_and_resized(image, side, size, background):
     square = Image.new("RGB", (side, side), background)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return np.asarray(square.resize(size, Image.Resampling.BICUBIC))
 
 
 @pytest.mark.parametrize("tile", [384, 96, 378, 1])
 @pytest.mark.parametrize("long_side", [1, 9, 100, 777, 2_500])
-def test_long_pictures_equal_those_that_were_really_padded(tile, long_side):
+def test_long_images_equal_those_that_were_really_padded(tile, long_side):
     generator = np.random.default_rng([tile, long_side])
     for short_side in {1, 2, *generator.integers(1, long_side // 8 + 2, 3).tolist()}:
-        picture = Image.fromarray(generator.choice([0, 255, 90], (long_side, short_side, 3)).astype(np.uint8))
-        for turned in (picture, picture.transpose(Image.Transpose.TRANSPOSE)):
+        image = Image.fromarray(generator.choice([0, 255, 90], (long_side, short_side, 3)).astype(np.uint8))
+        for turned in (image, image.transpose(Image.Transpose.TRANSPOSE)):
             expected = padded_and_resized(turned, max(turned.size), (2 * tile, 2 * tile), (127, 0, 200))
             found = _pad_and_resize(turned, (2 * tile, 2 * tile), Image.Resampling.BICUBIC, (127, 0, 200))
             np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 65_535), (65_535, 1), (3, 60_000)])
-def test_the_padding_of_a_long_picture_costs_nothing(size):
+def test_the_padding_of_a_long_image_costs_nothing(size):
     """Padded to a square, it has four thousand million pixels: half a minute."""
     processor = FlashSlothImageProcessor(do_image_splitting=True)
     start = time.process_time()
@@ -130,14 +130,14 @@ def test_the_padding_of_a_long_picture_costs_nothing(size):
     assert time.process_time() - start < 2
 
 
-def test_splitting_is_chosen_by_the_checkpoint_and_by_the_call(picture):
+def test_splitting_is_chosen_by_the_checkpoint_and_by_the_call(image):
     plain, hd = FlashSlothImageProcessor(), FlashSlothImageProcessor(do_image_splitting=True)
     shapes = {"plain": (1, 3, 384, 384), "hd": (5, 3, 384, 384)}
-    assert plain(picture)["pixel_values"].shape == shapes["plain"]
-    assert plain(picture, do_image_splitting=None)["pixel_values"].shape == shapes["plain"]
-    assert plain(picture, do_image_splitting=True)["pixel_values"].shape == shapes["hd"]
-    assert hd(picture)["pixel_values"].shape == shapes["hd"]
-    assert hd(picture, do_image_splitting=False)["pixel_values"].shape == shapes["plain"]
+    assert plain(image)["pixel_values"].shape == shapes["plain"]
+    assert plain(image, do_image_splitting=None)["pixel_values"].shape == shapes["plain"]
+    assert plain(image, do_image_splitting=True)["pixel_values"].shape == shapes["hd"]
+    assert hd(image)["pixel_values"].shape == shapes["hd"]
+    assert hd(image, do_image_splitting=False)["pixel_values"].shape == shapes["plain"]
 
 
 @pytest.mark.parametrize("default", [False, True])
@@ -151,7 +151,7 @@ def test_the_number_of_tiles_is_known_beforehand(default, called_with, size):
     assert processor.get_number_of_image_patches(*size) == (5 if default else 1)
 
 
-def test_tiles_of_all_pictures_come_in_order(small):
+def test_tiles_of_all_images_come_in_order(small):
     greys = [Image.new("RGB", (5, 5), (level, level, level)) for level in (10, 20, 30)]
     expected = [10, 20, 30]
     for images in (
@@ -166,26 +166,26 @@ def test_tiles_of_all_pictures_come_in_order(small):
     np.testing.assert_array_equal(split[:, 0, 0, 0], np.repeat(expected, 5))
 
 
-def test_no_pictures_give_no_tiles(small):
+def test_no_images_give_no_tiles(small):
     for images in ([], [[]], [[], []]):
         assert small(images, return_tensors="pt")["pixel_values"].shape == (0, 3, 6, 8)
 
 
-def test_the_type_of_the_output_follows_return_tensors(small, picture):
+def test_the_type_of_the_output_follows_return_tensors(small, image):
     for return_tensors, kind in ((None, np.ndarray), ("np", np.ndarray), ("pt", torch.Tensor)):
-        values = small(picture, return_tensors=return_tensors)["pixel_values"]
+        values = small(image, return_tensors=return_tensors)["pixel_values"]
         assert isinstance(values, kind)
         assert str(values.dtype).endswith("float32")
-    on_device = small(picture, return_tensors="pt", device=torch.device("meta"))["pixel_values"]
+    on_device = small(image, return_tensors="pt", device=torch.device("meta"))["pixel_values"]
     assert on_device.device.type == "meta"
-    assert isinstance(small(picture, device="cpu")["pixel_values"], np.ndarray)
+    assert isinstance(small(image, device="cpu")["pixel_values"], np.ndarray)
     with pytest.raises(ValueError, match=r"return_tensors='pt'.*device=cuda.*numpy"):
-        small(picture, device="cuda")
+        small(image, device="cuda")
 
 
-def test_every_option_of_the_arithmetic_has_its_effect(picture):
+def test_every_option_of_the_arithmetic_has_its_effect(image):
     processor = FlashSlothImageProcessor(size={"height": 6, "width": 8})
-    raw = np.asarray(picture, dtype=np.float64)[None]
+    raw = np.asarray(image, dtype=np.float64)[None]
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     cases = [
         ({}, (raw / 255 - 0.5) / 0.5),
@@ -196,29 +196,29 @@ def test_every_option_of_the_arithmetic_has_its_effect(picture):
         ({"rescale_factor": 1 / 128, "do_normalize": False}, raw / 128),
     ]
     for options, expected in cases:
-        np.testing.assert_allclose(pixels(processor(picture, **options)), expected, rtol=1e-6, atol=1e-7)
-    smaller = processor(picture, size={"height": 3, "width": 4}, resample=Image.Resampling.NEAREST, do_normalize=False)
-    nearest = np.asarray(picture.resize((4, 3), Image.Resampling.NEAREST))
+        np.testing.assert_allclose(pixels(processor(image, **options)), expected, rtol=1e-6, atol=1e-7)
+    smaller = processor(image, size={"height": 3, "width": 4}, resample=Image.Resampling.NEAREST, do_normalize=False)
+    nearest = np.asarray(image.resize((4, 3), Image.Resampling.NEAREST))
     np.testing.assert_allclose(pixels(smaller)[0], nearest / 255, rtol=1e-6)
-    assert processor(picture, size=5)["pixel_values"].shape == (1, 3, 5, 5)
+    assert processor(image, size=5)["pixel_values"].shape == (1, 3, 5, 5)
 
 
-def test_the_padding_has_the_mean_colour(picture):
+def test_the_padding_has_the_mean_colour(image):
     processor = FlashSlothImageProcessor(do_image_splitting=True, size={"height": 4, "width": 4}, do_normalize=False)
     tiles = pixels(processor(Image.new("RGB", (90, 10)), image_mean=[0.0, 0.5, 1.0]))
     np.testing.assert_allclose(tiles[1, 0, 0] * 255, [0, 127, 255], rtol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_picture_of_any_mode_is_read_as_pillow_converts_it(small, picture, mode):
-    converted = picture.convert("LA").convert("La") if mode == "La" else picture.convert(mode)
+def test_an_image_of_any_mode_is_read_as_pillow_converts_it(small, image, mode):
+    converted = image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
     expected = converted.convert("LA").convert("RGB") if mode == "La" else converted.convert("RGB")
     np.testing.assert_array_equal(pixels(small(converted))[0], np.asarray(expected))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_alpha_is_dropped_not_blended(small, picture, mode):
-    opaque = picture.convert(mode)
+def test_alpha_is_dropped_not_blended(small, image, mode):
+    opaque = image.convert(mode)
     transparent = opaque.copy()
     transparent.putalpha(0)
     np.testing.assert_array_equal(pixels(small(transparent)), pixels(small(opaque)))
@@ -226,8 +226,8 @@ def test_alpha_is_dropped_not_blended(small, picture, mode):
 
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(16))])
-def test_a_transparent_palette_gives_its_colours_without_a_warning(small, picture, tmp_path, transparency):
-    palette = picture.quantize(16)
+def test_a_transparent_palette_gives_its_colours_without_a_warning(small, image, tmp_path, transparency):
+    palette = image.quantize(16)
     palette.save(tmp_path / "palette.png", transparency=transparency)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -239,8 +239,8 @@ def test_a_transparent_palette_gives_its_colours_without_a_warning(small, pictur
 def test_sixteen_bits_are_scaled_not_clipped(small, mode):
     deep = np.linspace(0, 65_535, 48).reshape(6, 8).astype(np.int32)
     stored = deep.astype({"I": "=i4", "I;16B": ">u2", "I;16N": "=u2"}.get(mode, "<u2"))
-    picture = Image.frombytes(mode, (8, 6), stored.tobytes())
-    np.testing.assert_array_equal(pixels(small(picture))[0, ..., 0], np.rint(deep / 257))
+    image = Image.frombytes(mode, (8, 6), stored.tobytes())
+    np.testing.assert_array_equal(pixels(small(image))[0, ..., 0], np.rint(deep / 257))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -255,16 +255,16 @@ def test_sixteen_bit_files_and_arrays_agree(small, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_deep_modes_made_from_eight_bits_keep_their_levels(small, picture, mode):
-    grey = picture.convert("L")
+def test_deep_modes_made_from_eight_bits_keep_their_levels(small, image, mode):
+    grey = image.convert("L")
     np.testing.assert_array_equal(pixels(small(grey.convert(mode)))[0], np.asarray(grey.convert("RGB")))
-    np.testing.assert_allclose(pixels(small(picture.convert(mode)))[0, ..., 0], np.asarray(grey), atol=1)
+    np.testing.assert_allclose(pixels(small(image.convert(mode)))[0, ..., 0], np.asarray(grey), atol=1)
 
 
-def test_floats_have_white_at_one_with_and_without_rescaling(picture):
+def test_floats_have_white_at_one_with_and_without_rescaling(image):
     processor = FlashSlothImageProcessor(size={"height": 6, "width": 8})
-    values = np.asarray(picture)
-    expected = processor(picture)["pixel_values"]
+    values = np.asarray(image)
+    expected = processor(image)["pixel_values"]
     for kind in (np.float16, np.float32, np.float64):
         for options in ({}, {"do_rescale": False}):
             floats = (values / 255).astype(kind)
@@ -272,7 +272,7 @@ def test_floats_have_white_at_one_with_and_without_rescaling(picture):
     tensor = torch.from_numpy(values / 255).requires_grad_()
     np.testing.assert_array_equal(processor(tensor)["pixel_values"], expected)
     np.testing.assert_allclose(processor(tensor.bfloat16())["pixel_values"], expected, atol=0.01)
-    grey = np.asarray(picture.convert("L"))
+    grey = np.asarray(image.convert("L"))
     for options in ({}, {"do_rescale": False}):
         result = processor((grey / 255).astype(np.float32), **options)["pixel_values"]
         np.testing.assert_array_equal(result, processor(grey)["pixel_values"])
@@ -329,16 +329,16 @@ def test_an_animation_shows_its_first_frame(small, tmp_path, suffix):
         np.testing.assert_array_equal(pixels(small(animation))[0], np.asarray(frames[0]))
 
 
-def test_exif_rotation_is_applied_to_files_as_transformers_does(small, picture, tmp_path):
+def test_exif_rotation_is_applied_to_files_as_transformers_does(small, image, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     path = tmp_path / "phone.png"
-    picture.save(path, exif=exif)
-    turned = picture.transpose(Image.Transpose.ROTATE_270)
+    image.save(path, exif=exif)
+    turned = image.transpose(Image.Transpose.ROTATE_270)
     text = base64.b64encode(path.read_bytes()).decode()
     for source in (str(path), path, text):
         np.testing.assert_array_equal(pixels(small(source)), pixels(small(turned)))
-    np.testing.assert_array_equal(pixels(small(Image.open(path))), pixels(small(picture)))
+    np.testing.assert_array_equal(pixels(small(Image.open(path))), pixels(small(image)))
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,7 @@ def website(tmp_path_factory):
 
 
 def in_mode(mode):
-    """A picture of a mode that files have, with all its levels."""
+    """An image of a mode that files have, with all its levels."""
     ramp = np.linspace(0, 65_535, 48).reshape(6, 8).round()
     if mode in ("I;16", "I;16B"):
         return Image.fromarray(ramp.astype(">u2" if mode == "I;16B" else "<u2"))
@@ -361,8 +361,8 @@ def in_mode(mode):
         return Image.fromarray(ramp.astype(np.int32))
     if mode == "F":
         return Image.fromarray((ramp / 65_535).astype(np.float32))
-    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (6, 8, 4), dtype=np.uint8))
-    return picture.convert("RGB").quantize(16) if mode == "P" else picture.convert("RGBA").convert(mode)
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (6, 8, 4), dtype=np.uint8))
+    return image.convert("RGB").quantize(16) if mode == "P" else image.convert("RGBA").convert(mode)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def in_mode(mode):
         *[("RGBA", "webp"), ("L", "bmp"), ("P", "gif")],
     ],
 )
-def test_a_picture_of_any_mode_is_the_same_from_wherever_it_comes(small, website, mode, suffix):
+def test_an_image_of_any_mode_is_the_same_from_wherever_it_comes(small, website, mode, suffix):
     folder, address = website
     file = folder / f"{mode.replace(';', '-')}.{suffix}"
     in_mode(mode).save(file)
@@ -405,11 +405,11 @@ def test_a_picture_of_any_mode_is_the_same_from_wherever_it_comes(small, website
         ("http://localhost:1/a.png", "refused"),
         ("data:image/png;base64,@@@@", "base64"),
         ("data:image/png,", "cannot identify"),
-        ("file:///no/such/picture.png", "no file"),
+        ("file:///no/such/image.png", "no file"),
         ("", "no file"),
     ],
 )
-def test_a_picture_that_is_nowhere_is_refused_with_the_reason(small, website, source, reason):
+def test_an_image_that_is_nowhere_is_refused_with_the_reason(small, website, source, reason):
     with pytest.raises(ValueError, match=rf"(?s)Expected the path, URL or base64 string of a complete.*{reason}"):
         small(source.replace("WEBSITE", website[1]))
 
@@ -417,30 +417,30 @@ def test_a_picture_that_is_nowhere_is_refused_with_the_reason(small, website, so
 @pytest.mark.parametrize(
     ("images", "parts"),
     [
-        (Image.new("RGB", (0, 5)), ["picture 0", "0x5", "1 to 65535", "leave it out"]),
-        (np.zeros((0, 5, 3), np.uint8), ["picture 0", "5x0"]),
-        (np.zeros((3, 5, 0), np.uint8), ["picture 0", "0x5"]),
+        (Image.new("RGB", (0, 5)), ["image 0", "0x5", "1 to 65535", "leave it out"]),
+        (np.zeros((0, 5, 3), np.uint8), ["image 0", "5x0"]),
+        (np.zeros((3, 5, 0), np.uint8), ["image 0", "0x5"]),
         (np.zeros((0, 5), np.uint8), ["grey", "5x0"]),
-        (Image.new("1", (70_000, 1)), ["picture 0", "70000x1", "shrink"]),
-        ([Image.new("RGB", (4, 4)), np.full((5, 5, 3), np.nan)], ["picture 1", "finite", "75", "nan_to_num"]),
-        (torch.full((3, 5, 5), float("inf")), ["picture 0", "finite", "75"]),
-        (np.full((5, 5), np.nan, np.float32), ["picture 0", "finite", "25"]),
-        (Image.fromarray(np.full((5, 5), np.nan, np.float32)), ["picture 0", "finite", "25"]),
-        (np.zeros((5, 9, 2), np.uint8), ["picture 0", "1, 3 or 4 channels", "(5, 9, 2)", "input_data_format"]),
-        ([np.zeros((3, 9, 9)), torch.zeros(5, 9, 9)], ["picture 1", "1, 3 or 4 channels", "(5, 9, 9)"]),
+        (Image.new("1", (70_000, 1)), ["image 0", "70000x1", "shrink"]),
+        ([Image.new("RGB", (4, 4)), np.full((5, 5, 3), np.nan)], ["image 1", "finite", "75", "nan_to_num"]),
+        (torch.full((3, 5, 5), float("inf")), ["image 0", "finite", "75"]),
+        (np.full((5, 5), np.nan, np.float32), ["image 0", "finite", "25"]),
+        (Image.fromarray(np.full((5, 5), np.nan, np.float32)), ["image 0", "finite", "25"]),
+        (np.zeros((5, 9, 2), np.uint8), ["image 0", "1, 3 or 4 channels", "(5, 9, 2)", "input_data_format"]),
+        ([np.zeros((3, 9, 9)), torch.zeros(5, 9, 9)], ["image 1", "1, 3 or 4 channels", "(5, 9, 9)"]),
         (np.zeros((1, 1, 3, 9, 9), np.uint8), ["(1, 1, 3, 9, 9)", "list"]),
-        (np.full((5, 5, 3), -1.0), ["picture 0", "0..1", "-1.0", "normalisation"]),
-        (np.full((5, 5, 3), 1.004), ["picture 0", "0..1", "1.004", "clip"]),
-        (np.full((5, 5, 3), 255.5), ["picture 0", "0..255", "255.5", "uint8"]),
-        (np.full((5, 5, 3), -1), ["picture 0", "0..255", "-1", "uint8"]),
-        (np.full((5, 5, 3), 70_000), ["picture 0", "0..65535", "70000", "uint8"]),
-        (Image.fromarray(np.full((5, 5), 70_000, np.int32)), ["picture 0", "0..65535", "70000"]),
-        (np.zeros((5, 5, 3), complex), ["picture 0", "complex128", "uint8"]),
-        ("no/such/picture.png", ["no/such/picture.png", "no file", "correct the path"]),
+        (np.full((5, 5, 3), -1.0), ["image 0", "0..1", "-1.0", "normalisation"]),
+        (np.full((5, 5, 3), 1.004), ["image 0", "0..1", "1.004", "clip"]),
+        (np.full((5, 5, 3), 255.5), ["image 0", "0..255", "255.5", "uint8"]),
+        (np.full((5, 5, 3), -1), ["image 0", "0..255", "-1", "uint8"]),
+        (np.full((5, 5, 3), 70_000), ["image 0", "0..65535", "70000", "uint8"]),
+        (Image.fromarray(np.full((5, 5), 70_000, np.int32)), ["image 0", "0..65535", "70000"]),
+        (np.zeros((5, 5, 3), complex), ["image 0", "complex128", "uint8"]),
+        ("no/such/image.png", ["no/such/image.png", "no file", "correct the path"]),
         ("A" * 5_000, ["AAAA…AAAA", "base64", "UnidentifiedImageError"]),
     ],
 )
-def test_a_bad_picture_is_named_with_what_was_expected_and_the_fix(processor, images, parts):
+def test_a_bad_image_is_named_with_what_was_expected_and_the_fix(processor, images, parts):
     with pytest.raises(ValueError) as caught:
         processor(images, return_tensors="pt")
     message = str(caught.value)
@@ -450,8 +450,8 @@ def test_a_bad_picture_is_named_with_what_was_expected_and_the_fix(processor, im
 
 
 @pytest.mark.parametrize("thing", [None, 3, b"bytes", {"url": "x"}, [[1, 2], [3, 4]]])
-def test_what_is_no_picture_is_refused_by_its_type(processor, thing):
-    with pytest.raises(TypeError, match=r"Expected a picture.*found (NoneType|int|bytes|dict).*PIL.Image.open"):
+def test_what_is_no_image_is_refused_by_its_type(processor, thing):
+    with pytest.raises(TypeError, match=r"Expected an image.*found (NoneType|int|bytes|dict).*PIL.Image.open"):
         processor(thing)
 
 
@@ -469,23 +469,21 @@ def test_a_truncated_file_is_named(processor, tmp_path, suffix):
     content = encoded(suffix)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(
-        ValueError, match=rf"complete picture, found '.*cut\.{suffix}'.*Pillow.*Error: .*save the"
+        ValueError, match=rf"complete image, found '.*cut\.{suffix}'.*Pillow.*Error: .*save the"
     ) as caught:
         processor(str(path))
     assert isinstance(caught.value.__cause__, OSError)
-    with pytest.raises(ValueError, match=r"complete picture.*base64.*Error: .*save the"):
+    with pytest.raises(ValueError, match=r"complete image.*base64.*Error: .*save the"):
         processor(base64.b64encode(path.read_bytes()).decode())
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "bmp"])
-def test_a_truncated_file_that_pillow_opened_is_named_with_its_place(processor, picture, tmp_path, suffix):
+def test_a_truncated_file_that_pillow_opened_is_named_with_its_place(processor, image, tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     content = encoded(suffix)
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        ValueError, match=rf"complete picture.*picture 1 \('.*cut\.{suffix}'\).*OSError.*again"
-    ) as caught:
-        processor([picture, Image.open(path)])
+    with pytest.raises(ValueError, match=rf"complete image.*image 1 \('.*cut\.{suffix}'\).*OSError.*again") as caught:
+        processor([image, Image.open(path)])
     assert isinstance(caught.value.__cause__, OSError)
 
 
@@ -502,10 +500,10 @@ def test_damage_anywhere_in_a_file_never_escapes_as_another_error(small, tmp_pat
             try:
                 assert small(str(path))["pixel_values"].shape == (1, 3, 6, 8)
             except ValueError as error:
-                assert "damaged" in str(error) or "picture 0" in str(error)
+                assert "damaged" in str(error) or "image 0" in str(error)
 
 
-def test_a_file_that_is_no_picture_is_named(processor, tmp_path):
+def test_a_file_that_is_no_image_is_named(processor, tmp_path):
     path = tmp_path / "page.jpg"
     path.write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"found '.*page\.jpg': a file that Pillow cannot read.*cannot identify"):
@@ -545,8 +543,8 @@ def test_a_decompression_bomb_is_refused_and_a_suspect_still_warned_of(processor
         ({"image_std": [0.5, 0.0, 0.5]}, ValueError, ["image_std", "non-zero", "do_normalize=False"]),
     ],
 )
-def test_a_bad_argument_is_refused_by_the_call_and_by_the_constructor(processor, picture, options, error, parts):
-    for use in (lambda: processor(picture, **options), lambda: FlashSlothImageProcessor(**options)):
+def test_a_bad_argument_is_refused_by_the_call_and_by_the_constructor(processor, image, options, error, parts):
+    for use in (lambda: processor(image, **options), lambda: FlashSlothImageProcessor(**options)):
         with pytest.raises(error) as caught:
             use()
         assert [part for part in parts if part not in str(caught.value)] == []
@@ -555,33 +553,33 @@ def test_a_bad_argument_is_refused_by_the_call_and_by_the_constructor(processor,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"do_resize": False}, r"Expected pictures of 384x384.*`do_resize=False`, found 8x6.*do_resize=True"),
+        ({"do_resize": False}, r"Expected images of 384x384.*`do_resize=False`, found 8x6.*do_resize=True"),
         ({"do_resize": False, "do_image_splitting": True}, r"no `do_image_splitting` with `do_resize=False`"),
-        ({"do_convert_rgb": False}, r"Expected mode RGB in picture 0, found RGBA; leave `do_convert_rgb` at True"),
+        ({"do_convert_rgb": False}, r"Expected mode RGB in image 0, found RGBA; leave `do_convert_rgb` at True"),
         ({"input_data_format": "sideways"}, r"sideways is not a valid ChannelDimension.*channels_first"),
         ({"input_data_format": "channels_first"}, r"1, 3 or 4 channels.*\(6, 8, 4\).*channels_first.*correct"),
         ({"return_tensors": "tf"}, r"tf is not a valid TensorType"),
     ],
 )
-def test_an_argument_that_does_not_fit_the_picture_is_refused(processor, picture, options, message):
+def test_an_argument_that_does_not_fit_the_image_is_refused(processor, image, options, message):
     with pytest.raises(ValueError, match=message):
-        processor(np.asarray(picture.convert("RGBA")), **options)
+        processor(np.asarray(image.convert("RGBA")), **options)
 
 
-def test_pictures_of_the_right_size_and_mode_need_no_conversion(small, picture):
-    result = small(picture, do_resize=False, do_convert_rgb=False)
-    np.testing.assert_array_equal(pixels(result)[0], np.asarray(picture))
+def test_images_of_the_right_size_and_mode_need_no_conversion(small, image):
+    result = small(image, do_resize=False, do_convert_rgb=False)
+    np.testing.assert_array_equal(pixels(result)[0], np.asarray(image))
 
 
-def test_none_keeps_a_default(processor, picture):
+def test_none_keeps_a_default(processor, image):
     names = ["do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"]
     nothing = dict.fromkeys([*names, "do_convert_rgb", "do_image_splitting", "input_data_format", "return_tensors"])
-    np.testing.assert_array_equal(processor(picture, **nothing)["pixel_values"], processor(picture)["pixel_values"])
+    np.testing.assert_array_equal(processor(image, **nothing)["pixel_values"], processor(image)["pixel_values"])
     assert FlashSlothImageProcessor(**nothing).to_dict() == processor.to_dict()
 
 
-def test_the_inputs_stay_as_they_were(processor, picture):
-    for given in (np.asarray(picture).copy(), torch.from_numpy(np.asarray(picture) / 255), picture.convert("RGBA")):
+def test_the_inputs_stay_as_they_were(processor, image):
+    for given in (np.asarray(image).copy(), torch.from_numpy(np.asarray(image) / 255), image.convert("RGBA")):
         before = np.array(given)
         processor(given, do_image_splitting=True)
         np.testing.assert_array_equal(np.array(given), before)
@@ -640,7 +638,7 @@ def four_threads():
 
 
 @pytest.mark.parametrize("do_image_splitting", [False, True])
-def test_threads_give_the_bits_of_one_picture_at_a_time(processor, four_threads, do_image_splitting):
+def test_threads_give_the_bits_of_one_image_at_a_time(processor, four_threads, do_image_splitting):
     options = {"do_image_splitting": do_image_splitting, "return_tensors": "np"}
     alone = [processor(Image.open(path), **options)["pixel_values"] for path in FILES.values()]
     together = processor([Image.open(path) for path in FILES.values()], **options)["pixel_values"]
@@ -649,18 +647,18 @@ def test_threads_give_the_bits_of_one_picture_at_a_time(processor, four_threads,
     assert np.array_equal(processor([same] * 4, **options)["pixel_values"], np.concatenate(alone[:1] * 4))
 
 
-def test_threads_may_share_a_picture_that_was_only_opened(processor, tmp_path):
+def test_threads_may_share_an_image_that_was_only_opened(processor, tmp_path):
     noise = np.random.default_rng(6).integers(0, 256, (600, 600, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     expected = processor(str(tmp_path / "noise.png"))["pixel_values"]
     with ThreadPoolExecutor(8) as threads:
         for _ in range(5):
             shared = Image.open(tmp_path / "noise.png")
-            for found in threads.map(lambda picture: processor(picture)["pixel_values"], [shared] * 8):
+            for found in threads.map(lambda image: processor(image)["pixel_values"], [shared] * 8):
                 np.testing.assert_array_equal(found, expected)
 
 
-def test_an_error_in_a_thread_names_the_picture(processor, picture, four_threads):
+def test_an_error_in_a_thread_names_the_image(processor, image, four_threads):
     broken = np.full((6, 8, 3), np.nan, dtype=np.float32)
-    with pytest.raises(ValueError, match="finite pixels in picture 2"):
-        processor([picture, picture.copy(), broken, picture.copy()])
+    with pytest.raises(ValueError, match="finite pixels in image 2"):
+        processor([image, image.copy(), broken, image.copy()])

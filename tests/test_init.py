@@ -66,7 +66,7 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 before = peak()
-done = init(*sys.argv[1:], query_width=32)
+done = init(*sys.argv[1:], query_hidden_size=32)
 print((peak() - before) / (4 * done.num_parameters))
 """
 
@@ -89,7 +89,9 @@ def built(bases, tmp_path_factory):
     output = tmp_path_factory.mktemp("built")
     made = {}
     for decoder, (tower, _, window) in PAIRS.items():
-        done = init(folder / tower, folder / decoder, output / decoder, pooling_window=window, query_width=WIDTH)
+        done = init(
+            folder / tower, folder / decoder, output / decoder, pooling_window_size=window, query_hidden_size=WIDTH
+        )
         model, report = FlashSlothForConditionalGeneration.from_pretrained(done.output, output_loading_info=True)
         assert not any(report.values())
         made[decoder] = (done, model, FlashSlothProcessor.from_pretrained(done.output))
@@ -107,8 +109,8 @@ def adapted():
     return found
 
 
-def question(*pictures, text="What is it?"):
-    parts = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": text}]
+def question(*images, text="What is it?"):
+    parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
     return {"role": "user", "content": parts}
 
 
@@ -167,7 +169,7 @@ def test_what_enters_the_towers_last_layer_is_read(bases, built, family):
 @pytest.mark.parametrize(("layer", "num_layers"), [(-1, 3), (-2, 2), (-3, 1), (1, 1)])
 def test_the_vision_layer_can_be_chosen(bases, tmp_path, layer, num_layers):
     folder, models = bases
-    done = init(folder / "clip", folder / "phi", tmp_path / "out", vision_layer=layer, query_width=WIDTH)
+    done = init(folder / "clip", folder / "phi", tmp_path / "out", vision_layer=layer, query_hidden_size=WIDTH)
     model = FlashSlothForConditionalGeneration.from_pretrained(done.output)
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -195,7 +197,7 @@ def test_what_is_new_depends_on_the_seed_only(bases, tmp_path):
     states = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(states))
-        init(folder / "dinov2", folder / "qwen3", tmp_path / name, query_width=WIDTH, seed=seed)
+        init(folder / "dinov2", folder / "qwen3", tmp_path / name, query_hidden_size=WIDTH, seed=seed)
         states.append(FlashSlothForConditionalGeneration.from_pretrained(tmp_path / name).state_dict())
     first, same, other = states
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -207,8 +209,8 @@ def test_what_is_new_depends_on_the_seed_only(bases, tmp_path):
     }
 
 
-def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, pictures, tmp_path):
-    messages = [question(pictures[0]), answer(), question(pictures[1], text="And this?")]
+def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, images, tmp_path):
+    messages = [question(images[0]), answer(), question(images[1], text="And this?")]
     torch.save(messages, tmp_path / "messages.pt")
     script = tmp_path / "ask.py"
     script.write_text(ASK)
@@ -225,12 +227,12 @@ def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, p
 
 
 @pytest.mark.parametrize("family", PAIRS)
-def test_a_row_does_not_depend_on_its_batch(built, pictures, family):
+def test_a_row_does_not_depend_on_its_batch(built, images, family):
     _, model, processor = built[family]
     conversations = [
-        [question(pictures[0])],
-        [question(text="No picture.")],
-        [question(pictures[1], pictures[2], text="Which?"), answer(), question(text="Sure?")],
+        [question(images[0])],
+        [question(text="No image.")],
+        [question(images[1], images[2], text="Which?"), answer(), question(text="Sure?")],
     ]
     batch = encode(processor, conversations, processor_kwargs={"padding": True})
     with torch.no_grad():
@@ -349,7 +351,7 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
     """Its first token is the first with a character of it, also where it merges with a line break before it."""
     _, tokenizer, template, starts = adapted[family]
     processor, config = tiny_processor(tokenizer, template, starts)
-    config.check()
+    config.validate_architecture()
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     contents = [*CONTENTS, "What is it?", "\n", "  ", "user", "\n\nuser\n", "名前", *special, f"{special[-3]}user\nHi"]
     if family != "phi":  # whose format is plain text
@@ -359,11 +361,11 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
         befores += [[question(text="a"), answer("b"), question(text="c")]]
     if family not in ("gemma", "mistral"):
         befores += [[system()], [system("Speak 2 "), question(text="a"), answer("b")]]
-    for before, pictures, content in itertools.product(befores, (0, 1, 2), contents):
-        if family == "gemma3_text" and before[-1:] and before[-1]["role"] == "system" and not pictures:
+    for before, images, content in itertools.product(befores, (0, 1, 2), contents):
+        if family == "gemma3_text" and before[-1:] and before[-1]["role"] == "system" and not images:
             continue  # where the system message is the first part of the first text
         text, head = (
-            processor.apply_chat_template([*before, question(*[None] * pictures, text=text)])
+            processor.apply_chat_template([*before, question(*[None] * images, text=text)])
             for text in (content, SENTINEL)
         )
         head = head.partition(SENTINEL)[0]
@@ -371,7 +373,7 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
         spans = PromptSpans.find(torch.tensor([encoded["input_ids"]]), config, None)
         block = max(i for i, token in enumerate(encoded["input_ids"]) if token == config.query_token_id)
         expected = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(head))
-        assert spans.instruction_start[0, block] == expected, (before, pictures, content)
+        assert spans.instruction_start[0, block] == expected, (before, images, content)
         assert spans.query_start[0, block] == block
 
 
@@ -409,7 +411,9 @@ def test_a_patch_grid_without_divisors_is_refused():
 @pytest.mark.parametrize("family", ["siglip_vision_model", "clip", "dinov2"])
 def test_a_tower_sees_another_size_with_interpolated_positions(bases, tmp_path, family):
     folder, models = bases
-    done = init(folder / family, folder / "phi", tmp_path / "out", image_size=96, pooling_window=3, query_width=WIDTH)
+    done = init(
+        folder / family, folder / "phi", tmp_path / "out", image_size=96, pooling_window_size=3, query_hidden_size=WIDTH
+    )
     model = FlashSlothForConditionalGeneration.from_pretrained(done.output)
     processor = FlashSlothProcessor.from_pretrained(done.output)
     assert done.config.num_patches == 144
@@ -428,10 +432,10 @@ def test_the_choices_reach_the_config(bases, tmp_path):
         folder / "clip",
         folder / "qwen3",
         tmp_path / "out",
-        query_layer=3,
+        query_layer_idx=3,
         num_query_tokens=5,
-        query_width=16,
-        high_definition=True,
+        query_hidden_size=16,
+        do_image_splitting=True,
         dtype="bfloat16",
     )
     model = FlashSlothForConditionalGeneration.from_pretrained(done.output, dtype="auto")
@@ -446,13 +450,13 @@ def test_the_choices_reach_the_config(bases, tmp_path):
 def test_the_decoders_own_type_is_kept(tmp_path, bases):
     folder, _ = bases
     make_decoder(tmp_path / "half", "qwen3", spare_rows=8, dtype=torch.bfloat16)
-    assert init(folder / "clip", tmp_path / "half", tmp_path / "out", query_width=WIDTH).dtype == "bfloat16"
+    assert init(folder / "clip", tmp_path / "half", tmp_path / "out", query_hidden_size=WIDTH).dtype == "bfloat16"
 
 
 def test_query_heads_divide_both_widths(tmp_path, bases):
     folder, _ = bases
     make_decoder(tmp_path / "odd", "qwen3", num_attention_heads=6, num_key_value_heads=3)
-    done = init(folder / "clip", tmp_path / "odd", tmp_path / "out", query_width=24)
+    done = init(folder / "clip", tmp_path / "odd", tmp_path / "out", query_hidden_size=24)
     assert done.config.num_query_heads == 4
 
 
@@ -468,7 +472,7 @@ def test_the_card_says_what_is_pretrained_and_what_is_not(built):
         name="mine",
         dtype="float16",
         num_parameters=1,
-        high_definition=False,
+        do_image_splitting=False,
         base_models=["someone/decoder", "someone/tower"],
     )
     assert card.data.base_model == ["someone/decoder", "someone/tower"]
@@ -487,7 +491,7 @@ def test_about_one_model_is_in_memory(bases, tmp_path):
 def test_a_tower_may_give_its_size_as_a_pair(bases, tmp_path):
     folder, _ = bases
     make_tower(tmp_path / "pairs", "dinov2", image_size=(40, 40), patch_size=(8, 8))
-    done = init(tmp_path / "pairs", folder / "phi", tmp_path / "out", query_width=WIDTH)
+    done = init(tmp_path / "pairs", folder / "phi", tmp_path / "out", query_hidden_size=WIDTH)
     assert FlashSlothProcessor.from_pretrained(done.output).image_processor.size == {"height": 40, "width": 40}
 
 
@@ -510,7 +514,7 @@ def refused(run, bases, tmp_path):
         before = sorted(tmp_path.rglob("*"))
         vision, language = vision or folder / "clip", language or folder / "qwen3"
         code, output, errors = run(
-            tmp_path / "out", "--vision", vision, "--language", language, "--query-width", WIDTH, *options
+            tmp_path / "out", "--vision", vision, "--language", language, "--query-hidden-size", WIDTH, *options
         )
         assert (code, output, errors.count("\n")) == (2, "", 1), errors
         assert errors.startswith("flashsloth: error: ")
@@ -523,14 +527,14 @@ def refused(run, bases, tmp_path):
 def test_the_command_says_what_it_made(run, bases, tmp_path):
     folder, _ = bases
     code, output, errors = run(
-        tmp_path / "out", "--vision", folder / "clip", "--language", folder / "qwen3", "--query-width", WIDTH
+        tmp_path / "out", "--vision", folder / "clip", "--language", folder / "qwen3", "--query-hidden-size", WIDTH
     )
     assert (code, errors) == (0, "")
     assert "64 patches a tile, 16 image tokens" in output
     assert "<|im_end|>" in output
-    picture = tmp_path / "picture.png"
-    Image.radial_gradient("L").save(picture)
-    assert cli.main(["ask", str(picture), "Why?", "--model", str(tmp_path / "out"), "--max-new-tokens", "2"]) == 0
+    image = tmp_path / "image.png"
+    Image.radial_gradient("L").save(image)
+    assert cli.main(["ask", str(image), "Why?", "--model", str(tmp_path / "out"), "--max-new-tokens", "2"]) == 0
 
 
 def test_a_folder_that_is_not_empty_is_refused(refused, tmp_path):
@@ -547,29 +551,29 @@ def test_missing_folders_are_refused(refused, tmp_path):
 
 
 def test_windows_layers_and_widths_that_do_not_fit_are_refused(refused):
-    assert "must divide the side of the patch grid, 8" in refused("--pooling-window", 3)
+    assert "must divide the side of the patch grid, 8" in refused("--pooling-window-size", 3)
     assert "has 3 layers" in refused("--vision-layer", -4)
-    assert "from 0 to 3" in refused("--query-layer", 4)
+    assert "from 0 to 3" in refused("--query-layer-idx", 4)
 
 
 def test_a_tower_without_a_square_grid_is_refused(refused, bases, tmp_path):
     folder, _ = bases
     make_tower(tmp_path / "wide", "dinov2", image_size=(32, 64))
-    assert "square pictures" in refused(vision=tmp_path / "wide")
-    assert "square pictures" in refused(vision=folder / "llama")
+    assert "square images" in refused(vision=tmp_path / "wide")
+    assert "square images" in refused(vision=folder / "llama")
 
 
 def test_a_window_that_pools_nothing_is_said(run, bases, tmp_path):
     folder, _ = bases
-    command = ["--vision", folder / "dinov2", "--language", folder / "phi", "--query-width", WIDTH]
+    command = ["--vision", folder / "dinov2", "--language", folder / "phi", "--query-hidden-size", WIDTH]
     code, output, errors = run(tmp_path / "out", *command)
     assert (code, errors.count("\n")) == (0, 1)
     assert errors.startswith("flashsloth: warning: Nothing is pooled: no window but 1 divides the 5x5 patches")
     assert "25 patches a tile, 25 image tokens" in output
-    for number, option in enumerate((["--pooling-window", 1], ["--pooling-window", 5], ["--image-size", 64])):
+    for number, option in enumerate((["--pooling-window-size", 1], ["--pooling-window-size", 5], ["--image-size", 64])):
         assert run(tmp_path / str(number), *command, *option)[::2] == (0, "")
     with pytest.warns(UserWarning, match="Nothing is pooled"):
-        init(folder / "dinov2", folder / "phi", tmp_path / "again", query_width=WIDTH)
+        init(folder / "dinov2", folder / "phi", tmp_path / "again", query_hidden_size=WIDTH)
 
 
 TOWER_SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
@@ -592,7 +596,7 @@ OTHER_TOWERS = {
 @pytest.mark.parametrize("kind", OTHER_TOWERS)
 def test_a_tower_that_gives_its_patches_is_taken_with_its_own_hidden_states(bases, tmp_path, kind, layer):
     model = make_other(tmp_path / "tower", kind.partition(",")[0], **OTHER_TOWERS[kind])
-    done = init(tmp_path / "tower", bases[0] / "phi", tmp_path / "out", query_width=WIDTH, vision_layer=layer)
+    done = init(tmp_path / "tower", bases[0] / "phi", tmp_path / "out", query_hidden_size=WIDTH, vision_layer=layer)
     built = FlashSlothForConditionalGeneration.from_pretrained(done.output)
     num_layers = 3 if layer == -1 else 2
     assert (done.config.num_patches, done.config.vision_config.num_hidden_layers) == (64, num_layers)
@@ -627,7 +631,7 @@ UNFIT_TOWERS = {
     "vit_mae": ({"decoder_num_hidden_layers": 1}, "does not give one feature for each of the 64 patches"),
     "vit_mae, all patches seen": ({"decoder_num_hidden_layers": 1, "mask_ratio": 0.0}, "does not give one feature"),
     "videomae": ({"num_frames": 2}, "does not give one feature"),
-    "siglip2_vision_model": ({"image_size": None}, "square pictures and patches: it has image_size=None"),
+    "siglip2_vision_model": ({"image_size": None}, "square images and patches: it has image_size=None"),
 }
 
 
@@ -680,7 +684,7 @@ def test_other_decoders_are_refused_with_families_that_work(refused, tmp_path, k
 def test_the_tower_of_a_flashsloth_is_taken(bases, built, tmp_path, layout):
     source = make_original(tmp_path / "release") if layout == "original" else built["llama"][0].output
     expected = FlashSlothForConditionalGeneration.from_pretrained(source)
-    done = init(source, bases[0] / "phi", tmp_path / "out", query_width=WIDTH)
+    done = init(source, bases[0] / "phi", tmp_path / "out", query_hidden_size=WIDTH)
     found = FlashSlothForConditionalGeneration.from_pretrained(done.output)
     assert found.config.vision_config.to_dict() == expected.config.vision_config.to_dict()
     state = expected.model.vision_tower.state_dict()
@@ -689,7 +693,7 @@ def test_the_tower_of_a_flashsloth_is_taken(bases, built, tmp_path, layout):
         assert torch.equal(tensor, state[name]), name
     processors = [FlashSlothProcessor.from_pretrained(folder).image_processor for folder in (source, done.output)]
     assert len({str(processor.image_mean) for processor in processors}) == 1
-    fewer = init(source, bases[0] / "phi", tmp_path / "fewer", query_width=WIDTH, vision_layer=-2)
+    fewer = init(source, bases[0] / "phi", tmp_path / "fewer", query_hidden_size=WIDTH, vision_layer=-2)
     num_layers = expected.config.vision_config.num_hidden_layers
     assert fewer.config.vision_config.num_hidden_layers == num_layers - 1
 
@@ -757,7 +761,7 @@ def test_a_format_that_cannot_be_adopted_has_a_way_out(refused, run, bases, tmp_
     template = tmp_path / "template.jinja"
     template.write_text(GIVEN)
     arguments = ("--vision", folder / "clip", "--language", tmp_path / "odd", "--chat-template", template)
-    code, _, errors = run(tmp_path / "made", *arguments, "--query-width", WIDTH)
+    code, _, errors = run(tmp_path / "made", *arguments, "--query-hidden-size", WIDTH)
     assert (code, errors) == (0, "")
     assert (tmp_path / "made/chat_template.jinja").read_text() == GIVEN
     processor = FlashSlothProcessor.from_pretrained(tmp_path / "made")
@@ -770,7 +774,7 @@ def test_a_format_that_cannot_be_adopted_has_a_way_out(refused, run, bases, tmp_
     [
         ("{% for m in messages %}", "cannot be rendered"),
         (GIVEN.replace("<learnable>", ""), "<learnable> right behind"),
-        (GIVEN.replace("<image>", ""), "picture as <image>"),
+        (GIVEN.replace("<image>", ""), "image as <image>"),
         (GIVEN.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "generation"),
         (GIVEN.replace("<|im_end|>", "!"), "no special token ends an answer"),
     ],

@@ -95,7 +95,7 @@ def slow_if_many_windows(peer, side):
 
 
 @pytest.mark.parametrize(
-    ("peer", "side"), [slow_if_many_windows(peer, side) for peer in PEERS for side in latency.PICTURES]
+    ("peer", "side"), [slow_if_many_windows(peer, side) for peer in PEERS for side in latency.IMAGES]
 )
 def test_a_prompt_has_as_many_image_tokens_as_the_model_makes_features(peer, side):
     peer = shrink(peer)
@@ -118,14 +118,14 @@ def test_a_model_refuses_one_image_token_less(peer):
 
 
 @any_peer
-@pytest.mark.parametrize("side", latency.PICTURES)
-def test_pictures_are_laid_out_as_the_image_processor_does_it(peer, side):
+@pytest.mark.parametrize("side", latency.IMAGES)
+def test_images_are_laid_out_as_the_image_processor_does_it(peer, side):
     processor = peer.build_image_processor()
     if processor is None:
         pytest.skip("its image processor needs torchvision")
-    picture = latency.Image.new("RGB", (side, side))
-    made = processor(picture, return_tensors="pt")
-    for name, content in peer.layout(peer.build_config(), side).pictures.items():
+    image = latency.Image.new("RGB", (side, side))
+    made = processor(image, return_tensors="pt")
+    for name, content in peer.layout(peer.build_config(), side).images.items():
         found = tuple(made[name].shape) if isinstance(content, tuple) else made[name].tolist()
         assert found == content, name
 
@@ -158,7 +158,7 @@ def test_counts_equal_hand_arithmetic():
     assert counts["prefill_flops"] == pytest.approx(decoder(prompt, prompt), rel=1e-4)
     assert counts["token_flops"] == pytest.approx(decoder(1, prompt + 1), rel=1e-4)
     assert counts["kv_token_bytes"] == 2 * layers * key_value * 2
-    assert counts["kv_picture_bytes"] == patches * counts["kv_token_bytes"]
+    assert counts["kv_image_bytes"] == patches * counts["kv_token_bytes"]
 
 
 def test_a_step_reads_all_of_the_decoder_but_a_separate_input_table():
@@ -219,7 +219,7 @@ def test_peak_memory_sees_what_is_gone_again():
 def test_measuring_is_resumed_and_told_as_ratios(tmp_path):
     peers = tuple(shrink(named(name)) for name in ("FlashSloth-3.2B", "PaliGemma-3B-224"))
     names = [peer.name for peer in peers]
-    options = ["--device", "cpu", "--pictures", "336", "--batch-sizes", "1", "2", "--rounds", "1"]
+    options = ["--device", "cpu", "--images", "336", "--batch-sizes", "1", "2", "--rounds", "1"]
     output = tmp_path / "run"
 
     def run(*more):
@@ -244,14 +244,14 @@ def test_measuring_is_resumed_and_told_as_ratios(tmp_path):
 
 def test_a_model_that_does_not_fit_is_skipped_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "MARGIN_BYTES", 10**15)
-    options = ["--device", "cpu", "--models", PEERS[0].name, "--pictures", "336", "--batch-sizes", "1"]
+    options = ["--device", "cpu", "--models", PEERS[0].name, "--images", "336", "--batch-sizes", "1"]
     latency.main(["--output", str(tmp_path / "run"), *options], (shrink(PEERS[0]),))
     text = (tmp_path / "run.md").read_text()
     assert "### Skipped\n\n- FlashSloth-3.2B, 336 px, batch 1: needs 1000000" in text
     assert "### Counts" in text
 
 
-def test_a_second_question_is_timed_without_the_picture():
+def test_a_second_question_is_timed_without_the_image():
     peer = shrink(named("FlashSloth-HD-3.2B"))
     model = latency.build_filled(peer, "cpu")
     num_tiles, num_rounds = [], 2
@@ -279,7 +279,7 @@ def test_decoding_is_timed_with_both_attentions_and_both_caches():
 
 def test_counted_prefill_equals_that_of_real_tensors():
     peer = shrink(PEERS[0])
-    prompts = memory.Prompts("two rows, two pictures each", 2, 2)
+    prompts = memory.Prompts("two rows, two images each", 2, 2)
     real = memory.count_prefill(latency.build_filled(peer, "cpu"), prompts)
     with memory.FakeTensorMode(), memory.no_init_weights():
         counted = memory.count_prefill(peer.build_model().eval(), prompts)
@@ -301,13 +301,13 @@ def test_new_processes_tell_what_loading_takes(tmp_path):
     assert float(figures["size of the files"].split()[0]) == pytest.approx(size / 1e9, abs=0.01)
 
 
-def test_preprocessing_is_timed_on_pictures_and_on_files():
+def test_preprocessing_is_timed_on_images_and_on_files():
     results = {
         name: preprocessing.measure(preprocessing.opener(64, 96, 2, is_file), 1)
-        for name, is_file in (("pictures", False), ("files", True))
+        for name, is_file in (("images", False), ("files", True))
     }
     report = preprocessing.table(results).splitlines()
-    assert [line.split(" | ")[0] for line in report[-2:]] == ["| pictures", "| files"]
+    assert [line.split(" | ")[0] for line in report[-2:]] == ["| images", "| files"]
     assert all(value > 0 for times in results.values() for value in times.values())
 
 
@@ -342,7 +342,7 @@ def decoder_weights(peer, precision):
 
 
 def test_answers_with_eight_and_four_bits_are_compared():
-    rows = list(quantization.compare_answers(num_pictures=2))
+    rows = list(quantization.compare_answers(num_images=2))
     assert [row.recipe for row in rows] == list(quantization.RECIPES)
     assert all(row.num_asked == rows[0].num_asked >= row.num_right > row.num_asked / 2 for row in rows)
     assert all(row.num_layer_bytes < 0.6 * rows[0].num_layer_bytes for row in rows[1:])

@@ -47,9 +47,9 @@ def test_a_batch_equals_its_rows(any_model, ask, conversations, padding_side):
         torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
 
 
-def test_queries_hear_their_question_and_see_their_picture(any_model, ask, pictures):
+def test_queries_hear_their_question_and_see_their_image(any_model, ask, images):
     """What follows the queries depends on both through the queries alone: the image tokens are kept as they are."""
-    inputs = ask([(pictures[:1], "What is it?")])
+    inputs = ask([(images[:1], "What is it?")])
     before = logits_of(any_model, inputs)
 
     class Blind(torch.nn.Module):
@@ -67,49 +67,49 @@ def test_queries_hear_their_question_and_see_their_picture(any_model, ask, pictu
     assert (before[:, first:] - without[:, first:]).abs().max() > 1e-2
 
 
-def test_a_query_does_not_see_later_pictures(model, ask, pictures):
-    def first_turn(second_picture):
-        inputs = ask([(pictures[:1], "First?", "yes"), ([second_picture], "Second?")])
+def test_a_query_does_not_see_later_images(model, ask, images):
+    def first_turn(second_image):
+        inputs = ask([(images[:1], "First?", "yes"), ([second_image], "Second?")])
         start = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[model.config.image_seq_length].item()
         return logits_of(model, inputs)[:, :start]
 
-    torch.testing.assert_close(first_turn(pictures[1]), first_turn(pictures[2]))
+    torch.testing.assert_close(first_turn(images[1]), first_turn(images[2]))
 
 
-def test_a_later_turn_sees_earlier_pictures(model, ask, pictures):
+def test_a_later_turn_sees_earlier_images(model, ask, images):
     outputs = []
 
     def record(_, args, output):
         outputs.append(output - args[0])
 
     hook = model.model.embedded_query.register_forward_hook(record)
-    inputs = ask([(pictures[:1], "First?", "yes"), ([], "Second?")])
+    inputs = ask([(images[:1], "First?", "yes"), ([], "Second?")])
     logits_of(model, inputs)
     hook.remove()
     changed = outputs[0].abs().sum(dim=-1)[0] > 0
     assert torch.equal(changed, inputs["input_ids"][0] == model.config.query_token_id)
 
 
-def test_rows_without_pictures_keep_their_queries(model, ask, pictures):
+def test_rows_without_images_keep_their_queries(model, ask, images):
     calls = []
     hook = model.model.embedded_query.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
-    logits_of(model, ask([(pictures[:1], "What is it?")], [([], "Hello?")]))
+    logits_of(model, ask([(images[:1], "What is it?")], [([], "Hello?")]))
     hook.remove()
     before, after = calls[0]
     torch.testing.assert_close(before[1], after[1], atol=0, rtol=0)
 
 
-def test_the_module_computes_the_queries_and_nothing_else(model, ask, pictures):
+def test_the_module_computes_the_queries_and_nothing_else(model, ask, images):
     shapes = []
     norm = model.model.embedded_query.query_norm
     hook = norm.register_forward_hook(lambda _, args, output: shapes.append(tuple(output.shape[:2])))
-    logits_of(model, ask([(pictures[:1], "First?", "yes"), ([], "Second?")], [(pictures[:1], "What is it?")]))
+    logits_of(model, ask([(images[:1], "First?", "yes"), ([], "Second?")], [(images[:1], "What is it?")]))
     hook.remove()
     assert shapes == [(2, 2 * model.config.num_query_tokens)]
 
 
-def test_an_empty_question_gives_finite_answers(any_model, ask, pictures):
-    inputs = ask([(pictures[:1], "")])
+def test_an_empty_question_gives_finite_answers(any_model, ask, images):
+    inputs = ask([(images[:1], "")])
     assert logits_of(any_model, inputs).isfinite().all()
 
 
@@ -119,8 +119,8 @@ def test_a_text_only_batch_needs_no_pixels(any_model, ask):
     assert logits_of(any_model, inputs).isfinite().all()
 
 
-def test_high_definition_uses_five_tiles_in_the_same_model(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")], do_image_splitting=True)
+def test_high_definition_uses_five_tiles_in_the_same_model(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")], do_image_splitting=True)
     assert inputs["pixel_values"].shape[0] == 5
     num_image_tokens = (inputs["input_ids"] == model.config.image_token_id).sum().item()
     assert num_image_tokens == 5 * model.config.image_seq_length
@@ -163,7 +163,7 @@ def test_the_forward_pass_compiles_without_graph_breaks(make_model, ask, convers
     torch.testing.assert_close(logits[mask], logits_of(model, inputs)[mask], atol=1e-4, rtol=0)
 
 
-def test_every_parameter_learns_from_pictures(make_model, ask, conversations):
+def test_every_parameter_learns_from_images(make_model, ask, conversations):
     model = make_model("qwen3").train()
     inputs = ask(*conversations)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -172,7 +172,7 @@ def test_every_parameter_learns_from_pictures(make_model, ask, conversations):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_text_alone_touches_every_parameter_and_changes_nothing(make_model, ask, checkpointing):
-    """Or processes that train together would wait for each other, when one of them has no picture."""
+    """Or processes that train together would wait for each other, when one of them has no image."""
     model = make_model("qwen3", pooling_dropout=0.0)
     inputs = ask([([], "Hello there, who are you?")], [([], "Why?")])
     expected = logits_of(model, inputs)
@@ -215,8 +215,8 @@ def test_reentrant_checkpointing_is_refused(model, enable):
         getattr(copy.deepcopy(model), enable)({"use_reentrant": True})
 
 
-def test_a_deep_copy_uses_its_own_modules(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_a_deep_copy_uses_its_own_modules(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     expected = logits_of(model, inputs)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -226,8 +226,8 @@ def test_a_deep_copy_uses_its_own_modules(model, ask, pictures):
     assert (logits_of(twin, inputs) - expected).abs().max() > 1e-2
 
 
-def test_config_and_model_survive_pickling(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_config_and_model_survive_pickling(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     assert pickle.loads(pickle.dumps(model.config)).to_dict() == model.config.to_dict()
     twin = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(logits_of(twin, inputs), logits_of(model, inputs))
@@ -245,17 +245,17 @@ def test_half_precision_works(make_model, ask, conversations, dtype):
     assert difference < 0.1
 
 
-def test_resizing_the_vocabulary_keeps_answers(make_model, ask, pictures):
+def test_resizing_the_vocabulary_keeps_answers(make_model, ask, images):
     model = make_model("phi")
-    inputs = ask([(pictures[:1], "What is it?")])
+    inputs = ask([(images[:1], "What is it?")])
     expected = logits_of(model, inputs)
     model.resize_token_embeddings(300)
     torch.testing.assert_close(logits_of(model, inputs)[..., : expected.shape[-1]], expected)
     assert model.config.text_config.vocab_size == 300
 
 
-def test_logits_to_keep_keeps_the_last(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_logits_to_keep_keeps_the_last(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     expected = logits_of(model, inputs)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, expected[:, -2:])
@@ -268,42 +268,42 @@ def test_the_tower_has_no_unused_parts(model):
     assert len(model.model.vision_tower.encoder.layers) == VISION["num_hidden_layers"]
 
 
-def test_a_tower_with_a_class_token_pools_patches_only(make_config, ask, pictures):
+def test_a_tower_with_a_class_token_pools_patches_only(make_config, ask, images):
     vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     model = FlashSlothForConditionalGeneration(make_config(vision_config=vision)).eval()
     features = model.get_image_features(torch.randn(2, 3, 32, 32))
     assert features.last_hidden_state.shape == (2, 16, 32)
     assert features.pooler_output.shape == (2, 4, 32)
-    assert logits_of(model, ask([(pictures[:1], "What is it?")])).isfinite().all()
+    assert logits_of(model, ask([(images[:1], "What is it?")])).isfinite().all()
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_more_features_than_image_tokens_are_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_more_features_than_image_tokens_are_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     inputs["pixel_values"] = torch.cat([inputs["pixel_values"]] * 2)
     with pytest.raises(ValueError, match=r"4 image tokens.*1 tiles are expected.*gives 2.*FlashSlothProcessor"):
         logits_of(model, inputs)
 
 
-def test_image_tokens_without_pixels_are_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_image_tokens_without_pixels_are_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     del inputs["pixel_values"]
     with pytest.raises(ValueError, match=r"1 tiles are expected.*gives 0"):
         logits_of(model, inputs)
 
 
-def test_pixels_without_image_tokens_are_refused(model, ask, pictures):
+def test_pixels_without_image_tokens_are_refused(model, ask, images):
     inputs = ask([([], "What is it?")])
     inputs["pixel_values"] = torch.zeros(1, 3, 32, 32)
     with pytest.raises(ValueError, match=r"0 image tokens.*gives 1"):
         logits_of(model, inputs)
 
 
-def test_ids_cut_inside_a_picture_are_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_ids_cut_inside_an_image_are_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     last = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[-1].item()
     cut = {"input_ids": inputs["input_ids"][:, :last], "pixel_values": inputs["pixel_values"]}
     with pytest.raises(ValueError, match=r"Row 0 has 3 image tokens, but a tile has 4.*truncated"):
@@ -311,8 +311,8 @@ def test_ids_cut_inside_a_picture_are_refused(model, ask, pictures):
 
 
 @pytest.mark.parametrize("cut", [slice(0, -1), slice(1, None)])
-def test_query_tokens_outside_whole_blocks_are_refused(model, ask, pictures, cut):
-    ids = ask([(pictures[:1], "What is it?")])["input_ids"][0].tolist()
+def test_query_tokens_outside_whole_blocks_are_refused(model, ask, images, cut):
+    ids = ask([(images[:1], "What is it?")])["input_ids"][0].tolist()
     block = [i for i, token in enumerate(ids) if token == model.config.query_token_id][cut]
     keep = [i for i, token in enumerate(ids) if token != model.config.query_token_id or i in block]
     with pytest.raises(ValueError, match=r"2 query tokens that are not in whole blocks of 3"):
@@ -321,8 +321,8 @@ def test_query_tokens_outside_whole_blocks_are_refused(model, ask, pictures, cut
         )
 
 
-def test_a_torn_query_block_is_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_a_torn_query_block_is_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     ids = inputs["input_ids"]
     last = (ids[0] == model.config.query_token_id).nonzero()[-1].item()
     ids[0, [last, last + 1]] = ids[0, [last + 1, last]]
@@ -330,8 +330,8 @@ def test_a_torn_query_block_is_refused(model, ask, pictures):
         logits_of(model, inputs)
 
 
-def test_queries_that_lost_their_question_are_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_queries_that_lost_their_question_are_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     ids = inputs["input_ids"]
     newline = (ids[0] == model.config.image_token_id).nonzero()[-1].item() + 1
     ids[0, newline] = ids[0, newline + 1]
@@ -341,15 +341,15 @@ def test_queries_that_lost_their_question_are_refused(model, ask, pictures):
         logits_of(model, inputs)
 
 
-def test_pictures_of_another_size_are_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_images_of_another_size_are_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     inputs["pixel_values"] = torch.zeros(1, 3, 40, 40)
     with pytest.raises(ValueError, match=r"\(num_tiles, channels, 32, 32\).*\(1, 3, 40, 40\)"):
         logits_of(model, inputs)
 
 
-def test_ids_and_embeddings_together_are_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_ids_and_embeddings_together_are_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     with pytest.raises(ValueError, match="and not both"):
         model(**inputs, inputs_embeds=torch.zeros(1, 1, 32))
     with pytest.raises(ValueError, match="is needed"):
@@ -392,10 +392,8 @@ def test_a_compiled_model_keeps_packed_samples_apart(make_model, ask, conversati
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
 
-def test_rows_of_packed_samples_make_a_batch(model, ask, pictures):
-    first, second = (
-        ask([([picture], question)]) for picture, question in zip(pictures, ("What?", "Who?"), strict=False)
-    )
+def test_rows_of_packed_samples_make_a_batch(model, ask, images):
+    first, second = (ask([([image], question)]) for image, question in zip(images, ("What?", "Who?"), strict=False))
     inputs, lengths = packed(first, second)
     other, _ = packed(second, first)
     both = {name: torch.cat([inputs[name], other[name]]) for name in inputs}
@@ -420,15 +418,15 @@ def test_packed_samples_have_the_gradients_of_separate_ones(make_model, ask, con
         torch.testing.assert_close(together[name], parameter.grad, atol=1e-6 * largest, rtol=1e-3)
 
 
-def test_a_call_with_packed_samples_leaves_no_cache(model, ask, pictures):
-    sample = ask([(pictures[:1], "What?")])
+def test_a_call_with_packed_samples_leaves_no_cache(model, ask, images):
+    sample = ask([(images[:1], "What?")])
     outputs = model(**packed(sample, sample)[0], use_cache=True)
     assert outputs.get(CACHE_NAME) is None
     assert model(**packed(sample)[0], use_cache=True)[CACHE_NAME] is not None
 
 
-def test_packed_samples_that_would_be_mixed_are_refused(model, make_model, ask, pictures):
-    sample = ask([(pictures[:1], "What?")])
+def test_packed_samples_that_would_be_mixed_are_refused(model, make_model, ask, images):
+    sample = ask([(images[:1], "What?")])
     inputs, lengths = packed(sample, sample)
     with pytest.raises(ValueError, match=r"of row 0 start anew within it.*leave `attention_mask` out"):
         model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
@@ -449,10 +447,10 @@ def test_packed_samples_that_would_be_mixed_are_refused(model, make_model, ask, 
         model(**inputs)
 
 
-def test_a_decoder_whose_layers_mix_packed_samples_is_refused(make_config, ask, pictures):
+def test_a_decoder_whose_layers_mix_packed_samples_is_refused(make_config, ask, images):
     text = {**DECODERS["llama"], "model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2, "pad_token_id": 0}
     model = FlashSlothForConditionalGeneration(make_config("llama", text_config=text)).eval()
-    sample = ask([(pictures[:1], "What?")])
+    sample = ask([(images[:1], "What?")])
     logits_of(model, packed(sample)[0])
     with pytest.raises(ValueError, match=r"\(lfm2\) has layers of type conv, which would mix them; pad rows"):
         model(**packed(sample, sample)[0])
@@ -483,9 +481,9 @@ def test_what_the_config_asks_for_is_what_the_argument_gives(make_model, ask, co
         assert [len(found[key]) for key in found] == [len(asked[key]) for key in asked]
 
 
-def test_image_features_come_with_what_the_tower_gives(make_model, ask, pictures):
+def test_image_features_come_with_what_the_tower_gives(make_model, ask, images):
     model = make_model("phi", "eager")
-    pixels = ask([(pictures[:2], "What?")])["pixel_values"]
+    pixels = ask([(images[:2], "What?")])["pixel_values"]
     num_layers = model.config.vision_config.num_hidden_layers
     for part in (model, model.model):
         features = part.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
@@ -496,23 +494,23 @@ def test_image_features_come_with_what_the_tower_gives(make_model, ask, pictures
         assert torch.equal(plain[1], features.pooler_output)
 
 
-def test_the_tower_gets_what_concerns_it_alone(make_model, ask, pictures):
+def test_the_tower_gets_what_concerns_it_alone(make_model, ask, images):
     model, given = make_model("phi").train(), []
     model.gradient_checkpointing_enable()
     hook = model.model.vision_tower.register_forward_pre_hook(
         lambda _, args, kwargs: given.append(set(kwargs) - {"output_attentions", "output_hidden_states"}),
         with_kwargs=True,
     )
-    inputs = ask([(pictures[:1], "What?")])
+    inputs = ask([(images[:1], "What?")])
     model.get_image_features(inputs["pixel_values"])
     model(**inputs)
     hook.remove()
     assert given == [{"return_dict"}] * 2
 
 
-def test_outputs_hold_the_image_features(make_model, ask, pictures):
+def test_outputs_hold_the_image_features(make_model, ask, images):
     model = make_model("phi", "eager")
-    inputs = ask([(pictures[:2], "What?")])
+    inputs = ask([(images[:2], "What?")])
     features = model.get_image_features(inputs["pixel_values"])
     for part in (model, model.model):
         outputs = part(**inputs, output_hidden_states=True)
@@ -522,10 +520,10 @@ def test_outputs_hold_the_image_features(make_model, ask, pictures):
         assert part(**ask([([], "Hello")])).image_outputs is None
 
 
-def test_replicas_of_data_parallel_are_refused(make_model, ask, pictures):
+def test_replicas_of_data_parallel_are_refused(make_model, ask, images):
     replica = replicate_without_gpus(make_model("phi"))
     with pytest.raises(RuntimeError, match=r"cannot run under `nn.DataParallel`.*torchrun --nproc_per_node NUM_GPUS"):
-        replica(**ask([(pictures[:1], "What?")]))
+        replica(**ask([(images[:1], "What?")]))
 
 
 def replicate_without_gpus(module):

@@ -43,13 +43,13 @@ def onnx_model(exported):
 
 
 @pytest.fixture
-def batches(pictures, ask):
+def batches(images, ask):
     """Other numbers of rows, tiles and tokens than the graphs were traced with."""
     return [
-        ask([(pictures[:1], "What is it?")]),
-        ask([(pictures[:1], "Which?")], [(pictures[1:4], "And these three?")], [([], "Who are you?")]),
-        ask([(pictures[:1], "First?", "yes"), ([], "And the second one?")]),
-        ask([(pictures[:1], "What is it?")], images_kwargs={"do_image_splitting": True}),
+        ask([(images[:1], "What is it?")]),
+        ask([(images[:1], "Which?")], [(images[1:4], "And these three?")], [([], "Who are you?")]),
+        ask([(images[:1], "First?", "yes"), ([], "And the second one?")]),
+        ask([(images[:1], "What is it?")], images_kwargs={"do_image_splitting": True}),
         ask([([], "Hello there, who are you?")]),
     ]
 
@@ -138,11 +138,11 @@ def test_the_shipped_checkpoint_answers_without_the_package(tmp_path, capsys):
     assert all(step in progress for step in steps)
     (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
-    for picture, question, answer in (
+    for image, question, answer in (
         ("scene.png", "Read the sign.", "PULL"),
         ("shapes.png", "Describe the picture.", "a yellow star top left, an orange square top right"),
     ):
-        arguments = [SCRIPT, tmp_path / "graphs", ROOT / "examples" / picture, question]
+        arguments = [SCRIPT, tmp_path / "graphs", ROOT / "examples" / image, question]
         command = [sys.executable, tmp_path / "script.py", *arguments]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def website():
-    """Address of a web server that has the pictures of `examples`."""
+    """Address of a web server that has the images of `examples`."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=ROOT / "examples")
     with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -60,7 +60,7 @@ def answer(pipe, messages, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         {"type": "image", "image": Image.open(SCENE)},
         {"type": "image", "path": str(SCENE)},
@@ -74,13 +74,13 @@ def answer(pipe, messages, **kwargs):
     ],
     ids=["pil", "path", "string", "file url", "http url", "base64", "data url", "openai data url", "openai http url"],
 )
-def test_a_picture_may_come_in_many_ways(pipe, website, picture):
+def test_an_image_may_come_in_many_ways(pipe, website, image):
     def at_website(value):
         if isinstance(value, dict):
             return {name: at_website(part) for name, part in value.items()}
         return value.replace("WEBSITE", website) if isinstance(value, str) else value
 
-    content = [at_website(picture), {"type": "text", "text": "Read the sign."}]
+    content = [at_website(image), {"type": "text", "text": "Read the sign."}]
     assert answer(pipe, [{"role": "user", "content": content}]) == "PULL"
 
 
@@ -88,10 +88,10 @@ def test_a_picture_may_come_in_many_ways(pipe, website, picture):
     ("url", "reason"),
     [("WEBSITE/none.png", "the server answered 404"), ("http://localhost:1/x.png", "Connection refused")],
 )
-def test_a_picture_that_cannot_be_fetched_is_refused_clearly(pipe, website, url, reason):
+def test_an_image_that_cannot_be_fetched_is_refused_clearly(pipe, website, url, reason):
     url = url.replace("WEBSITE", website)
     content = [{"type": "image", "url": url}, {"type": "text", "text": "Why?"}]
-    with pytest.raises(ValueError, match=f"complete picture, found '{url}'.*{reason}"):
+    with pytest.raises(ValueError, match=f"complete image, found '{url}'.*{reason}"):
         answer(pipe, [{"role": "user", "content": content}])
 
 
@@ -109,7 +109,7 @@ def test_a_part_that_would_vanish_is_refused(pipe, part, reason):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_conversations_with_different_numbers_of_pictures_come_in_batches(pipe, batch_size):
+def test_conversations_with_different_numbers_of_images_come_in_batches(pipe, batch_size):
     conversations = [
         [user(SCENE, "Read the sign.")],
         [user(SCENE, SHAPES, "Describe the picture.")],
@@ -158,15 +158,15 @@ def test_an_answer_can_be_kept_short(pipe):
     assert answer(pipe, [user(SHAPES, "Describe the picture.")], max_new_tokens=3) == "a yellow star"
 
 
-@pytest.mark.parametrize("picture", [Image.open(SCENE), str(SCENE)], ids=["pil", "path"])
-def test_pictures_and_a_raw_prompt_may_come_apart(pipe, picture):
+@pytest.mark.parametrize("image", [Image.open(SCENE), str(SCENE)], ids=["pil", "path"])
+def test_images_and_a_raw_prompt_may_come_apart(pipe, image):
     prompt = "USER: <image>\nRead the sign.<learnable> ASSISTANT:"
-    assert pipe(images=picture, text=prompt)[0]["generated_text"] == f"{prompt} PULL"
-    outputs = pipe(images=[picture, SHAPES.as_posix()], text=[prompt] * 2, return_full_text=False)
+    assert pipe(images=image, text=prompt)[0]["generated_text"] == f"{prompt} PULL"
+    outputs = pipe(images=[image, SHAPES.as_posix()], text=[prompt] * 2, return_full_text=False)
     assert outputs[0]["generated_text"].strip() == "PULL"
 
 
-def test_a_picture_can_be_read_as_five_tiles(pipe):
+def test_an_image_can_be_read_as_five_tiles(pipe):
     messages = [user(SCENE, "Read the sign.")]
     output = pipe(text=messages, processor_kwargs={"do_image_splitting": True}, return_tensors=True)[0]
     num_image_tokens = output["generated_token_ids"].tolist().count(pipe.processor.image_token_id)

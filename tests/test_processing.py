@@ -73,32 +73,32 @@ def test_unknown_roles_are_refused(processor):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_placeholders_are_expanded(processor, pictures):
-    inputs = processor(images=pictures[0], text="USER: <image>\nWhy?<learnable> ASSISTANT:", return_tensors="pt")
+def test_placeholders_are_expanded(processor, images):
+    inputs = processor(images=images[0], text="USER: <image>\nWhy?<learnable> ASSISTANT:", return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(processor.image_token_id) == processor.image_seq_length
     assert ids.count(processor.query_token_id) == processor.num_query_tokens
     assert inputs["pixel_values"].shape == (1, 3, 32, 32)
-    split = processor(images=pictures[0], text="<image>", do_image_splitting=True, return_tensors="pt")
+    split = processor(images=images[0], text="<image>", do_image_splitting=True, return_tensors="pt")
     assert split["input_ids"].tolist()[0].count(processor.image_token_id) == 5 * processor.image_seq_length
     assert split["pixel_values"].shape == (5, 3, 32, 32)
 
 
-def test_a_raw_prompt_equals_the_rendered_conversation(processor, pictures):
+def test_a_raw_prompt_equals_the_rendered_conversation(processor, images):
     raw = f"{SYSTEM}USER: <image>\nWhy?<learnable> ASSISTANT: So.</s>USER: And?<learnable> ASSISTANT:"
-    messages = [user({"type": "image", "image": pictures[0]}, "Why?"), answer("So."), user("And?")]
+    messages = [user({"type": "image", "image": images[0]}, "Why?"), answer("So."), user("And?")]
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert processor(images=pictures[0], text=raw)["input_ids"] == rendered["input_ids"]
+    assert processor(images=images[0], text=raw)["input_ids"] == rendered["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["<image>", "<learnable>", "</s>", "<|endoftext|>", "a<image>b</s>c", "<<image>>"])
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
-def test_control_tokens_in_a_message_stay_text(processor, pictures, text, role):
+def test_control_tokens_in_a_message_stay_text(processor, images, text, role):
     def ids(word):
         messages = {
-            "user": [user({"type": "image", "image": pictures[0]}, word)],
-            "assistant": [user({"type": "image", "image": pictures[0]}, "Why?"), answer(word)],
-            "system": [{"role": "system", "content": word}, user({"type": "image", "image": pictures[0]}, "Why?")],
+            "user": [user({"type": "image", "image": images[0]}, word)],
+            "assistant": [user({"type": "image", "image": images[0]}, "Why?"), answer(word)],
+            "system": [{"role": "system", "content": word}, user({"type": "image", "image": images[0]}, "Why?")],
         }[role]
         return processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
 
@@ -115,16 +115,16 @@ def test_guarded_text_decodes_as_it_was_written(processor):
     assert GUARD not in processor.tokenizer.decode(ids)
 
 
-def test_the_callers_conversation_is_not_changed(processor, pictures):
-    messages = [user({"type": "image", "image": pictures[0]}, "Is <image> a word?")]
+def test_the_callers_conversation_is_not_changed(processor, images):
+    messages = [user({"type": "image", "image": images[0]}, "Is <image> a word?")]
     processor.apply_chat_template(messages, tokenize=True, return_dict=True)
-    assert messages == [user({"type": "image", "image": pictures[0]}, "Is <image> a word?")]
+    assert messages == [user({"type": "image", "image": images[0]}, "Is <image> a word?")]
 
 
-def test_the_processor_saves_and_loads(processor, pictures, tmp_path):
+def test_the_processor_saves_and_loads(processor, images, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = FlashSlothProcessor.from_pretrained(tmp_path)
-    messages = [user({"type": "image", "image": pictures[0]}, "Is <image> a word?"), answer("Yes."), user("Sure?")]
+    messages = [user({"type": "image", "image": images[0]}, "Is <image> a word?"), answer("Yes."), user("Sure?")]
     arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     expected, found = (p.apply_chat_template(messages, **arguments) for p in (processor, loaded))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -133,32 +133,32 @@ def test_the_processor_saves_and_loads(processor, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_both_padding_sides_work(processor, pictures, padding_side):
+def test_both_padding_sides_work(processor, images, padding_side):
     text = ["<image> and<learnable>", "much, much longer than the other<learnable>"]
-    inputs = processor(images=[[pictures[0]], []], text=text, padding=True, padding_side=padding_side)
+    inputs = processor(images=[[images[0]], []], text=text, padding=True, padding_side=padding_side)
     mask = np.array(inputs["attention_mask"])
     assert mask[:, -1 if padding_side == "left" else 0].all()
     assert not mask.all()
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_pictures_come_flat_or_by_row(processor, pictures, nested):
+def test_images_come_flat_or_by_row(processor, images, nested):
     text = ["<image><image>", "none", "<image>"]
-    images = [pictures[:2], [], pictures[2:3]] if nested else pictures[:3]
-    assert len(processor(images=images, text=text, padding=True)["pixel_values"]) == 3
+    given = [images[:2], [], images[2:3]] if nested else images[:3]
+    assert len(processor(images=given, text=text, padding=True)["pixel_values"]) == 3
 
 
-def test_a_batch_of_text_needs_no_pictures(processor):
+def test_a_batch_of_text_needs_no_images(processor):
     for images in (None, [[], []]):
         inputs = processor(images=images, text=["one", "two"], return_tensors="pt")
         assert "pixel_values" not in inputs
 
 
-def test_the_number_of_tokens_is_known_beforehand(processor, pictures):
-    sizes = [(picture.height, picture.width) for picture in pictures]
+def test_the_number_of_tokens_is_known_beforehand(processor, images):
+    sizes = [(image.height, image.width) for image in images]
     for splitting in (False, True):
         known = processor._get_num_multimodal_tokens(image_sizes=sizes, do_image_splitting=splitting)
-        inputs = processor(images=pictures, text="<image>" * len(pictures), do_image_splitting=splitting)
+        inputs = processor(images=images, text="<image>" * len(images), do_image_splitting=splitting)
         assert sum(known["num_image_tokens"]) == inputs["input_ids"][0].count(processor.image_token_id)
         assert sum(known["num_image_patches"]) == len(inputs["pixel_values"])
 
@@ -177,14 +177,14 @@ def test_replacement_offsets_point_at_the_expanded_text(processor):
         assert expanded[slice(*offset["new_span"])] == offset["replacement"]
 
 
-def test_a_batched_array_is_several_pictures(processor):
+def test_a_batched_array_is_several_images(processor):
     inputs = processor(images=np.zeros((2, 3, 40, 40), dtype=np.uint8), text="<image><image>")
     assert len(inputs["pixel_values"]) == 2
 
 
-def test_the_answer_mask_covers_answers_and_their_end(processor, pictures):
-    picture = {"type": "image", "image": pictures[0]}
-    messages = [user(picture, "Why?"), answer("So."), user(picture, "And?"), answer("Yes.")]
+def test_the_answer_mask_covers_answers_and_their_end(processor, images):
+    image = {"type": "image", "image": images[0]}
+    messages = [user(image, "Why?"), answer("So."), user(image, "And?"), answer("Yes.")]
     arguments = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     if not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):  # transformers 5.17
         with pytest.raises(NotImplementedError, match=r"needs transformers 5\.18"):
@@ -199,48 +199,48 @@ def test_the_answer_mask_covers_answers_and_their_end(processor, pictures):
 
 
 @pytest.mark.parametrize(
-    ("text", "num_pictures", "message"),
+    ("text", "num_images", "message"),
     [
-        ("no placeholder", 1, r"0 in all, but 1 pictures"),
-        ("<image>", 2, r"1 in all, but 2 pictures"),
-        ("<image><image>", 1, r"2 in all, but 1 pictures"),
-        ("<image>", 0, r"1 in all, but 0 pictures.*pass one picture for each placeholder"),
+        ("no placeholder", 1, r"0 in all, but 1 images"),
+        ("<image>", 2, r"1 in all, but 2 images"),
+        ("<image><image>", 1, r"2 in all, but 1 images"),
+        ("<image>", 0, r"1 in all, but 0 images.*pass one image for each placeholder"),
     ],
 )
-def test_pictures_and_placeholders_must_agree(processor, pictures, text, num_pictures, message):
+def test_images_and_placeholders_must_agree(processor, images, text, num_images, message):
     with pytest.raises(ValueError, match=message):
-        processor(images=pictures[:num_pictures] or None, text=text)
+        processor(images=images[:num_images] or None, text=text)
 
 
-def test_pictures_in_the_wrong_row_are_refused(processor, pictures):
+def test_images_in_the_wrong_row_are_refused(processor, images):
     with pytest.raises(ValueError, match=r"\[1, 0\] `<image>` placeholders a row.*\[0, 1\]"):
-        processor(images=[[], pictures[:1]], text=["<image>", "none"])
+        processor(images=[[], images[:1]], text=["<image>", "none"])
 
 
 @pytest.mark.parametrize("max_length", [3, 8])
-def test_truncation_through_placeholders_is_refused(processor, pictures, max_length):
+def test_truncation_through_placeholders_is_refused(processor, images, max_length):
     with pytest.raises(ValueError, match=r"Row 0 has \d `<\w+>` tokens, but \d are left.*Raise `max_length`"):
-        processor(images=pictures[0], text="<image>abc<learnable>", truncation=True, max_length=max_length)
+        processor(images=images[0], text="<image>abc<learnable>", truncation=True, max_length=max_length)
 
 
-def test_truncation_behind_the_placeholders_works(processor, pictures):
-    inputs = processor(images=pictures[0], text="<image><learnable>abcdef", truncation=True, max_length=9)
+def test_truncation_behind_the_placeholders_works(processor, images):
+    inputs = processor(images=images[0], text="<image><learnable>abcdef", truncation=True, max_length=9)
     assert len(inputs["input_ids"][0]) == 9
 
 
-def test_unknown_arguments_are_refused(processor, pictures):
+def test_unknown_arguments_are_refused(processor, images):
     with pytest.raises(TypeError, match=r"does not know the argument do_image_spliting; it takes .*do_image_splitting"):
-        processor(images=pictures[0], text="<image>", do_image_spliting=True)
+        processor(images=images[0], text="<image>", do_image_spliting=True)
 
 
 def test_other_modalities_are_refused(processor):
-    with pytest.raises(TypeError, match="pictures and text, but `videos`"):
+    with pytest.raises(TypeError, match="images and text, but `videos`"):
         processor(text="Why?", videos=[np.zeros((2, 3, 8, 8))])
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(processor):
-    with pytest.raises(ValueError, match=r"does not know `<picture>`; add it with"):
-        FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<picture>")
+    with pytest.raises(ValueError, match=r"does not know `<image>`; add it with"):
+        FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<image>")
     with pytest.raises(TypeError, match="needs a fast tokenizer, but got NoneType"):
         FlashSlothProcessor(processor.image_processor, None)
 
@@ -314,27 +314,27 @@ def test_a_conversation_of_another_shape_is_refused(processor, conversation, rea
 
 
 @pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image", "source": "x.png"}, {"type": "image_url"}])
-def test_an_image_without_a_source_is_a_placeholder_only_where_images_come_apart(processor, pictures, part):
+def test_an_image_without_a_source_is_a_placeholder_only_where_images_come_apart(processor, images, part):
     messages = [user(part, "Why?")]
     prompt = processor.apply_chat_template(messages)
     assert prompt == f"{SYSTEM}USER: <image>\nWhy?<learnable>"
-    assert "pixel_values" in processor(text=prompt, images=pictures[0])
+    assert "pixel_values" in processor(text=prompt, images=images[0])
     with pytest.raises(ConversationError, match="should have one of image, url, path, base64, image_url, but has "):
         processor.apply_chat_template(messages, tokenize=True)
 
 
-def encoded(picture):
-    picture.save(file := io.BytesIO(), "png")
+def encoded(image):
+    image.save(file := io.BytesIO(), "png")
     return base64.b64encode(file.getvalue()).decode()
 
 
-def test_images_come_under_every_key_and_with_keys_that_are_none(processor, pictures, tmp_path):
-    picture, text = pictures[0], encoded(pictures[0])
-    picture.save(file := tmp_path / "1.png")
+def test_images_come_under_every_key_and_with_keys_that_are_none(processor, images, tmp_path):
+    image, text = images[0], encoded(images[0])
+    image.save(file := tmp_path / "1.png")
     url = f"data:image/png;base64,{text}"
     as_datasets_fills_it = dict.fromkeys(["image", "url", "path", "base64", "image_url", "text", "video", "index"])
     parts = [
-        {"type": "image", "image": picture},
+        {"type": "image", "image": image},
         {"type": "image", "image": str(file), "detail": "low", "index": 0},
         {"type": "image", "path": file},
         {"type": "image", "url": file.as_uri()},
@@ -343,7 +343,7 @@ def test_images_come_under_every_key_and_with_keys_that_are_none(processor, pict
         {"type": "image_url", "image_url": {"url": url, "detail": None}},
         {"type": "image_url", "image_url": url},
         {"type": "input_image", "image_url": url},
-        {**as_datasets_fills_it, "type": "image", "image": picture},
+        {**as_datasets_fills_it, "type": "image", "image": image},
         {**as_datasets_fills_it, "type": "image", "path": str(file), "image_url": {"url": None}, "text": ""},
     ]
     expected = processor.apply_chat_template([user(parts[0], "Why?")], **TOKENIZED)
@@ -359,9 +359,9 @@ def test_images_come_under_every_key_and_with_keys_that_are_none(processor, pict
         assert all(torch.equal(expected[name], found[name]) for name in expected), part
 
 
-def test_rows_of_datasets_are_conversations(processor, pictures):
+def test_rows_of_datasets_are_conversations(processor, images):
     datasets = pytest.importorskip("datasets")
-    messages = [user({"type": "image", "url": f"data:;base64,{encoded(pictures[0])}"}, "Why?"), answer("So.")]
+    messages = [user({"type": "image", "url": f"data:;base64,{encoded(images[0])}"}, "Why?"), answer("So.")]
     messages[1]["content"] = [{"type": "text", "text": "So."}]
     row = datasets.Dataset.from_list([{"messages": messages}])[0]
     assert row["messages"][0]["content"][1] == {"type": "text", "url": None, "text": "Why?"}
@@ -387,10 +387,10 @@ def test_messages_may_be_objects_whose_text_stays_text(processor):
 
 
 @pytest.mark.parametrize("text", [42, ["Why?", None], [None], [42], [["Why?"]]])
-def test_a_text_that_is_no_string_is_refused(processor, pictures, text):
-    for images in (None, pictures[0]):
+def test_a_text_that_is_no_string_is_refused(processor, images, text):
+    for given in (None, images[0]):
         with pytest.raises(TypeError, match=r"must be a string or a list of strings.*but has (None|42|\['Why\?'\])"):
-            processor(text=text, images=images)
+            processor(text=text, images=given)
     with pytest.raises(ValueError, match="at least one input"):
         processor(text=None)
 
@@ -438,10 +438,10 @@ def warnings_of(caplog, monkeypatch):
 @pytest.mark.parametrize(
     "prompt", ["USER: <image>\nWhy? ASSISTANT:", "<image>Why?", "Why? <image>", "<image>\nA</s>B:"]
 )
-def test_a_prompt_with_an_image_and_without_query_tokens_is_warned_of_once(processor, pictures, warnings_of, prompt):
+def test_a_prompt_with_an_image_and_without_query_tokens_is_warned_of_once(processor, images, warnings_of, prompt):
     def ask():
         for _ in range(3):
-            processor(text=[prompt, f"{prompt}<learnable>"], images=pictures[:2], padding=True)
+            processor(text=[prompt, f"{prompt}<learnable>"], images=images[:2], padding=True)
 
     (warning,) = warnings_of(ask)
     assert (
@@ -452,8 +452,8 @@ def test_a_prompt_with_an_image_and_without_query_tokens_is_warned_of_once(proce
 @pytest.mark.parametrize(
     "prompt", ["<image>a red cube</s>", "<image>a red cube</s>\n", "<image>", "<image><learnable>"]
 )
-def test_captions_that_are_learned_have_no_query_tokens_and_are_not_warned_of(processor, pictures, warnings_of, prompt):
-    assert warnings_of(processor, text=prompt, images=pictures[0]) == []
+def test_captions_that_are_learned_have_no_query_tokens_and_are_not_warned_of(processor, images, warnings_of, prompt):
+    assert warnings_of(processor, text=prompt, images=images[0]) == []
     assert warnings_of(processor, text="Why?") == []
 
 
@@ -470,13 +470,13 @@ def hasty_threads():
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_threads_that_pad_and_threads_that_do_not_get_each_their_own(processor, pictures):
+def test_threads_that_pad_and_threads_that_do_not_get_each_their_own(processor, images):
     texts = ["<image>Why?<learnable>", "a" * 500]
-    images = [pictures[:1], []]
+    given = [images[:1], []]
     calls = [
-        lambda: processor(text=texts, images=images, padding=True, return_tensors="pt"),
-        lambda: processor(text=texts, images=images),
-        lambda: processor(text=texts, images=images, padding=True, truncation=True, max_length=100),
+        lambda: processor(text=texts, images=given, padding=True, return_tensors="pt"),
+        lambda: processor(text=texts, images=given),
+        lambda: processor(text=texts, images=given, padding=True, truncation=True, max_length=100),
         lambda: processor.tokenizer(texts, padding="max_length", max_length=600),
         lambda: processor.post_process_image_text_to_text([list(range(20))] * 4),
     ]
@@ -491,12 +491,12 @@ def test_threads_that_pad_and_threads_that_do_not_get_each_their_own(processor, 
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
-def test_a_copy_of_a_processor_is_whole_and_apart(processor, pictures, duplicate):
+def test_a_copy_of_a_processor_is_whole_and_apart(processor, images, duplicate):
     twin = duplicate(processor)
     assert twin.tokenizer is not processor.tokenizer
     twin.tokenizer.add_tokens(["zebra"])
     assert twin.tokenizer.convert_ids_to_tokens(twin(text="zebra")["input_ids"][0]) == ["zebra"]
     assert len(processor(text="zebra")["input_ids"][0]) == 5
-    messages = [user({"type": "image", "image": pictures[0]}, "Why?")]
+    messages = [user({"type": "image", "image": images[0]}, "Why?")]
     expected, found = (p.apply_chat_template(messages, **TOKENIZED) for p in (processor, twin))
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -57,9 +57,9 @@ def load(source=ROOT, quantization_config=None):
     return FlashSlothForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16, **kwargs).eval()
 
 
-def ask(picture, question):
+def ask(image, question):
     processor = FlashSlothProcessor.from_pretrained(ROOT)
-    content = [{"type": "image", "image": Image.open(ROOT / "examples" / picture)}, {"type": "text", "text": question}]
+    content = [{"type": "image", "image": Image.open(ROOT / "examples" / image)}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -70,8 +70,8 @@ def ask(picture, question):
     return processor, inputs
 
 
-def answer(model, picture, question):
-    processor, inputs = ask(picture, question)
+def answer(model, image, question):
+    processor, inputs = ask(image, question)
     ids = model.generate(**inputs, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]
     return processor.post_process_image_text_to_text(ids)[0]
 

@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from evaluate import as_table
 from huggingface_hub import ModelCard
+from score import as_table
 
 from flashsloth.cli import main
 

@@ -14,7 +14,7 @@ from flashsloth.saliency_flashsloth import heat_map, overlay
 
 ROOT = Path(__file__).parents[1]
 LOOK = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 3, "do_sample": False}
-PICTURE_SIZES = [(48, 40), (40, 48), (64, 64), (7, 90), (90, 7)]  # height, width
+IMAGE_SIZES = [(48, 40), (40, 48), (64, 64), (7, 90), (90, 7)]  # height, width
 
 
 def look(model, inputs):
@@ -95,7 +95,7 @@ def test_rows_of_a_batch_look_where_they_look_alone(any_model, ask, conversation
     alone = [look(any_model, ask(conversation)).query_attentions for conversation in conversations]
     questions = [question for row in alone for question in ([None] if row is None else row)]
     for question, expected in zip(together, questions, strict=True):
-        if expected is None:  # a row without a picture
+        if expected is None:  # a row without an image
             assert not question.any()
         else:
             torch.testing.assert_close(question[..., : expected.shape[-1]], expected, atol=1e-5, rtol=0)
@@ -131,31 +131,31 @@ def test_generate_returns_what_the_prompt_looked_at(any_model, ask, conversation
 
 
 @pytest.mark.parametrize("splitting", [False, True])
-def test_a_picture_cache_looks_at_the_same(model, ask, pictures, splitting):
-    inputs = ask([(pictures[:2], "Which?", "That."), ([], "Why?")], do_image_splitting=splitting)
-    cached, fresh = (model.generate(**given, **LOOK) for given in (model.picture_cache()(inputs), inputs))
+def test_an_image_prefix_cache_looks_at_the_same(model, ask, images, splitting):
+    inputs = ask([(images[:2], "Which?", "That."), ([], "Why?")], do_image_splitting=splitting)
+    cached, fresh = (model.generate(**given, **LOOK) for given in (model.image_prefix_cache()(inputs), inputs))
     for name in ("query_attentions", "pooling_attentions"):
         torch.testing.assert_close(cached[name], fresh[name], atol=1e-5, rtol=0)
 
 
-def test_a_chat_on_its_cache_maps_its_last_question(model, ask, pictures):
-    first, turn = ask([(pictures[:1], "Which?")]), (pictures[:1], "Which?", "That.")
+def test_a_chat_on_its_cache_maps_its_last_question(model, ask, images):
+    first, turn = ask([(images[:1], "Which?")]), (images[:1], "Which?", "That.")
     output = model.generate(**first, **LOOK)
-    inputs = ask([turn, (pictures[1:2], "And now?")])
+    inputs = ask([turn, (images[1:2], "And now?")])
     known = output[CACHE_NAME].get_seq_length()
     inputs["input_ids"][:, :known] = output.sequences[:, :known]  # what was generated instead of "That."
     on_cache = model.generate(**inputs, **LOOK, **{CACHE_NAME: output[CACHE_NAME]})
     assert len(on_cache.query_attentions) == 1
     sizes = [(48, 40), (48, 40)]
-    ((first_picture, second_picture),) = model.heat_maps(on_cache, inputs["input_ids"], sizes).questions
+    ((first_image, second_image),) = model.heat_maps(on_cache, inputs["input_ids"], sizes).questions
     fresh = model.heat_maps(model.generate(**inputs, **LOOK), inputs["input_ids"], sizes).questions
     assert [len(maps) for maps in fresh] == [1, 2]
-    torch.testing.assert_close(first_picture, fresh[1][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(second_picture, fresh[1][1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(first_image, fresh[1][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(second_image, fresh[1][1], atol=1e-5, rtol=0)
 
 
-def test_threads_do_not_mix_up_what_they_saw(model, ask, pictures):
-    prompts = [ask([([picture], "What is it?")]) for picture in pictures]
+def test_threads_do_not_mix_up_what_they_saw(model, ask, images):
+    prompts = [ask([([image], "What is it?")]) for image in images]
     expected = [look(model, inputs).query_attentions for inputs in prompts]
     found = [None] * len(prompts)
 
@@ -172,8 +172,8 @@ def test_threads_do_not_mix_up_what_they_saw(model, ask, pictures):
         torch.testing.assert_close(weights, truth)
 
 
-@pytest.mark.parametrize("size", PICTURE_SIZES)
-def test_a_map_sums_to_the_weights_inside_the_picture(size):
+@pytest.mark.parametrize("size", IMAGE_SIZES)
+def test_a_map_sums_to_the_weights_inside_the_image(size):
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(5, 36, generator=generator)
     torch.testing.assert_close(heat_map(weights[:1], size, 1 / 6).sum(), weights[0].sum())
@@ -182,7 +182,7 @@ def test_a_map_sums_to_the_weights_inside_the_picture(size):
     assert (size[0] == size[1]) == (lost > 1 - 1e-6)  # only a square has no padding
 
 
-def test_a_patch_of_a_plain_picture_covers_its_pixels():
+def test_a_patch_of_a_plain_image_covers_its_pixels():
     weights = torch.zeros(1, 16)
     weights[0, 6] = 1  # second row, third column of 4x4
     heat = heat_map(weights, (8, 16), 1 / 4)
@@ -227,9 +227,9 @@ def test_overview_and_tiles_meet_on_a_dot(size):
     height, width = size
     processor = FlashSlothImageProcessor(size={"height": 32, "width": 32}, do_image_splitting=True)
     for x, y in ((3, 3), (width - 4, 3), (3, height - 4), (width // 2 + 5, height // 2 - 5)):
-        picture = Image.new("RGB", (width, height))
-        picture.paste((255, 255, 255), (x - 2, y - 2, x + 3, y + 3))
-        pixels = processor(picture, return_tensors="pt")["pixel_values"]
+        image = Image.new("RGB", (width, height))
+        image.paste((255, 255, 255), (x - 2, y - 2, x + 3, y + 3))
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
         brightness = pixels.mean(dim=1).clamp(min=0.2) - 0.2  # the padding is grey
         patches = brightness.unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-1, -2)).flatten(1)
         for weights in (patches, patches[:1]):
@@ -239,12 +239,12 @@ def test_overview_and_tiles_meet_on_a_dot(size):
             assert max(abs(centre[0] - x - 0.5), abs(centre[1] - y - 0.5)) < 1.5, (x, y, centre)
 
 
-def test_maps_belong_to_questions_and_pictures(any_model, ask, conversations):
+def test_maps_belong_to_questions_and_images(any_model, ask, conversations):
     inputs = ask(*conversations, do_image_splitting=True)
     sizes = [(48, 40)] * 5
     outputs = look(any_model, inputs)
     maps = any_model.heat_maps(outputs, inputs["input_ids"], sizes)
-    assert [len(pictures) for pictures in maps.questions] == [1, 0, 2, 1, 2]
+    assert [len(images) for images in maps.questions] == [1, 0, 2, 1, 2]
     assert len(maps.pooling) == 5
     second = outputs.query_attentions[2].mean(dim=(0, 1)).view(2, 5, -1)
     for heat, weights in zip(maps.questions[2], second, strict=True):
@@ -266,7 +266,7 @@ def test_answer_maps_are_the_gradient_of_the_answer(model, ask, conversations):
         ask(conversations[0]), model.generate(**ask(conversations[0]), max_new_tokens=3), sizes[:1]
     )
     torch.testing.assert_close(alone, maps[0], atol=1e-5, rtol=1e-3)
-    cached = model.picture_cache()(ask(conversations[0]))
+    cached = model.image_prefix_cache()(ask(conversations[0]))
     (known,) = model.answer_maps(cached, model.generate(**cached, max_new_tokens=3), sizes[:1])
     torch.testing.assert_close(known, alone, atol=1e-5, rtol=1e-3)
     with torch.inference_mode():
@@ -276,35 +276,35 @@ def test_answer_maps_are_the_gradient_of_the_answer(model, ask, conversations):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_does_not_belong_together_is_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")], [(pictures[1:2], "Why?")])
+def test_what_does_not_belong_together_is_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")], [(images[1:2], "Why?")])
     outputs, ids = look(model, inputs), inputs["input_ids"]
     with pytest.raises(ValueError, match="no `query_attentions`; call the model with `output_attentions=True`"):
         model.heat_maps(model(**inputs), ids, [(48, 40)] * 2)
-    with pytest.raises(ValueError, match="3 pictures cannot have 2 tiles"):
+    with pytest.raises(ValueError, match="3 images cannot have 2 tiles"):
         model.heat_maps(outputs, ids, [(48, 40)] * 3)
-    with pytest.raises(ValueError, match="0 pictures cannot have 2 tiles"):
+    with pytest.raises(ValueError, match="0 images cannot have 2 tiles"):
         model.heat_maps(outputs, ids, [])
     with pytest.raises(ValueError, match="attention of 2 questions, but `input_ids` has 1"):
         model.heat_maps(outputs, ids[:1], [(48, 40)] * 2)
-    with pytest.raises(ValueError, match="Expected 1 tile of a picture, or 5, found 2"):
+    with pytest.raises(ValueError, match="Expected 1 tile of an image, or 5, found 2"):
         model.heat_maps(outputs, ids, [(48, 40)])
     with pytest.raises(ValueError, match="2 prompts, 1 answers"):
         model.answer_maps(inputs, ids[:1], [(48, 40)] * 2)
-    with pytest.raises(ValueError, match="needs pictures"):
+    with pytest.raises(ValueError, match="needs images"):
         model.answer_maps({"input_ids": ids}, ids, [(48, 40)] * 2)
 
 
 def test_an_overlay_glows_where_the_map_is_hot():
-    picture = Image.new("RGB", (20, 10), (90, 90, 90))
+    image = Image.new("RGB", (20, 10), (90, 90, 90))
     heat = torch.zeros(10, 20)
     heat[2:4, 5:9] = 1
-    drawn = overlay(picture, heat)
-    assert drawn.size == picture.size
-    assert sum(drawn.getpixel((6, 3))) > sum(picture.getpixel((6, 3))) > sum(drawn.getpixel((0, 0)))
-    assert overlay(picture.convert("L"), torch.zeros(10, 20)).mode == "RGB"
-    with pytest.raises(ValueError, match="The map is 10x20 pixels, but the picture 20x10"):
-        overlay(picture, heat.T)
+    drawn = overlay(image, heat)
+    assert drawn.size == image.size
+    assert sum(drawn.getpixel((6, 3))) > sum(image.getpixel((6, 3))) > sum(drawn.getpixel((0, 0)))
+    assert overlay(image.convert("L"), torch.zeros(10, 20)).mode == "RGB"
+    with pytest.raises(ValueError, match="The map is 10x20 pixels, but the image 20x10"):
+        overlay(image, heat.T)
 
 
 # --- The checkpoint of this repository, which knows drawn scenes. Chance is one in as many things as there are.
@@ -328,8 +328,8 @@ def scenes_with(is_wanted, count, beside=frozenset()):
     return found
 
 
-def prompts(processor, pictures, question):
-    content = [[{"type": "image", "image": picture}, {"type": "text", "text": question}] for picture in pictures]
+def prompts(processor, images, question):
+    content = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for image in images]
     return processor.apply_chat_template(
         [[{"role": "user", "content": parts}] for parts in content],
         add_generation_prompt=True,

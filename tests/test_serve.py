@@ -90,17 +90,17 @@ def client(home):
 
 @pytest.fixture(scope="module")
 def website():
-    """The address of a server that has the example pictures."""
+    """The address of a server that has the example images."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             """Says nothing."""
 
-    pictures = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=ROOT / "examples"))
-    threading.Thread(target=pictures.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{pictures.server_port}"
-    pictures.shutdown()
-    pictures.server_close()
+    images = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=ROOT / "examples"))
+    threading.Thread(target=images.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{images.server_port}"
+    images.shutdown()
+    images.server_close()
 
 
 def data_url(content):
@@ -112,7 +112,7 @@ def shown(name):
 
 
 def user(*parts):
-    """A turn of texts and of URLs of pictures."""
+    """A turn of texts and of URLs of images."""
     return {
         "role": "user",
         "content": [
@@ -132,13 +132,13 @@ def stream(client, *messages, **kwargs):
     return [chunk.choices[0].delta.content or "" for chunk in chunks]
 
 
-def test_a_question_about_a_picture_is_answered(client, home):
+def test_a_question_about_an_image_is_answered(client, home):
     completion = client.chat.completions.create(
         model=".", messages=[user(shown("scene"), "Read the sign.")], max_tokens=50
     )
     assert completion.choices[0].message.content.strip() == "PULL"
     assert completion.choices[0].finish_reason == "stop"
-    assert completion.usage.prompt_tokens > 16, "the picture's tokens count"
+    assert completion.usage.prompt_tokens > 16, "the image's tokens count"
     assert list(home.glob("modules/transformers_modules/**/processing_flashsloth.py")), "it is remote code that runs"
 
 
@@ -148,13 +148,13 @@ def test_an_answer_is_streamed(client):
     assert "".join(pieces).strip() == SHAPES_TEXT
 
 
-def test_a_second_turn_asks_about_the_picture_of_the_first(client):
+def test_a_second_turn_asks_about_the_image_of_the_first(client):
     first = user(shown("scene"), "Read the sign.")
     answer = client.chat.completions.create(model=".", messages=[first], max_tokens=50).choices[0].message
     assert ask(client, first, answer, user("Which colour is the star?")) == "green"
 
 
-def test_several_pictures_come_in_one_turn_or_in_several(client):
+def test_several_images_come_in_one_turn_or_in_several(client):
     one, other = user(shown("scene"), "Read the sign."), user(shown("shapes"), "Which colour is the circle?")
     both = user(shown("scene"), shown("shapes"), "Which colour is the circle?")
     assert ask(client, one, {"role": "assistant", "content": "PULL"}, other) == "green"
@@ -168,8 +168,8 @@ def test_text_alone_gets_an_answer(client):
 
 
 def test_the_responses_api_answers_plain_and_streamed(client):
-    picture = {"type": "input_image", "image_url": shown("scene")}
-    question = [{"role": "user", "content": [picture, {"type": "input_text", "text": "Read the sign."}]}]
+    image = {"type": "input_image", "image_url": shown("scene")}
+    question = [{"role": "user", "content": [image, {"type": "input_text", "text": "Read the sign."}]}]
     response = client.responses.create(model=".", input=question, max_output_tokens=50, stream=False)
     assert response.output_text.strip() == "PULL"
     events = list(client.responses.create(model=".", input=question, max_output_tokens=50, stream=True))
@@ -189,7 +189,7 @@ def test_answers_are_greedy_unless_the_request_says_otherwise(client):
     assert ask(client, question, extra_body={"generation_config": sampled}, seed=1) != SHAPES_TEXT
 
 
-def test_a_picture_can_be_read_as_five_tiles(client):
+def test_an_image_can_be_read_as_five_tiles(client):
     def num_tokens(**kwargs):
         question = [user(shown("scene"), "Read the sign.")]
         return client.chat.completions.create(model=".", messages=question, max_tokens=5, **kwargs).usage.prompt_tokens
@@ -207,10 +207,10 @@ def test_a_video_is_read_as_its_frames(client, tmp_path):
         completion = client.chat.completions.create(model=".", messages=question, max_tokens=5, **kwargs)
         return completion.usage.prompt_tokens
 
-    picture = {"type": "image_url", "image_url": {"url": shown("scene")}}
+    image = {"type": "image_url", "image_url": {"url": shown("scene")}}
     clip = {"type": "video_url", "video_url": {"url": str(tmp_path / "clip.gif")}}
-    assert num_tokens(clip) == num_tokens(picture, picture)
-    assert num_tokens(clip, extra_body={"chat_template_kwargs": {"num_frames": 1}}) == num_tokens(picture)
+    assert num_tokens(clip) == num_tokens(image, image)
+    assert num_tokens(clip, extra_body={"chat_template_kwargs": {"num_frames": 1}}) == num_tokens(image)
 
 
 def test_another_model_is_refused_by_name(client):
@@ -225,23 +225,23 @@ def test_another_model_is_refused_by_name(client):
 @pytest.mark.parametrize(
     "url",
     [
-        data_url(b"no picture"),
+        data_url(b"no image"),
         shown("scene")[:2000],
         "data:image/png;base64,@",
         "file:///none.png",
         "http://localhost:1/",
     ],
-    ids=["no picture", "cut short", "no base64", "no file", "no website"],
+    ids=["no image", "cut short", "no base64", "no file", "no website"],
 )
-def test_a_broken_picture_is_refused_and_the_server_lives_on(client, url, call):
+def test_a_broken_image_is_refused_and_the_server_lives_on(client, url, call):
     with pytest.raises(BadRequestError) as refusal:
         call(client, user(url, "Read the sign."))
-    assert "Expected the path, URL or base64 string of a complete picture" in refusal.value.body["detail"]
+    assert "Expected the path, URL or base64 string of a complete image" in refusal.value.body["detail"]
     assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
 
 
 @pytest.mark.parametrize("call", [ask, stream])
-def test_a_url_without_a_picture_is_refused_with_the_servers_answer(client, website, call):
+def test_a_url_without_an_image_is_refused_with_the_servers_answer(client, website, call):
     with pytest.raises(BadRequestError) as refusal:
         call(client, user(f"{website}/nothing.png", "Read the sign."))
     assert "the server answered 404" in refusal.value.body["detail"]
@@ -250,10 +250,10 @@ def test_a_url_without_a_picture_is_refused_with_the_servers_answer(client, webs
 
 
 @pytest.mark.parametrize("call", [ask, stream])
-@pytest.mark.parametrize("picture", [[], [shown("scene")]], ids=["text", "picture"])
-def test_a_prompt_longer_than_the_model_is_refused_with_both_numbers(client, picture, call):
+@pytest.mark.parametrize("image", [[], [shown("scene")]], ids=["text", "image"])
+def test_a_prompt_longer_than_the_model_is_refused_with_both_numbers(client, image, call):
     with pytest.raises(BadRequestError) as refusal:
-        call(client, user(*picture, "star " * 15_000))
+        call(client, user(*image, "star " * 15_000))
     detail = refusal.value.body["detail"]
     assert int(re.search(r"prompt has (\d+) tokens", detail)[1]) > 15_000
     assert "made for 1024" in detail
@@ -274,7 +274,7 @@ def test_a_prompt_may_fill_the_model_but_for_one_token(client):
         num_tokens(most + 1)
 
 
-def test_a_picture_is_an_image_url_or_an_input_image_and_nothing_else(client):
+def test_an_image_is_an_image_url_or_an_input_image_and_nothing_else(client):
     """The server itself leaves out parts that it does not know, as docs/serving.md says."""
     ways = {"image_url": {"url": shown("scene")}, "input_image": shown("scene"), "image": shown("scene")}
 
@@ -302,9 +302,9 @@ def test_the_responses_api_refuses_a_prompt_that_is_too_long(client):
     assert "made for 1024" in refusal.value.body["detail"]
 
 
-def test_a_picture_of_sixteen_bits_is_scaled_not_clipped(client):
-    with Image.open(ROOT / "examples" / "shapes.png") as picture:
-        grey = np.asarray(picture.convert("L"))
+def test_an_image_of_sixteen_bits_is_scaled_not_clipped(client):
+    with Image.open(ROOT / "examples" / "shapes.png") as image:
+        grey = np.asarray(image.convert("L"))
     urls = []
     for levels in (grey, grey.astype(np.uint16) * 257, np.full_like(grey, 255)):
         Image.fromarray(levels).save(buffer := io.BytesIO(), "png")

@@ -9,9 +9,9 @@ import curve
 import pytest
 import torch
 from conversations import CAPTIONS, END, QUESTIONS, ConversationDataset, conversation
-from evaluate import evaluation_set
 from PIL import Image
 from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, WORDINGS, describe, draw, scene_at
+from score import evaluation_set
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.training import FlashSlothDataCollator
@@ -19,7 +19,7 @@ from flashsloth.training import FlashSlothDataCollator
 ROOT = Path(__file__).parents[1]
 
 
-def test_pictures_are_the_same_every_time():
+def test_images_are_the_same_every_time():
     assert draw(scene_at("train", 7), 96).tobytes() == draw(scene_at("train", 7), 96).tobytes()
     assert scene_at("train", 7) != scene_at("evaluation", 7)
 
@@ -78,18 +78,18 @@ def test_every_question_has_another_one_before_it_as_a_second_turn():
     assert {question.kind for question in questions} == set(QUESTION_KINDS)
     for question in questions:
         assert question.before[0] != question.text
-        others = [other for other in questions if other.picture is question.picture and other.kind != "describe"]
+        others = [other for other in questions if other.image is question.image and other.kind != "describe"]
         assert question.before in [(other.text, other.answer) for other in others]
 
 
 def test_a_curve_goes_on_from_stage_to_stage(tmp_path):
     right = {kind: [1, 2] for kind in (*QUESTION_KINDS, "all")}
-    for stage, pictures in (("captions", [10, 20]), ("conversations", [5, 10, 10])):
-        points = [{"stage": stage, "step": n, "pictures": n, "right": right} for n in pictures]
+    for stage, images in (("captions", [10, 20]), ("conversations", [5, 10, 10])):
+        points = [{"stage": stage, "step": n, "images": n, "right": right} for n in images]
         (tmp_path / stage).mkdir()
         (tmp_path / stage / curve.FILE_NAME).write_text("".join(json.dumps(point) + "\n" for point in points))
     points = curve.read_curve(tmp_path, ("captions", "conversations"))
-    assert [point["pictures"] for point in points] == [10, 20, 25, 30]
+    assert [point["images"] for point in points] == [10, 20, 25, 30]
     curve.plot(points, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").width == 900
 
@@ -100,11 +100,17 @@ def test_the_script_trains_a_checkpoint_that_loads(tmp_path):
         "--tower-steps",
         "--caption-steps",
         "--steps",
-        "--curve-pictures",
-        "--evaluation-pictures",
+        "--curve-images",
+        "--evaluation-images",
     )
     arguments = [argument for count in counts for argument in (count, "2")]
-    script = [sys.executable, ROOT / "examples" / "tiny" / "train.py", "--output", tmp_path / "tiny", *arguments]
+    script = [
+        sys.executable,
+        ROOT / "examples" / "tiny" / "make_checkpoint.py",
+        "--output",
+        tmp_path / "tiny",
+        *arguments,
+    ]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     model = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "tiny")
@@ -114,7 +120,7 @@ def test_the_script_trains_a_checkpoint_that_loads(tmp_path):
     assert trained["text_config"]["hidden_size"] == shipped["text_config"]["hidden_size"]
     assert json.loads((tmp_path / "tiny" / "evaluation.json").read_text())["all"]["asked"] > 0
     points = curve.read_curve(tmp_path / "tiny-work", ("captions", "conversations"))
-    assert [(point["stage"], point["step"], point["pictures"]) for point in points] == [
+    assert [(point["stage"], point["step"], point["images"]) for point in points] == [
         ("captions", 2, 128),
         ("conversations", 2, 128 + 64),
     ]

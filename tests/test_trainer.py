@@ -11,11 +11,11 @@ from flashsloth.training import FlashSlothDataCollator
 
 
 @pytest.fixture(scope="module")
-def rows(pictures):
-    """With one picture, none, two."""
+def rows(images):
+    """With one image, none, two."""
     made = []
     for number, count in enumerate([1, 0, 2, 1, 0, 1]):
-        parts = [{"type": "image", "image": picture} for picture in pictures[:count]]
+        parts = [{"type": "image", "image": image} for image in images[:count]]
         question = {"role": "user", "content": [*parts, {"type": "text", "text": f"Question {number}?"}]}
         made.append({"messages": [question, {"role": "assistant", "content": f"Answer {number}"}]})
     return made

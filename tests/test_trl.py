@@ -61,9 +61,9 @@ def any_processor(request, source):
 
 
 @pytest.fixture(scope="module")
-def images(pictures):
+def image_rows(images):
     """Of each row: one, none, two, none."""
-    return [pictures[:1], [], pictures[1:3], []]
+    return [images[:1], [], images[1:3], []]
 
 
 def user(text):
@@ -75,12 +75,12 @@ def assistant(text):
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_rows_without_images_may_be_none(encoded, any_processor, images):
+def test_rows_without_images_may_be_none(encoded, any_processor, image_rows):
     """TRL gives them so, and `datasets` gives images as dicts if they were inside messages."""
-    text, placeholders = [f"a{i}" for i in range(4)], [any_processor.image_token * len(row) for row in images]
+    text, placeholders = [f"a{i}" for i in range(4)], [any_processor.image_token * len(row) for row in image_rows]
     text = [placeholder + part for placeholder, part in zip(placeholders, text, strict=True)]
-    expected = any_processor(images=images, text=text, padding=True, return_tensors="pt")
-    rows = [[{"bytes": _png(image), "path": None} for image in row] for row in images] if encoded else images
+    expected = any_processor(images=image_rows, text=text, padding=True, return_tensors="pt")
+    rows = [[{"bytes": _png(image), "path": None} for image in row] for row in image_rows] if encoded else image_rows
     found = any_processor(images=[row or None for row in rows], text=text, padding=True, return_tensors="pt")
     assert set(found) == set(expected)
     assert all(found[name].equal(expected[name]) for name in expected)
@@ -93,8 +93,8 @@ def _png(image):
 
 
 def test_rows_that_are_all_none_have_no_tiles(any_processor, load):
-    for images in ([None, None], [None, []]):
-        inputs = any_processor(images=images, text=["one", "two"], return_tensors="pt")
+    for image_rows in ([None, None], [None, []]):
+        inputs = any_processor(images=image_rows, text=["one", "two"], return_tensors="pt")
         assert inputs["pixel_values"].shape == (0, 3, 32, 32)
         logits = load()(**inputs).logits
         assert logits.equal(load()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits)
@@ -102,19 +102,19 @@ def test_rows_that_are_all_none_have_no_tiles(any_processor, load):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_an_image_among_images_cannot_be_none(nested, processor, pictures):
-    images = [[pictures[0]], [None]] if nested else [pictures[0], None]
+def test_an_image_among_images_cannot_be_none(nested, processor, images):
+    image_rows = [[images[0]], [None]] if nested else [images[0], None]
     with pytest.raises(TypeError, match=r"found NoneType.*rows without an image as `\[\]`"):
-        processor.image_processor(images)
+        processor.image_processor(image_rows)
 
 
 @pytest.mark.parametrize("return_tensors", ["pt", None])
-def test_the_image_processor_counts_tiles_as_trl_asks(return_tensors, any_processor, images):
+def test_the_image_processor_counts_tiles_as_trl_asks(return_tensors, any_processor, image_rows):
     options = {"crop_to_patches": True, "return_tensors": return_tensors}
-    counted = any_processor.image_processor(images=[row or None for row in images], **options)
+    counted = any_processor.image_processor(images=[row or None for row in image_rows], **options)
     tiles = any_processor.image_processor.get_number_of_image_patches(0, 0)
     assert counted["num_patches"].tolist() == [tiles] * 3
-    plain = any_processor.image_processor(images, return_tensors=return_tensors)
+    plain = any_processor.image_processor(image_rows, return_tensors=return_tensors)
     assert set(plain) == {"pixel_values"}
     assert (plain["pixel_values"] == counted["pixel_values"]).all()
 
@@ -126,15 +126,15 @@ def test_broken_bytes_are_refused(processor):
         processor.image_processor([{"bytes": None, "path": "examples/scene.png"}])
 
 
-def prompts(images):
+def prompts(image_rows):
     """Rows without an image have `None` or an empty list."""
-    rows = zip(QUESTIONS, [images[0], None, *images[2:]], strict=True)
-    return Dataset.from_list([{"prompt": user(question), "images": pictures} for question, pictures in rows])
+    rows = zip(QUESTIONS, [image_rows[0], None, *image_rows[2:]], strict=True)
+    return Dataset.from_list([{"prompt": user(question), "images": images} for question, images in rows])
 
 
-def log_probs_alone(model, processor, images, question, answer_ids):
+def log_probs_alone(model, processor, image_rows, question, answer_ids):
     """Log-probabilities of an answer's tokens, with nothing else in the batch, `(num_tokens,)`."""
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    content = [*({"type": "image", "image": image} for image in image_rows), {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [[{"role": "user", "content": content}]],
         add_generation_prompt=True,
@@ -149,11 +149,11 @@ def log_probs_alone(model, processor, images, question, answer_ids):
     return logits.log_softmax(-1).gather(-1, answer_ids.unsqueeze(-1))[0, :, 0]
 
 
-def answer_log_probs(model, processor, images, answers=ANSWERS):
+def answer_log_probs(model, processor, image_rows, answers=ANSWERS):
     """The same of every row, with the answers and end tokens that a data set gives."""
     tokenizer = processor.tokenizer
     answer_ids = tokenizer([f" {answer}{tokenizer.eos_token}" for answer in answers])["input_ids"]
-    rows = zip(images, QUESTIONS, answer_ids, strict=True)
+    rows = zip(image_rows, QUESTIONS, answer_ids, strict=True)
     return [log_probs_alone(model.eval(), processor, *row) for row in rows]
 
 
@@ -178,7 +178,7 @@ def compared(trainer_class):
                 question = re.search(r"USER: (?:<image>|\n)*(.*?)<learnable>", prompt)[1]
                 kept = attention_mask[row, -logits_to_keep:] == 1
                 answer_ids = input_ids[row, -logits_to_keep:][kept]
-                alone = log_probs_alone(model, self.processing_class, self.images[question], question, answer_ids)
+                alone = log_probs_alone(model, self.processing_class, self.image_rows[question], question, answer_ids)
                 self.differences += ((log_probs[kept] - alone).abs().max().item(),)
             self.models += (model,)
             return found
@@ -196,7 +196,7 @@ def check_log(trainer):
 POLICY_TRAINERS = [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)]
 
 
-def policy_trainer(trainer, config, model, processor, dataset, folder, images, **changes):
+def policy_trainer(trainer, config, model, processor, dataset, folder, image_rows, **changes):
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
     answers = {"num_generations": 2, "max_completion_length": 5, "disable_dropout": True}
     peft_config = changes.pop("peft_config", None)
@@ -205,15 +205,15 @@ def policy_trainer(trainer, config, model, processor, dataset, folder, images, *
     made = compared(trainer)(
         model, reward, args, dataset, eval_dataset, processing_class=processor, peft_config=peft_config
     )
-    made.images = dict(zip(QUESTIONS, images, strict=True))
+    made.image_rows = dict(zip(QUESTIONS, image_rows, strict=True))
     return made
 
 
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
-def test_policy_and_reference_see_each_rows_own_images(trainer, config, load, any_processor, images, tmp_path):
+def test_policy_and_reference_see_each_rows_own_images(trainer, config, load, any_processor, image_rows, tmp_path):
     """Batches of every mixture, dealt out anew, twice: a generation batch has two rows of images and two without."""
     sizes = {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 4, "beta": 0.1}
-    made = policy_trainer(trainer, config, load(), any_processor, prompts(images), tmp_path, images, **sizes)
+    made = policy_trainer(trainer, config, load(), any_processor, prompts(image_rows), tmp_path, image_rows, **sizes)
     made.train()
     assert len(set(made.models)) == 2
     assert len(made.differences) >= 4 * 4 * 2
@@ -222,12 +222,12 @@ def test_policy_and_reference_see_each_rows_own_images(trainer, config, load, an
 
 
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
-def test_policy_trainers_train_adapters(trainer, config, load, any_processor, images, tmp_path):
+def test_policy_trainers_train_adapters(trainer, config, load, any_processor, image_rows, tmp_path):
     """The reference is the model without its adapter."""
     peft_config = LoraConfig(r=2, target_modules=LORA_TARGET_MODULES, init_lora_weights=False)
-    options = {"peft_config": peft_config, "beta": 0.1, "eval_dataset": prompts(images), "eval_strategy": "steps"}
+    options = {"peft_config": peft_config, "beta": 0.1, "eval_dataset": prompts(image_rows), "eval_strategy": "steps"}
     options |= {"eval_steps": 1, "per_device_eval_batch_size": 2, "num_generations_eval": 1}
-    made = policy_trainer(trainer, config, load(), any_processor, prompts(images), tmp_path, images, **options)
+    made = policy_trainer(trainer, config, load(), any_processor, prompts(image_rows), tmp_path, image_rows, **options)
     made.train()
     check_log(made)
     assert [entry["eval_reward"] for entry in made.state.log_history if "eval_reward" in entry]
@@ -235,38 +235,38 @@ def test_policy_trainers_train_adapters(trainer, config, load, any_processor, im
 
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 @pytest.mark.parametrize("none", [None, []])
-def test_policies_learn_on_batches_without_images(none, trainer, config, load, any_processor, images, tmp_path):
-    dataset = prompts(images).select([1, 3]).map(lambda row: {"images": none})
-    made = policy_trainer(trainer, config, load(), any_processor, dataset, tmp_path, images)
+def test_policies_learn_on_batches_without_images(none, trainer, config, load, any_processor, image_rows, tmp_path):
+    dataset = prompts(image_rows).select([1, 3]).map(lambda row: {"images": none})
+    made = policy_trainer(trainer, config, load(), any_processor, dataset, tmp_path, image_rows)
     made.train()
     assert max(made.differences) < CLOSE
     check_log(made)
 
 
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
-def test_policies_never_answer_with_query_tokens(trainer, config, load, processor, images, tmp_path):
+def test_policies_never_answer_with_query_tokens(trainer, config, load, processor, image_rows, tmp_path):
     """TRL's own list of tokens that must not be generated has the image token only."""
     model = load()
     with torch.no_grad():
         model.lm_head.bias[model.config.query_token_id] += 50
-    policy_trainer(trainer, config, model, processor, prompts(images), tmp_path, images).train()
+    policy_trainer(trainer, config, model, processor, prompts(image_rows), tmp_path, image_rows).train()
 
 
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
-def test_policy_trainers_take_a_column_of_one_image(trainer, config, load, any_processor, images, tmp_path):
-    rows = [{"prompt": user(QUESTIONS[i]), "image": images[i][0] if images[i] else None} for i in (0, 1, 3)]
-    made = policy_trainer(trainer, config, load(), any_processor, Dataset.from_list(rows), tmp_path, images)
+def test_policy_trainers_take_a_column_of_one_image(trainer, config, load, any_processor, image_rows, tmp_path):
+    rows = [{"prompt": user(QUESTIONS[i]), "image": image_rows[i][0] if image_rows[i] else None} for i in (0, 1, 3)]
+    made = policy_trainer(trainer, config, load(), any_processor, Dataset.from_list(rows), tmp_path, image_rows)
     made.train()
     assert max(made.differences) < CLOSE
     check_log(made)
 
 
-def answered(images, answers=ANSWERS, *, none=None):
+def answered(image_rows, answers=ANSWERS, *, none=None):
     """Prompts and answers."""
-    rows = zip(QUESTIONS, images, answers, strict=True)
+    rows = zip(QUESTIONS, image_rows, answers, strict=True)
     return [
-        {"prompt": user(question), "completion": assistant(answer), "images": pictures or none}
-        for question, pictures, answer in rows
+        {"prompt": user(question), "completion": assistant(answer), "images": images or none}
+        for question, images, answer in rows
     ]
 
 
@@ -286,8 +286,8 @@ def mean_sum(log_probs):
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])
-def test_dpo_compares_answers_to_each_rows_own_images(with_adapters, load, any_processor, images, tmp_path):
-    rows = [row | {"rejected": assistant(other)} for row, other in zip(answered(images), OTHERS, strict=True)]
+def test_dpo_compares_answers_to_each_rows_own_images(with_adapters, load, any_processor, image_rows, tmp_path):
+    rows = [row | {"rejected": assistant(other)} for row, other in zip(answered(image_rows), OTHERS, strict=True)]
     dataset = Dataset.from_list(rows).rename_column("completion", "chosen")
     peft_config = LoraConfig(r=2, target_modules=LORA_TARGET_MODULES) if with_adapters else None
     args = DPOConfig(str(tmp_path), eval_strategy="steps", eval_steps=1, **FIXED, **WHOLE)
@@ -302,18 +302,18 @@ def test_dpo_compares_answers_to_each_rows_own_images(with_adapters, load, any_p
     log = first_step(trainer)
     model = load()
     for name, answers in (("chosen", ANSWERS), ("rejected", OTHERS)):
-        alone = answer_log_probs(model, any_processor, images, answers)
+        alone = answer_log_probs(model, any_processor, image_rows, answers)
         assert log[f"logps/{name}"] == pytest.approx(mean_sum(alone), abs=1e-3)
         assert log[f"rewards/{name}"] == pytest.approx(0, abs=1e-4)  # as the reference
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
-def test_kto_weighs_answers_to_each_rows_own_images(load, any_processor, images, tmp_path):
-    rows = [row | {"label": i % 2 == 0} for i, row in enumerate(answered(images))]
+def test_kto_weighs_answers_to_each_rows_own_images(load, any_processor, image_rows, tmp_path):
+    rows = [row | {"label": i % 2 == 0} for i, row in enumerate(answered(image_rows))]
     args = KTOConfig(str(tmp_path), **FIXED, **WHOLE)
     trainer = KTOTrainer(load(), args=args, train_dataset=Dataset.from_list(rows), processing_class=any_processor)
     log = first_step(trainer)
-    alone = answer_log_probs(load(), any_processor, images)
+    alone = answer_log_probs(load(), any_processor, image_rows)
     assert log["logps/chosen"] == pytest.approx(mean_sum(alone[::2]), abs=1e-3)
     assert log["logps/rejected"] == pytest.approx(mean_sum(alone[1::2]), abs=1e-3)
 
@@ -326,10 +326,10 @@ def sft(model, processor, dataset, folder, **changes):
 
 
 @pytest.mark.parametrize("form", ["completion", "messages"])
-def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor, images, tmp_path):
+def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor, image_rows, tmp_path):
     if form == "messages" and Version(transformers.__version__) < Version("5.18"):
         pytest.skip("TRL wants transformers 5.18 for assistant_only_loss")
-    rows = answered(images)
+    rows = answered(image_rows)
     if form == "messages":
         rows = [{"messages": row["prompt"] + row["completion"], "images": row["images"]} for row in rows]
     model = load()
@@ -338,7 +338,7 @@ def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor,
     options = {"assistant_only_loss": form == "messages", "eval_strategy": "steps", "eval_steps": 1}
     trainer = sft(model, any_processor, Dataset.from_list(rows), tmp_path, **options)
     log = first_step(trainer)
-    alone = torch.cat(answer_log_probs(load(), any_processor, images))
+    alone = torch.cat(answer_log_probs(load(), any_processor, image_rows))
     assert log["loss"] == pytest.approx(-alone.mean().item(), abs=1e-4)
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
@@ -357,17 +357,17 @@ def test_text_is_packed_right(load, processor, tmp_path):
     assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-4)
 
 
-def test_images_are_not_packed(load, processor, images, tmp_path):
-    dataset = Dataset.from_list(answered(images))
+def test_images_are_not_packed(load, processor, image_rows, tmp_path):
+    dataset = Dataset.from_list(answered(image_rows))
     for name in ("packing", "padding_free"):
         with pytest.raises(ValueError, match="not supported for vision datasets"):
             sft(load(), processor, dataset, tmp_path, **{name: True})
 
 
-def test_a_prompt_that_trl_cuts_is_refused(load, processor, images, tmp_path):
+def test_a_prompt_that_trl_cuts_is_refused(load, processor, image_rows, tmp_path):
     for form, message in (("completion", "TRL cuts them at its `max_length`"), ("messages", "Raise `max_length`")):
-        row = answered(images)[0]
-        row = row if form == "completion" else {"messages": row["prompt"] + row["completion"], "images": images[0]}
+        row = answered(image_rows)[0]
+        row = row if form == "completion" else {"messages": row["prompt"] + row["completion"], "images": image_rows[0]}
         trainer = sft(load(), processor, Dataset.from_list([row] * 4), tmp_path, max_length=155)
         with pytest.raises(ValueError, match=message):
             trainer.train()
@@ -375,7 +375,7 @@ def test_a_prompt_that_trl_cuts_is_refused(load, processor, images, tmp_path):
 
 @pytest.mark.parametrize("teacher_is_student", [True, False])
 def test_distillation_shows_images_to_student_and_teacher(
-    teacher_is_student, load, any_processor, images, source, tmp_path
+    teacher_is_student, load, any_processor, image_rows, source, tmp_path
 ):
     """A student that is its own teacher has nothing to learn."""
     teacher = load()
@@ -388,7 +388,7 @@ def test_distillation_shows_images_to_student_and_teacher(
         str(tmp_path), max_completion_length=4, disable_dropout=True, **(FIXED | sizes | {"learning_rate": 0.0})
     )
     trainer = DistillationTrainer(
-        load(), str(tmp_path / "teacher"), args=args, train_dataset=prompts(images), processing_class=any_processor
+        load(), str(tmp_path / "teacher"), args=args, train_dataset=prompts(image_rows), processing_class=any_processor
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -421,12 +421,12 @@ def in_parts(rows, keys):
 
 
 @pytest.mark.parametrize("keys", list(EXTRA_KEYS))
-def test_parts_with_more_keys_are_read_like_text(keys, load, processor, images, tmp_path):
-    plain = [row | {"rejected": assistant(other)} for row, other in zip(answered(images), OTHERS, strict=True)]
+def test_parts_with_more_keys_are_read_like_text(keys, load, processor, image_rows, tmp_path):
+    plain = [row | {"rejected": assistant(other)} for row, other in zip(answered(image_rows), OTHERS, strict=True)]
     filled = in_parts(plain, keys)
     assert None in filled.with_format(None)[0]["prompt"][0]["content"][0].values()
     made = policy_trainer(
-        GRPOTrainer, GRPOConfig, load(), processor, filled.select_columns(["prompt", "images"]), tmp_path, images
+        GRPOTrainer, GRPOConfig, load(), processor, filled.select_columns(["prompt", "images"]), tmp_path, image_rows
     )
     made.train()
     assert max(made.differences) < CLOSE
@@ -445,16 +445,16 @@ def test_parts_with_more_keys_are_read_like_text(keys, load, processor, images, 
         assert all(batches[0][name].equal(batches[1][name]) for name in batches[0])
 
 
-def test_images_in_parts(load, processor, images, tmp_path):
+def test_images_in_parts(load, processor, image_rows, tmp_path):
     """`datasets` encodes them. GRPO takes them, SFT with our collator; else TRL looks into its column only."""
     rows = [
-        {"prompt": [{"role": "user", "content": [*({"type": "image", "image": i} for i in pictures), text]}]}
-        for pictures, question in zip(images, QUESTIONS, strict=True)
+        {"prompt": [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), text]}]}
+        for images, question in zip(image_rows, QUESTIONS, strict=True)
         for text in [{"type": "text", "text": question}]
     ]
     dataset = Dataset.from_list(rows)
     assert set(dataset[0]["prompt"][0]["content"][0]["image"]) == {"bytes", "path"}
-    made = policy_trainer(GRPOTrainer, GRPOConfig, load(), processor, dataset, tmp_path, images)
+    made = policy_trainer(GRPOTrainer, GRPOConfig, load(), processor, dataset, tmp_path, image_rows)
     made.train()
     assert max(made.differences) < CLOSE
     rows = [
@@ -474,23 +474,23 @@ def test_images_in_parts(load, processor, images, tmp_path):
         processing_class=processor,
     )
     model.model.spatial_attention_pooling.dropout.p = 0.0
-    alone = torch.cat(answer_log_probs(load(), processor, images))
+    alone = torch.cat(answer_log_probs(load(), processor, image_rows))
     assert first_step(trainer)["loss"] == pytest.approx(-alone.mean().item(), abs=1e-4)
 
 
-def test_an_image_that_is_missing_is_refused(load, processor, images, tmp_path):
+def test_an_image_that_is_missing_is_refused(load, processor, image_rows, tmp_path):
     rows = [
         {"messages": user(question) + assistant("so"), "image": image}
-        for question, image in zip(QUESTIONS, [images[0][0], None, None, None], strict=True)
+        for question, image in zip(QUESTIONS, [image_rows[0][0], None, None, None], strict=True)
     ]
     with pytest.raises(ValueError, match=r"of type .image. should have one of"):
         sft(load(), processor, Dataset.from_list(rows), tmp_path).train()
 
 
 @pytest.mark.slow
-def test_a_folder_is_trained_without_the_package(source, pictures, tmp_path):
+def test_a_folder_is_trained_without_the_package(source, images, tmp_path):
     """Model, reference and processor by name, their code from the folder; what is saved is trained again."""
-    pictures[0].save(tmp_path / "image.png")
+    images[0].save(tmp_path / "image.png")
     script = f"""
 import sys
 sys.modules["flashsloth"] = None

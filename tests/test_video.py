@@ -1,4 +1,4 @@
-"""A video is a few pictures: the right frames, in order, in the memory of the frames that were asked for."""
+"""A video is a few images: the right frames, in order, in the memory of the frames that were asked for."""
 
 import itertools
 import struct
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from scenes import describe, draw, scene_at
 from transformers import pipeline
 
-import flashsloth.video_flashsloth as video
+import flashsloth.video_processing_flashsloth as video
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor, video_frames
 
 ROOT = Path(__file__).parents[1]
@@ -25,17 +25,17 @@ QUARTER_TURN = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30
 
 
 def numbered(number, size=SIZE):
-    """A picture whose columns are the bits of a number."""
-    picture = Image.new("RGB", size)
-    canvas, width = ImageDraw.Draw(picture), size[0] // NUM_BITS
+    """An image whose columns are the bits of a number."""
+    image = Image.new("RGB", size)
+    canvas, width = ImageDraw.Draw(image), size[0] // NUM_BITS
     for bit in range(NUM_BITS):
         if number >> bit & 1:
             canvas.rectangle([bit * width, 0, (bit + 1) * width - 1, size[1]], fill="white")
-    return picture
+    return image
 
 
-def number_of(picture):
-    columns = np.asarray(picture.convert("L").resize((NUM_BITS, 1), Image.Resampling.BOX))[0]
+def number_of(image):
+    columns = np.asarray(image.convert("L").resize((NUM_BITS, 1), Image.Resampling.BOX))[0]
     return sum(1 << bit for bit in range(NUM_BITS) if columns[bit] > 127)
 
 
@@ -43,18 +43,18 @@ def numbers_in(source, num_frames):
     return [number_of(frame) for frame in video_frames(source, num_frames)]
 
 
-def write_film(path, pictures, codec, **options):
+def write_film(path, images, codec, **options):
     av = pytest.importorskip("av")
     group = options.pop("group", None)
-    pictures = iter(pictures)
-    first = next(pictures)
+    images = iter(images)
+    first = next(images)
     with av.open(path, "w") as film:
         stream = film.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = *first.size, "yuv420p"
         if group:
             stream.gop_size = group
-        for picture in itertools.chain([first], pictures):
-            film.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        for image in itertools.chain([first], images):
+            film.mux(stream.encode(av.VideoFrame.from_image(image)))
         film.mux(stream.encode())
     return path
 
@@ -87,7 +87,7 @@ def test_animations_need_no_decoder(tmp_path, monkeypatch, suffix):
 def test_a_folder_is_read_in_the_order_of_the_numbers_in_its_names(tmp_path):
     for i in range(12):
         numbered(i).save(tmp_path / f"frame-{i}.png")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     assert numbers_in(tmp_path, 12) == [*range(12)]
 
 
@@ -227,9 +227,9 @@ def prepare(processor, messages, **kwargs):
 
 @pytest.mark.parametrize("key", ["path", "url", "video"])
 @pytest.mark.parametrize("kwargs", [{"num_frames": 3}, {"processor_kwargs": {"num_frames": 3}}])
-def test_a_video_in_a_message_is_as_many_pictures(model, processor, clip, key, kwargs):
-    pictures = [{"type": "image", "image": frame} for frame in video_frames(clip, 3)]
-    expected = prepare(processor, question(*pictures))
+def test_a_video_in_a_message_is_as_many_images(model, processor, clip, key, kwargs):
+    images = [{"type": "image", "image": frame} for frame in video_frames(clip, 3)]
+    expected = prepare(processor, question(*images))
     inputs = prepare(processor, question({"type": "video", key: str(clip)}), **kwargs)
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 3 * processor.image_seq_length
     assert inputs.keys() == expected.keys()
@@ -259,10 +259,10 @@ def test_a_video_may_be_spelled_as_others_do(processor, clip, part):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_videos_and_pictures_mix_in_a_batch(model, processor, clip, pictures):
+def test_videos_and_images_mix_in_a_batch(model, processor, clip, images):
     rows = [
-        question({"type": "video", "path": str(clip)}, {"type": "image", "image": pictures[0]}),
-        question({"type": "image", "image": pictures[1]}),
+        question({"type": "video", "path": str(clip)}, {"type": "image", "image": images[0]}),
+        question({"type": "image", "image": images[1]}),
         question(),
     ]
     inputs = prepare(processor, rows, num_frames=4, processor_kwargs={"padding": True})
@@ -296,7 +296,7 @@ def test_what_a_video_cannot_be_given_with_is_refused(processor, clip):
         processor(text="<image>", videos=[str(clip)])
 
 
-def test_more_pictures_than_the_model_has_positions_for_are_counted_in_a_warning(caplog):
+def test_more_images_than_the_model_has_positions_for_are_counted_in_a_warning(caplog):
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     frames = [numbered(i) for i in range(64)]
     prepare(processor, question({"type": "video", "video": frames}), num_frames=50)
@@ -305,8 +305,8 @@ def test_more_pictures_than_the_model_has_positions_for_are_counted_in_a_warning
     assert "1024 of them for 64 tiles of images, but the model was made for 1024" in caplog.text
 
 
-def test_thirty_pictures_in_one_row_are_as_good_as_one(model, processor, pictures):
-    many = [{"type": "image", "image": pictures[i % 4]} for i in range(30)]
+def test_thirty_images_in_one_row_are_as_good_as_one(model, processor, images):
+    many = [{"type": "image", "image": images[i % 4]} for i in range(30)]
     rows = [question(*many), question(many[0]), question(), question(*many[:7])]
     inputs = prepare(processor, rows, processor_kwargs={"padding": True})
     assert len(inputs["pixel_values"]) == 38
@@ -319,11 +319,11 @@ def test_thirty_pictures_in_one_row_are_as_good_as_one(model, processor, picture
 @pytest.mark.parametrize("name", ["scenes.gif", "scenes.mp4"])
 def test_the_shipped_checkpoint_reads_every_frame_of_a_clip(tmp_path, name):
     scenes = [scene_at("untouched", i) for i in range(8)]
-    first, *others = pictures = [draw(scene, 192) for scene in scenes]
+    first, *others = images = [draw(scene, 192) for scene in scenes]
     if name.endswith("gif"):
         first.save(tmp_path / name, save_all=True, append_images=others)
     else:
-        write_film(tmp_path / name, pictures, "libx264", crf="10")
+        write_film(tmp_path / name, images, "libx264", crf="10")
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
     frames = [{"type": "image", "image": frame} for frame in video_frames(tmp_path / name)]

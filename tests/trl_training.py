@@ -38,8 +38,8 @@ SHARED = {
 
 def rows():
     for colour in COLOURS:
-        picture = Image.new("RGB", (40, 32), colour)
-        for number, images in enumerate(([picture], None, [picture, picture], [])):
+        image = Image.new("RGB", (40, 32), colour)
+        for number, images in enumerate(([image], None, [image, image], [])):
             question = [{"role": "user", "content": f"Which colour, of {colour} {number}?"}]
             yield {"prompt": question, "images": images}
 

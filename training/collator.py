@@ -31,7 +31,7 @@ class Sample(NamedTuple):
     Attributes:
         input_ids: `(seq_length,)`.
         labels: `(seq_length,)`, -100 everywhere but at answers and their end tokens.
-        pixel_values: `(num_tiles, 3, height, width)`; `None`: no picture.
+        pixel_values: `(num_tiles, 3, height, width)`; `None`: no image.
         whole_length: Tokens of the row before it was cut to `max_length`.
         num_images: Images of the row before it was cut.
     """
@@ -50,8 +50,8 @@ class FlashSlothDataCollator:
     stands before it is learned. Control tokens in a row's text stay text, as everywhere in `FlashSlothProcessor`.
 
     A row that is longer than `max_length` is cut behind the last answer that fits, its end token included, and the
-    turns behind that go with their pictures. If not even the first answer fits, that answer is cut and has no end
-    token. So image and query tokens are never cut, and no question stays without its answer. A row whose pictures and
+    turns behind that go with their images. If not even the first answer fits, that answer is cut and has no end
+    token. So image and query tokens are never cut, and no question stays without its answer. A row whose images and
     first question leave no room for an answer is a bad row.
 
     Args:
@@ -60,7 +60,7 @@ class FlashSlothDataCollator:
         pad_to_multiple_of: Pad to a multiple of this many tokens.
         padding_free: Lay all rows of a batch one after the other into a single one, with `position_ids` that start
             anew with each, and no padding; the model keeps them apart.
-        on_bad_row: What to do about a row that cannot be used (no such file, a broken picture, no answer): `"raise"` a
+        on_bad_row: What to do about a row that cannot be used (no such file, a broken image, no answer): `"raise"` a
             `BadRowError`, or `"skip"` it with a warning. If nothing is left of a batch, it becomes the two end tokens
             `</s></s>`, of which the second is learned: nothing that a prompt ever asks for, while a batch without any
             label would give a loss of 0/0 and ruin the weights.
@@ -70,7 +70,7 @@ class FlashSlothDataCollator:
 
     Example:
     ```python
-    >>> rows = load_rows("conversations.json", image_folder="pictures")
+    >>> rows = load_rows("conversations.json", image_folder="images")
     >>> batch = FlashSlothDataCollator(processor, max_length=1024)([rows[0], rows[1]])
     ```
     """
@@ -110,7 +110,7 @@ class FlashSlothDataCollator:
         Returns:
             `input_ids`, `attention_mask` and `labels`, `(batch, seq_length)`, padded on the right, or `padding_free`
             `input_ids`, `position_ids` and `labels`, `(1, total_length)`; `pixel_values`, `(num_tiles, 3, height,
-            width)`, if there are pictures.
+            width)`, if there are images.
 
         Raises:
             BadRowError: If a row cannot be used, unless those are to be skipped.
@@ -151,18 +151,18 @@ class FlashSlothDataCollator:
         return {name: torch.tensor([values]) for name, values in columns.items()}
 
     def prepare(self, row: dict[str, Any]) -> Sample:
-        """Tokenize a row, load its pictures and label its answers.
+        """Tokenize a row, load its images and label its answers.
 
         Raises:
-            Exception: Whatever is wrong with the row, its pictures or its text.
+            Exception: Whatever is wrong with the row, its images or its text.
         """
         row = normalize_row(row)
         text, answers = self._render_caption(row) if "caption" in row else self._render_messages(row["messages"])
         tokenizer = self.processor.tokenizer
-        pictures = [_checked(picture) for picture in _pictures(row)]
+        images = [_checked(image) for image in _images(row)]
         encoded = self.processor(
             text=text,
-            images=pictures or None,
+            images=images or None,
             add_special_tokens=not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
@@ -171,7 +171,7 @@ class FlashSlothDataCollator:
         runs = _token_runs(answers, encoded["offset_mapping"][0])
         if not runs:
             raise ValueError("the chat template left out the answers; nothing of the row can be learned")
-        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"), len(pictures))
+        return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"), len(images))
 
     def _try_to_prepare(self, row: dict[str, Any], position: int) -> Sample | None:
         try:
@@ -200,8 +200,8 @@ class FlashSlothDataCollator:
         return prompts[0], spans[0]
 
     def _render_caption(self, row: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """The prompt of stage 1, pictures and caption and nothing else, and where the caption stands (characters)."""
-        prompt = self.processor.image_token * len(_pictures(row))
+        """The prompt of stage 1, images and caption and nothing else, and where the caption stands (characters)."""
+        prompt = self.processor.image_token * len(_images(row))
         text = prompt + self.processor.guard_control_tokens(row["caption"]) + self.processor.tokenizer.eos_token
         return text, [(len(prompt), len(text))]
 
@@ -227,7 +227,7 @@ class FlashSlothDataCollator:
         if runs[0][0] < self.max_length:
             return self.max_length
         raise ValueError(
-            f"pictures and first question take {runs[0][0]} tokens, which leaves no room for an answer within "
+            f"images and first question take {runs[0][0]} tokens, which leaves no room for an answer within "
             f"`max_length`={self.max_length}; raise it"
         )
 
@@ -236,16 +236,16 @@ def _text_of(message: dict) -> str:
     return "".join(part.get("text", "") for part in message["content"])
 
 
-def _pictures(row: dict[str, Any]) -> list:
+def _images(row: dict[str, Any]) -> list:
     if "caption" in row:
         return row["image"]
     return [part["image"] for message in row["messages"] for part in message["content"] if part["type"] == "image"]
 
 
-def _checked(picture: Any) -> Any:
-    if isinstance(picture, str) and not is_url(picture) and not Path(picture).is_file():
-        raise FileNotFoundError(f"there is no picture {picture}; set `image_folder` to where pictures lie")
-    return picture
+def _checked(image: Any) -> Any:
+    if isinstance(image, str) and not is_url(image) and not Path(image).is_file():
+        raise FileNotFoundError(f"there is no image {image}; set `image_folder` to where images lie")
+    return image
 
 
 def _shift(spans: list[tuple[int, int]], replacements: list[dict[str, Any]]) -> list[tuple[int, int]]:

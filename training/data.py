@@ -1,4 +1,4 @@
-"""Data sets of pictures and text: LLaVA's JSON, `messages` of chat data sets, captions, in one form.
+"""Data sets of images and text: LLaVA's JSON, `messages` of chat data sets, captions, in one form.
 
 What is wrong with a row shows when the row is used, and then as a row `{"index": …, "error": reason}`, so that a data
 loader does not die of it: `FlashSlothDataCollator` reports it, and stops or goes on as it was told.
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..processing_flashsloth import PART_TYPES, SOURCE_KEYS, is_absent
 
 PLACEHOLDER = "<image>"
-"""What stands for a picture in the text of LLaVA's data sets."""
+"""What stands for an image in the text of LLaVA's data sets."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 
@@ -35,7 +35,7 @@ def load_rows(
 
     Args:
         source: A `.json`, `.jsonl` or `.parquet` file, or a folder or Hub id for `datasets.load_dataset`.
-        image_folder: What relative picture paths are relative to. Default: the folder of `source`.
+        image_folder: What relative image paths are relative to. Default: the folder of `source`.
         split: Which split of a folder or Hub id; slices such as `train[:100]` work there. A file has `train` only.
         streaming: Whether to read rows as they are needed, in order, into a `datasets.IterableDataset`.
         as_captions: Whether to take conversations as captions, the first answer being the caption: for stage 1 on
@@ -52,9 +52,9 @@ def load_rows(
 
     Example:
     ```python
-    >>> rows = load_rows("llava_v1_5_mix665k.json", image_folder="pictures")
+    >>> rows = load_rows("llava_v1_5_mix665k.json", image_folder="images")
     >>> rows[0]["messages"][0]["content"][0]
-    {'type': 'image', 'image': 'pictures/coco/train2017/000000033471.jpg'}
+    {'type': 'image', 'image': 'images/coco/train2017/000000033471.jpg'}
     ```
     """
     suffix = Path(source).suffix
@@ -89,7 +89,7 @@ class Rows(Dataset):
 
     def __init__(self, records: Any, normalize: Any) -> None:
         self.normalize = normalize
-        # Arrow's own view leaves embedded pictures encoded, so that a broken one breaks only its own row.
+        # Arrow's own view leaves embedded images encoded, so that a broken one breaks only its own row.
         self.is_arrow = hasattr(records, "with_format")
         self.records = records.with_format("arrow") if self.is_arrow else records
 
@@ -138,42 +138,42 @@ def normalize_row(row: dict[str, Any], *, image_folder: str | Path | None = None
     Taken are, by the columns that a row has:
 
     - `conversations` with `from` and `value`, and `image`, a path or a list of them (LLaVA). There must be as many
-      `<image>` in what the human says as there are pictures; pictures go before the text of their message.
-    - `messages` with `role` and `content`. Parts `{"type": "image"}` without a picture take the next one of the column
-      `images` (or `image`). If there is only text, the pictures stand where `<image>` is written, or else before the
+      `<image>` in what the human says as there are images; images go before the text of their message.
+    - `messages` with `role` and `content`. Parts `{"type": "image"}` without an image take the next one of the column
+      `images` (or `image`). If there is only text, the images stand where `<image>` is written, or else before the
       first question (TRL's convention).
     - `caption` or `text`, with `image` or `images`.
 
-    Pictures may be paths, URLs, PIL pictures, arrays, or encoded: `bytes`, or a dict with `bytes` or `path`.
+    Images may be paths, URLs, PIL images, arrays, or encoded: `bytes`, or a dict with `bytes` or `path`.
 
     Args:
         row: A row; what is normalised already stays as it is.
-        image_folder: What relative picture paths are relative to. Default: the working folder.
-        as_captions: Whether to take the first answer of a conversation as a caption of its pictures.
+        image_folder: What relative image paths are relative to. Default: the working folder.
+        as_captions: Whether to take the first answer of a conversation as a caption of its images.
 
     Returns:
-        `{"messages": [{"role", "content": [part, ...]}, ...]}` with parts `{"type": "image", "image": picture}` and
+        `{"messages": [{"role", "content": [part, ...]}, ...]}` with parts `{"type": "image", "image": image}` and
         `{"type": "text", "text": str}`, as `processor.apply_chat_template` takes them, or
-        `{"image": [picture, ...], "caption": str}`; a picture is a PIL picture, an array, a path or a URL.
+        `{"image": [image, ...], "caption": str}`; an image is a PIL image, an array, a path or a URL.
 
     Raises:
-        ValueError: If the row has another form, or pictures and placeholders differ in number.
-        TypeError: If a text is no text, or a picture no picture.
-        OSError: If an encoded picture is broken.
+        ValueError: If the row has another form, or images and placeholders differ in number.
+        TypeError: If a text is no text, or an image no image.
+        OSError: If an encoded image is broken.
     """
     _check_dict(row, "a row")
     if row.get("error") is not None:
         raise ValueError(row["error"])
-    pictures = [_picture(value, image_folder) for value in _picture_column(row)]
+    images = [_image(value, image_folder) for value in _image_column(row)]
     caption = row.get("caption", row.get("text"))
     if row.get("messages") is not None:
         messages = [_read_message(message, "role", "content", image_folder) for message in row["messages"]]
-        messages = _place(messages, pictures, is_marked=bool(pictures) and any(map(_count_marks, messages)))
+        messages = _place(messages, images, is_marked=bool(images) and any(map(_count_marks, messages)))
     elif row.get("conversations") is not None:
         messages = [_read_message(message, "from", "value", image_folder) for message in row["conversations"]]
-        messages = _place(messages, pictures, is_marked=True)
+        messages = _place(messages, images, is_marked=True)
     elif caption is not None:
-        return _caption_row(pictures, caption)
+        return _caption_row(images, caption)
     else:
         raise ValueError(
             f"the row has the columns {sorted(row)}, but must have `messages`, `conversations`, or a `caption` (or "
@@ -183,17 +183,17 @@ def normalize_row(row: dict[str, Any], *, image_folder: str | Path | None = None
 
 
 def row_lengths(rows: Sequence[dict[str, Any]] | Dataset, *, tokens_per_image: int) -> tuple[list[int], list[bool]]:
-    """Estimate how long rows are, without opening a picture, for `ModalityLengthSampler`.
+    """Estimate how long rows are, without opening an image, for `ModalityLengthSampler`.
 
     Args:
         rows: What `load_rows` gave without `streaming`, or other rows of these forms.
-        tokens_per_image: Image tokens of one picture: `image_seq_length`, times 5 for high definition.
+        tokens_per_image: Image tokens of one image: `image_seq_length`, times 5 for high definition.
 
     Returns:
-        Estimated number of tokens of every row, and whether it has pictures.
+        Estimated number of tokens of every row, and whether it has images.
     """
     if isinstance(rows, Rows):
-        columns = _picture_counts(rows.records) if rows.is_arrow else {}
+        columns = _image_counts(rows.records) if rows.is_arrow else {}
         texts = rows.records.remove_columns(list(columns)) if rows.is_arrow else rows.records
         counted = [sum(counts) for counts in zip(*columns.values(), strict=True)] if columns else [0] * len(rows)
         rows = Rows(texts, normalize=None)
@@ -204,9 +204,9 @@ def row_lengths(rows: Sequence[dict[str, Any]] | Dataset, *, tokens_per_image: i
     return lengths, [num > 0 for _, num in sizes]
 
 
-def is_url(picture: str) -> bool:
-    """Whether a picture's address is not a path."""
-    return picture.startswith(("http://", "https://", "file://", "data:"))
+def is_url(image: str) -> bool:
+    """Whether an image's address is not a path."""
+    return image.startswith(("http://", "https://", "file://", "data:"))
 
 
 def _import_datasets(source: str | Path) -> Any:
@@ -255,7 +255,7 @@ def _check_dict(value: Any, what: str) -> None:
         raise TypeError(f"{what} must be a dict, but is a {type(value).__name__}")
 
 
-def _picture_column(row: dict[str, Any]) -> list:
+def _image_column(row: dict[str, Any]) -> list:
     for name in ("images", "image"):
         value = row.get(name)
         if isinstance(value, (list, tuple)):
@@ -265,10 +265,10 @@ def _picture_column(row: dict[str, Any]) -> list:
     return []
 
 
-def _picture(value: Any, image_folder: str | Path | None) -> Any:
+def _image(value: Any, image_folder: str | Path | None) -> Any:
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path") is None:
-            raise TypeError(f"a picture must have `bytes` or `path`, but has {sorted(value)}")
+            raise TypeError(f"an image must have `bytes` or `path`, but has {sorted(value)}")
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
         return ImageOps.exif_transpose(Image.open(io.BytesIO(value)))  # as a file is read
@@ -276,7 +276,7 @@ def _picture(value: Any, image_folder: str | Path | None) -> Any:
         return value if is_url(str(value)) else str(Path(image_folder or "") / value)
     if isinstance(value, Image.Image) or hasattr(value, "shape"):
         return value
-    raise TypeError(f"a picture must be a path, a URL, a picture or its bytes, but is a {type(value).__name__}")
+    raise TypeError(f"an image must be a path, a URL, an image or its bytes, but is a {type(value).__name__}")
 
 
 def _read_message(message: dict, role_key: str, content_key: str, image_folder: str | Path | None) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def _read_part(part: dict, image_folder: str | Path | None) -> dict[str, Any]:
         return {"type": "image"}
     key, value = next(iter(sources.items()))
     value = value["url"] if isinstance(value, dict) and "url" in value else value
-    return {"type": "image", "image": _picture(f"data:;base64,{value}" if key == "base64" else value, image_folder)}
+    return {"type": "image", "image": _image(f"data:;base64,{value}" if key == "base64" else value, image_folder)}
 
 
 def _count_marks(message: dict) -> int:
@@ -315,29 +315,29 @@ def _count_marks(message: dict) -> int:
     return message["content"].count(PLACEHOLDER) if is_asked else 0
 
 
-def _place(messages: list[dict], pictures: list, *, is_marked: bool) -> list[dict]:
-    """Put pictures where empty parts or placeholders wait for them, else before the first question."""
+def _place(messages: list[dict], images: list, *, is_marked: bool) -> list[dict]:
+    """Put images where empty parts or placeholders wait for them, else before the first question."""
     waiting = [part for message in messages for part in _parts(message) if part == {"type": "image"}]
-    num_unmarked = 0 if is_marked or waiting else len(pictures)
+    num_unmarked = 0 if is_marked or waiting else len(images)
     placed = []
     for message in messages:
         parts = message["content"]
         if isinstance(parts, str):
-            text, num_pictures = parts, _count_marks(message) if is_marked else 0
-            if num_pictures:
+            text, num_images = parts, _count_marks(message) if is_marked else 0
+            if num_images:
                 text = text.replace(PLACEHOLDER, "").strip()
             elif message["role"] == "user":
-                num_pictures, num_unmarked = num_unmarked, 0
-            parts = [*({"type": "image"} for _ in range(num_pictures)), _text_part(text)]
+                num_images, num_unmarked = num_unmarked, 0
+            parts = [*({"type": "image"} for _ in range(num_images)), _text_part(text)]
         placed.append({"role": message["role"], "content": parts})
     waiting = [part for message in placed for part in message["content"] if part == {"type": "image"}]
-    if len(waiting) != len(pictures):
+    if len(waiting) != len(images):
         raise ValueError(
-            f"the row has {len(pictures)} pictures, but {len(waiting)} places for them (`{PLACEHOLDER}` in what the "
-            "user says, or parts of type image that hold none); give one for each picture"
+            f"the row has {len(images)} images, but {len(waiting)} places for them (`{PLACEHOLDER}` in what the "
+            "user says, or parts of type image that hold none); give one for each image"
         )
-    for part, picture in zip(waiting, pictures, strict=True):
-        part["image"] = picture
+    for part, image in zip(waiting, images, strict=True):
+        part["image"] = image
     return placed
 
 
@@ -360,15 +360,15 @@ def _as_caption_row(messages: list[dict]) -> dict[str, Any]:
     return _caption_row([part["image"] for part in parts if part["type"] == "image"], caption)
 
 
-def _caption_row(pictures: list, caption: Any) -> dict[str, Any]:
+def _caption_row(images: list, caption: Any) -> dict[str, Any]:
     text = _text_part(caption)["text"].strip()
-    if not pictures or not text:
-        raise ValueError(f"a caption needs a picture and text, but has {len(pictures)} pictures and the text {text!r}")
-    return {"image": pictures, "caption": text}
+    if not images or not text:
+        raise ValueError(f"a caption needs an image and text, but has {len(images)} images and the text {text!r}")
+    return {"image": images, "caption": text}
 
 
-def _picture_counts(records: Any) -> dict[str, list[int]]:
-    """Number of pictures in every row of the columns of pictures, from Arrow's tables, without reading one."""
+def _image_counts(records: Any) -> dict[str, list[int]]:
+    """Number of images in every row of the columns of images, from Arrow's tables, without reading one."""
     import pyarrow.compute
 
     counts = {}
@@ -380,8 +380,8 @@ def _picture_counts(records: Any) -> dict[str, list[int]]:
     return counts
 
 
-def _size(record: dict[str, Any], num_pictures: int = 0) -> tuple[int, int]:
-    """Characters and pictures of a row in any form; a bad row has none."""
+def _size(record: dict[str, Any], num_images: int = 0) -> tuple[int, int]:
+    """Characters and images of a row in any form; a bad row has none."""
     try:
         texts, num_parts = [record.get("caption") or record.get("text") or ""], 0
         for message in record.get("messages") or record.get("conversations") or []:
@@ -389,6 +389,6 @@ def _size(record: dict[str, Any], num_pictures: int = 0) -> tuple[int, int]:
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             num_parts += sum(PART_TYPES.get(part["type"]) == "image" for part in parts)
             texts += [part.get("text") or "" for part in parts]
-        return sum(map(len, texts)), max(num_pictures, num_parts, len(_picture_column(record)))
+        return sum(map(len, texts)), max(num_images, num_parts, len(_image_column(record)))
     except (AttributeError, KeyError, TypeError):
         return 0, 0

@@ -1,4 +1,4 @@
-"""What the tiny checkpoint reads: its tokenizer, its processor, and conversations about drawn pictures."""
+"""What the tiny checkpoint reads: its tokenizer, its processor, and conversations about drawn images."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ class Mix:
     """Which questions a training conversation holds.
 
     A description comes last, if at all, more often than first, so that most questions have to be answered from the
-    picture and not from what was said.
+    image and not from what was said.
 
     Attributes:
         num_questions: How many are drawn; the same one is asked once.
@@ -118,11 +118,11 @@ def build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerFast
 
 
 def conversation(index: int, size: int, mix: Mix = QUESTIONS) -> list[dict]:
-    """A training conversation: a picture, questions about it and their answers.
+    """A training conversation: an image, questions about it and their answers.
 
     Args:
         index: Which scene of the split "train", or which `mix.num_scenes` of them.
-        size: Side of the picture in pixels.
+        size: Side of the image in pixels.
         mix: Which questions.
 
     Returns:
@@ -189,7 +189,7 @@ def _by_kind(asked: list[tuple[str, str, str]], scene: Scene, mix: Mix) -> dict[
 
 
 def _sides(name: str, thing: Thing) -> Iterator[tuple[str, str]]:
-    """Questions on which side of the picture a thing stands; they are worded as those on two things are."""
+    """Questions on which side of the image a thing stands; they are worded as those on two things are."""
     for place, words in ((thing.column, ("left", "right")), (thing.row, ("above", "below"))):
         if place is not None:
             for wording in SIDES:
@@ -206,7 +206,7 @@ class ConversationDataset(Dataset):
     Args:
         start: Number of the first conversation.
         length: How many there are.
-        size: Side of a picture in pixels.
+        size: Side of an image in pixels.
         mix: Which questions they ask.
         block: So many conversations are sorted by length, and so on.
     """

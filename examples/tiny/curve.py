@@ -2,7 +2,7 @@
 
     python examples/tiny/curve.py tiny-flashsloth-work --output docs/learning_curve
 
-writes what the stages of `train.py` noted in their folders to OUTPUT.json, and draws it as OUTPUT.png.
+writes what the stages of `make_checkpoint.py` noted in their folders to OUTPUT.json, and draws it as OUTPUT.png.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluate import as_table, evaluate
 from matplotlib.figure import Figure
 from scenes import QUESTION_KINDS
+from score import as_table, evaluate
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -23,7 +23,7 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "learning_curve.jsonl"
-SPLIT = "evaluation"  # tuning may look at these pictures
+SPLIT = "evaluation"  # tuning may look at these images
 
 
 class LearningCurve(TrainerCallback):
@@ -31,11 +31,11 @@ class LearningCurve(TrainerCallback):
 
     Args:
         processor: The model's processor.
-        num_pictures: Pictures of `SPLIT`; 0: nothing is written.
+        num_images: Images of `SPLIT`; 0: nothing is written.
     """
 
-    def __init__(self, processor: FlashSlothProcessor, num_pictures: int) -> None:
-        self.processor, self.num_pictures = processor, num_pictures
+    def __init__(self, processor: FlashSlothProcessor, num_images: int) -> None:
+        self.processor, self.num_images = processor, num_images
 
     def on_save(
         self,
@@ -46,46 +46,46 @@ class LearningCurve(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """See `TrainerCallback`."""
-        if not state.is_world_process_zero or not self.num_pictures:
+        if not state.is_world_process_zero or not self.num_images:
             return
         model.eval()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            result = evaluate(model, self.processor, self.num_pictures, split=SPLIT, with_second_turns=False)
+            result = evaluate(model, self.processor, self.num_images, split=SPLIT, with_second_turns=False)
         model.train()
         seen = state.global_step * args.per_device_train_batch_size * args.world_size
         right = {kind: [counts["right"], counts["asked"]] for kind, counts in result.items()}
-        point = {"stage": Path(args.output_dir).name, "step": state.global_step, "pictures": seen, "right": right}
+        point = {"stage": Path(args.output_dir).name, "step": state.global_step, "images": seen, "right": right}
         with (Path(args.output_dir) / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
         logger.info("step %d:\n%s", state.global_step, as_table(result))
 
 
 def read_curve(work: Path, stages: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The points of all stages, in order; `pictures` counts from the beginning of the first one."""
+    """The points of all stages, in order; `images` counts from the beginning of the first one."""
     points: list[dict[str, Any]] = []
     for stage in stages:
-        before = points[-1]["pictures"] if points else 0
+        before = points[-1]["images"] if points else 0
         lines = (work / stage / FILE_NAME).read_text(encoding="utf-8").splitlines()
         own = {point["step"]: point for point in map(json.loads, lines)}  # a stopped run may note a step twice
-        points += [point | {"pictures": before + point["pictures"]} for _, point in sorted(own.items())]
+        points += [point | {"images": before + point["images"]} for _, point in sorted(own.items())]
     return points
 
 
 def plot(points: list[dict[str, Any]], file: Path) -> None:
-    """Draw the share of right answers against the pictures seen, a line for every kind of question."""
+    """Draw the share of right answers against the images seen, a line for every kind of question."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel="thousand pictures", ylabel="exact answers, %")
-    seen = [point["pictures"] / 1000 for point in points]
+    axes.set(xlabel="thousand images", ylabel="exact answers, %")
+    seen = [point["images"] / 1000 for point in points]
     for number, kind in enumerate((*QUESTION_KINDS, "all")):
         shares = [100 * point["right"][kind][0] / max(1, point["right"][kind][1]) for point in points]
         style = {"color": "black", "linewidth": 2.5} if kind == "all" else {"color": f"C{number}", "linewidth": 1.3}
         axes.plot(seen, shares, label=kind, **style)
     for before, after in itertools.pairwise(points):
         if before["stage"] != after["stage"]:
-            axes.axvline(before["pictures"] / 1000, color="0.7", linestyle="dotted")
+            axes.axvline(before["images"] / 1000, color="0.7", linestyle="dotted")
             for name, side in ((before["stage"], "right"), (after["stage"], "left")):
-                axes.text(before["pictures"] / 1000, 2, f" {name} ", ha=side, color="0.4")
+                axes.text(before["images"] / 1000, 2, f" {name} ", ha=side, color="0.4")
     axes.set_ylim(0, 101)
     axes.legend(loc="lower right", ncols=2, fontsize="small")
     figure.savefig(file, dpi=100)
@@ -94,7 +94,7 @@ def plot(points: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     """Collect the points of a run, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder for unfinished training of `train.py`")
+    parser.add_argument("work", type=Path, help="folder for unfinished training of `make_checkpoint.py`")
     parser.add_argument("--stages", nargs="+", default=("captions", "conversations"))
     parser.add_argument("--output", type=Path, required=True, help="path without its ending")
     args = parser.parse_args()

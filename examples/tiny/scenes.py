@@ -1,13 +1,13 @@
-"""The drawing program of the tiny checkpoint: scenes, their pictures, their questions and the answers.
+"""The drawing program of the tiny checkpoint: scenes, their images, their questions and the answers.
 
 A scene holds one to four things on a loose 2x2 layout: coloured shapes, at most one word on a coloured board (it fills
 a row) and at most one number (it fills a cell). Everything follows from a split and an index:
 
     scene = scene_at("train", 7)
-    picture = draw(scene, 96)
+    image = draw(scene, 96)
     conversation = questions(scene, random.Random(7))
 
-Pictures of the split "train" never hold one of `HELD_OUT_PAIRS`; every other split may.
+Images of the split "train" never hold one of `HELD_OUT_PAIRS`; every other split may.
 """
 
 import argparse
@@ -73,7 +73,7 @@ _REFERENCE_FONT_SIZE = 100
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of a scene; lengths are fractions of the picture's side.
+    """One thing of a scene; lengths are fractions of the image's side.
 
     Attributes:
         name: One of `SHAPES`, "sign" (a word on a board) or "number".
@@ -372,23 +372,23 @@ def character_edges(thing: Thing) -> list[float]:
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
-    """The picture of a scene.
+    """The image of a scene.
 
     Args:
         scene: What to draw.
-        size: Side of the square picture in pixels.
+        size: Side of the square image in pixels.
 
     Returns:
-        An RGB picture; it is drawn twice as large and shrunk, so that edges are smooth.
+        An RGB image; it is drawn twice as large and shrunk, so that edges are smooth.
     """
-    picture = _draw_background(scene, 2 * size)
-    canvas = ImageDraw.Draw(picture)
+    image = _draw_background(scene, 2 * size)
+    canvas = ImageDraw.Draw(image)
     for thing in scene.things:
         if thing.text:
             _draw_text(canvas, thing, 2 * size)
         else:
             _draw_shape(canvas, thing, 2 * size)
-    return picture.reduce(2)
+    return image.reduce(2)
 
 
 def _draw_background(scene: Scene, size: int) -> Image.Image:
@@ -449,12 +449,12 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def main() -> None:
-    """Save the picture of a scene, and log what can be asked about it."""
+    """Save the image of a scene, and log what can be asked about it."""
     parser = argparse.ArgumentParser(description="Draw a scene, and list its questions and answers.")
     parser.add_argument("index", type=int, help="number of the scene in its split")
     parser.add_argument("--split", default="evaluation", help="'train', or any other name")
-    parser.add_argument("--size", type=int, default=384, help="side of the picture in pixels")
-    parser.add_argument("--output", type=Path, required=True, help="picture file")
+    parser.add_argument("--size", type=int, default=384, help="side of the image in pixels")
+    parser.add_argument("--output", type=Path, required=True, help="image file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     scene = scene_at(args.split, args.index)

@@ -68,16 +68,16 @@ def _covered(box: tuple[float, float, float, float], grid: int) -> tuple[slice, 
 
 
 class PatchDataset(Dataset):
-    """Pictures with `patch_targets`, drawn when asked for.
+    """Images with `patch_targets`, drawn when asked for.
 
     Some are grey and ask for no colours: a shape has to be known whatever its colour, also in a colour that it never
     had in training.
 
     Args:
         split: Where the scenes come from.
-        length: Number of pictures.
-        config: Says how large a picture and a patch are.
-        preprocess: Makes pixel values of a picture.
+        length: Number of images.
+        config: Says how large an image and a patch are.
+        preprocess: Makes pixel values of an image.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class PatchDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         scene = scene_at(self.split, index)
-        picture = draw(scene, self.size)
+        image = draw(scene, self.size)
         labels, weights = patch_targets(scene, self.grid)
         if random.Random(f"grey:{index}").random() < SHARE_GREY:
-            picture = picture.convert("L").convert("RGB")
+            image = image.convert("L").convert("RGB")
             labels[:, 1] = IGNORED
         return {
-            "pixel_values": self.preprocess(picture, return_tensors="pt")["pixel_values"][0],
+            "pixel_values": self.preprocess(image, return_tensors="pt")["pixel_values"][0],
             "labels": torch.from_numpy(labels),
             "weights": torch.from_numpy(weights),
         }

@@ -1,4 +1,4 @@
-"""Questions about a known picture get the answers of a fresh prompt, without the picture being encoded again."""
+"""Questions about a known image get the answers of a fresh prompt, without the image being encoded again."""
 
 import copy
 import sys
@@ -25,18 +25,18 @@ def encodings(any_model):
     hook.remove()
 
 
-def conversations_about(pictures):
-    yield [(pictures[:1], "What is it?")]
-    yield [(pictures[:1], "\nIs it so? Or is it otherwise?")]
-    yield [(pictures[:1], "")]
-    yield [(pictures[:1], "What is it?", "A dog."), ([], "And what does it do?")]
-    yield [(pictures[1:3], "Which?")]
-    yield [(pictures[1:3], "Which one of them?")]
+def conversations_about(images):
+    yield [(images[:1], "What is it?")]
+    yield [(images[:1], "\nIs it so? Or is it otherwise?")]
+    yield [(images[:1], "")]
+    yield [(images[:1], "What is it?", "A dog."), ([], "And what does it do?")]
+    yield [(images[1:3], "Which?")]
+    yield [(images[1:3], "Which one of them?")]
 
 
-def test_answers_are_those_of_a_fresh_prompt(any_model, ask, pictures, encodings):
-    cache = any_model.picture_cache()
-    for conversation in conversations_about(pictures):
+def test_answers_are_those_of_a_fresh_prompt(any_model, ask, images, encodings):
+    cache = any_model.image_prefix_cache()
+    for conversation in conversations_about(images):
         inputs = ask(conversation)
         fresh = scores_of(any_model, inputs)
         encodings.clear()
@@ -44,18 +44,18 @@ def test_answers_are_those_of_a_fresh_prompt(any_model, ask, pictures, encodings
         num_encoded = sum(encodings)
         torch.testing.assert_close(scores_of(any_model, cache(inputs)), fresh, atol=1e-4, rtol=0)
         assert sum(encodings) == num_encoded <= 2
-    assert len(cache.known) == 2  # one picture, and two
+    assert len(cache.known) == 2  # one image, and two
 
 
-def test_a_first_question_is_one_pass_and_leaves_its_prefix(make_model, ask, pictures):
-    prompt, other = (ask([(pictures[:1], question)]) for question in ("What is it?", "Why so?"))
+def test_a_first_question_is_one_pass_and_leaves_its_prefix(make_model, ask, images):
+    prompt, other = (ask([(images[:1], question)]) for question in ("What is it?", "Why so?"))
     for family, passes in (("phi", 1), ("qwen3", 1), ("gemma3_text", 2)):  # the last has sliding windows
         model = make_model(family)
         fed = []
         hook = model.model.language_model.register_forward_pre_hook(
             lambda _, args, kwargs, fed=fed: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
         )
-        cache = model.picture_cache()
+        cache = model.image_prefix_cache()
         fresh = scores_of(model, prompt)
         fed.clear()
         first = scores_of(model, cache(prompt))
@@ -85,9 +85,9 @@ def test_a_first_question_is_one_pass_and_leaves_its_prefix(make_model, ask, pic
     ],
     ids=["beams", "several", "assisted", "one token", "static, one token", "static"],
 )
-def test_any_way_to_ask_first_leaves_the_same(model, ask, pictures, max_cache_len, first):
-    cache = model.picture_cache(max_cache_len=max_cache_len)
-    inputs, other = (ask([(pictures[:1], question)]) for question in ("What is it?", "Why so?"))
+def test_any_way_to_ask_first_leaves_the_same(model, ask, images, max_cache_len, first):
+    cache = model.image_prefix_cache(max_cache_len=max_cache_len)
+    inputs, other = (ask([(images[:1], question)]) for question in ("What is it?", "Why so?"))
     with torch.inference_mode():
         answer = model.generate(**cache(inputs), **({"max_new_tokens": 5} | first))
     if not first["do_sample"]:
@@ -97,8 +97,8 @@ def test_any_way_to_ask_first_leaves_the_same(model, ask, pictures, max_cache_le
     torch.testing.assert_close(scores_of(model, cache(other)), scores_of(model, other), atol=1e-4, rtol=0)
 
 
-def test_a_question_that_was_not_asked_costs_only_its_patches(any_model, ask, pictures, encodings):
-    cache, inputs = any_model.picture_cache(), ask([(pictures[:1], "What is it?")])
+def test_a_question_that_was_not_asked_costs_only_its_patches(any_model, ask, images, encodings):
+    cache, inputs = any_model.image_prefix_cache(), ask([(images[:1], "What is it?")])
     ready = [cache(inputs), copy.deepcopy(cache(inputs)), cache(inputs)]
     answers = [scores_of(any_model, given) for given in [*ready, cache(inputs)]]
     assert encodings == [1]
@@ -106,37 +106,37 @@ def test_a_question_that_was_not_asked_costs_only_its_patches(any_model, ask, pi
         torch.testing.assert_close(answer, scores_of(any_model, inputs), atol=1e-4, rtol=0)
 
 
-def test_a_picture_of_a_later_turn_is_seen(any_model, ask, pictures):
-    cache = any_model.picture_cache()
-    answered = (pictures[:1], "First?", "Yes.")
-    for second in pictures[1:3]:
+def test_an_image_of_a_later_turn_is_seen(any_model, ask, images):
+    cache = any_model.image_prefix_cache()
+    answered = (images[:1], "First?", "Yes.")
+    for second in images[1:3]:
         inputs = ask([answered, ([second], "And this one?")])
         torch.testing.assert_close(scores_of(any_model, cache(inputs)), scores_of(any_model, inputs), atol=1e-4, rtol=0)
 
 
-def test_five_tiles_are_kept_as_well(model, ask, pictures):
-    cache = model.picture_cache()
+def test_five_tiles_are_kept_as_well(model, ask, images):
+    cache = model.image_prefix_cache()
     for question in ("What is it?", "Why?"):
-        inputs = ask([(pictures[:1], question)], do_image_splitting=True)
+        inputs = ask([(images[:1], question)], do_image_splitting=True)
         torch.testing.assert_close(scores_of(model, cache(inputs)), scores_of(model, inputs), atol=1e-4, rtol=0)
     assert len(cache.known) == 1
 
 
-def test_beams_and_several_answers_work(model, ask, pictures):
-    cache, inputs = model.picture_cache(), ask([(pictures[:1], "What is it?")])
+def test_beams_and_several_answers_work(model, ask, images):
+    cache, inputs = model.image_prefix_cache(), ask([(images[:1], "What is it?")])
     beams = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     assert torch.equal(model.generate(**cache(inputs), **beams), model.generate(**inputs, **beams))
 
 
 def test_text_alone_passes_through(model, ask):
-    cache, inputs = model.picture_cache(), ask([([], "Hello there, who are you?")])
+    cache, inputs = model.image_prefix_cache(), ask([([], "Hello there, who are you?")])
     assert torch.equal(scores_of(model, cache(inputs)), scores_of(model, inputs))
     assert not cache.known
 
 
-def test_memory_is_bounded_and_the_oldest_go_first(model, ask, pictures):
-    cache = model.picture_cache()
-    inputs = [ask([([picture], "What is it?")]) for picture in pictures]
+def test_memory_is_bounded_and_the_oldest_go_first(model, ask, images):
+    cache = model.image_prefix_cache()
+    inputs = [ask([([image], "What is it?")]) for image in images]
     scores_of(model, cache(inputs[0]))
     (size,) = (known.num_bytes for known in cache.known.values())
     keys_and_values = model.config.text_config.num_hidden_layers * 2 * model.config.text_config.hidden_size
@@ -148,13 +148,13 @@ def test_memory_is_bounded_and_the_oldest_go_first(model, ask, pictures):
     kept = list(cache.known)
     cache(inputs[0])
     assert set(cache.known) == set(kept)  # the second one went
-    tiny = model.picture_cache(max_bytes=size - 1)
+    tiny = model.image_prefix_cache(max_bytes=size - 1)
     assert torch.equal(scores_of(model, tiny(inputs[3])), scores_of(model, cache(inputs[3])))
     assert not tiny.known
 
 
-def test_what_is_kept_does_not_change_by_generating(model, ask, pictures):
-    cache, inputs = model.picture_cache(), ask([(pictures[:1], "What is it?")])
+def test_what_is_kept_does_not_change_by_generating(model, ask, images):
+    cache, inputs = model.image_prefix_cache(), ask([(images[:1], "What is it?")])
     scores_of(model, cache(inputs))
     (known,) = cache.known.values()
     before = copy.deepcopy(known)
@@ -163,21 +163,21 @@ def test_what_is_kept_does_not_change_by_generating(model, ask, pictures):
     assert torch.equal(known.key_values.layers[0].keys, before.key_values.layers[0].keys)
 
 
-def test_a_cache_that_is_not_to_be_used_is_refused(model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_a_cache_that_is_not_to_be_used_is_refused(model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     with pytest.raises(ValueError, match=r"a DynamicCache and `use_cache=False`.*Leave out one of them"):
-        model.generate(**model.picture_cache()(inputs), **GREEDY, use_cache=False)
+        model.generate(**model.image_prefix_cache()(inputs), **GREEDY, use_cache=False)
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
 
 
-def test_a_batch_is_refused(model, ask, pictures):
+def test_a_batch_is_refused(model, ask, images):
     with pytest.raises(ValueError, match="one conversation without padding, but found 2 rows"):
-        model.picture_cache()(ask([(pictures[:1], "What?")], [(pictures[:1], "Why?")]))
+        model.image_prefix_cache()(ask([(images[:1], "What?")], [(images[:1], "Why?")]))
 
 
-def test_patch_features_of_another_shape_or_beside_pixels_are_refused(model, ask, pictures):
-    inputs = dict(ask([(pictures[:1], "What is it?")]))
+def test_patch_features_of_another_shape_or_beside_pixels_are_refused(model, ask, images):
+    inputs = dict(ask([(images[:1], "What is it?")]))
     features = model.get_image_features(inputs["pixel_values"]).last_hidden_state
     with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\).*beside `pixel_values`; give `last_hidden_state`"):
         model(**inputs, patch_features=features)
@@ -214,9 +214,9 @@ def shrink(model):
 
 
 @pytest.mark.parametrize("change", [train_a_step, load_other_weights, shrink, torch.nn.Module.double])
-def test_other_weights_make_the_cache_look_again(make_model, ask, pictures, change):
-    model, inputs = make_model("phi"), ask([(pictures[:1], "What is it?")])
-    cache = model.picture_cache()
+def test_other_weights_make_the_cache_look_again(make_model, ask, images, change):
+    model, inputs = make_model("phi"), ask([(images[:1], "What is it?")])
+    cache = model.image_prefix_cache()
     before = scores_of(model, cache(inputs))
     change(model)
     expected = scores_of(model, inputs)
@@ -224,12 +224,12 @@ def test_other_weights_make_the_cache_look_again(make_model, ask, pictures, chan
     assert not torch.allclose(before.to(expected), expected, atol=1e-6)
 
 
-def test_adapters_that_come_and_go_make_the_cache_look_again(make_model, ask, pictures):
-    inputs = ask([(pictures[:1], "What is it?")])
+def test_adapters_that_come_and_go_make_the_cache_look_again(make_model, ask, images):
+    inputs = ask([(images[:1], "What is it?")])
     config = LoraConfig(target_modules=r".*\.(q_proj|v_proj|fc1)", init_lora_weights=False)
     model = get_peft_model(make_model("phi"), config)
     model.add_adapter("other", config)
-    cache = model.picture_cache()
+    cache = model.image_prefix_cache()
 
     def check():
         torch.testing.assert_close(scores_of(model, cache(inputs)), scores_of(model, inputs), atol=1e-4, rtol=0)
@@ -248,19 +248,19 @@ def test_adapters_that_come_and_go_make_the_cache_look_again(make_model, ask, pi
     check()
 
 
-def test_a_change_that_cannot_be_noticed_takes_a_clear(make_model, ask, pictures):
-    model, inputs = make_model("phi"), ask([(pictures[:1], "What is it?")])
-    cache = model.picture_cache()
+def test_a_change_that_cannot_be_noticed_takes_a_clear(make_model, ask, images):
+    model, inputs = make_model("phi"), ask([(images[:1], "What is it?")])
+    cache = model.image_prefix_cache()
     scores_of(model, cache(inputs))
     model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data.mul_(0.5)
     cache.clear()
     torch.testing.assert_close(scores_of(model, cache(inputs)), scores_of(model, inputs), atol=1e-4, rtol=0)
 
 
-def test_several_threads_may_use_one_cache(model, ask, pictures):
-    inputs = [ask([([picture], "What is it?")]) for picture in pictures]
+def test_several_threads_may_use_one_cache(model, ask, images):
+    inputs = [ask([([image], "What is it?")]) for image in images]
     expected = [scores_of(model, given) for given in inputs]
-    cache = model.picture_cache()
+    cache = model.image_prefix_cache()
     scores_of(model, cache(inputs[0]))
     cache.max_bytes = 2 * next(iter(cache.known.values())).num_bytes
     errors = []

@@ -1,10 +1,10 @@
-"""Exact match of a tiny checkpoint on pictures that training never saw, for every kind of question.
+"""Exact match of a tiny checkpoint on images that training never saw, for every kind of question.
 
-    python examples/tiny/evaluate.py . --output evaluation.json
+    python examples/tiny/score.py . --output evaluation.json
 
-Every question is asked alone, with its picture, through `generate`; and once more as the second question of a
-conversation, behind another question about the same picture and that one's right answer. Some of the pictures hold a
-pair of colour and shape that no training picture holds; the last column counts only the first questions on those.
+Every question is asked alone, with its image, through `generate`; and once more as the second question of a
+conversation, behind another question about the same image and that one's right answer. Some of the images hold a
+pair of colour and shape that no training image holds; the last column counts only the first questions on those.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from flashsloth.backbones_flashsloth import working_dtype
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SIZE = 96
+IMAGE_SIZE = 96
 SPLIT = "untouched"  # training never sees it; learning curves are drawn on "evaluation"
 MAX_ANSWER_TOKENS = 64
 
@@ -35,26 +35,26 @@ class Question(NamedTuple):
 
     Attributes:
         kind: One of `QUESTION_KINDS`.
-        picture: The picture that it is about.
+        image: The image that it is about.
         text: The question.
         answer: The one right answer.
-        is_held_out: Whether the picture holds one of `HELD_OUT_PAIRS`.
-        before: A question of another kind about the same picture, no description, and its right answer.
+        is_held_out: Whether the image holds one of `HELD_OUT_PAIRS`.
+        before: A question of another kind about the same image, no description, and its right answer.
     """
 
     kind: str
-    picture: Image.Image
+    image: Image.Image
     text: str
     answer: str
     is_held_out: bool
     before: tuple[str, str]
 
 
-def evaluation_set(num_pictures: int, split: str = SPLIT) -> Iterator[Question]:
-    """One question of every kind that a picture allows, for the first pictures of a split."""
-    for index in range(num_pictures):
+def evaluation_set(num_images: int, split: str = SPLIT) -> Iterator[Question]:
+    """One question of every kind that an image allows, for the first images of a split."""
+    for index in range(num_images):
         scene = scene_at(split, index)
-        picture = draw(scene, PICTURE_SIZE)
+        image = draw(scene, IMAGE_SIZE)
         is_held_out = any((thing.colour, thing.name) in HELD_OUT_PAIRS for thing in scene.things)
         rng = random.Random(f"questions:{index}")
         asked = questions(scene, rng)
@@ -64,13 +64,13 @@ def evaluation_set(num_pictures: int, split: str = SPLIT) -> Iterator[Question]:
         for place, kind in enumerate(kinds):
             following = kinds[place + 1 :] + kinds[:place]
             before = next(by_kind[other] for other in following if other != "describe")
-            yield Question(kind, picture, *by_kind[kind], is_held_out, before)
+            yield Question(kind, image, *by_kind[kind], is_held_out, before)
 
 
 def build_inputs(
     processor: FlashSlothProcessor, batch: list[Question], *, is_second_turn: bool = False
 ) -> BatchFeature:
-    """Prompts of questions, each with its own picture.
+    """Prompts of questions, each with its own image.
 
     Args:
         processor: The model's processor.
@@ -81,7 +81,7 @@ def build_inputs(
     for question in batch:
         texts = [*question.before, question.text] if is_second_turn else [question.text]
         first, *others = ({"type": "text", "text": text} for text in texts)
-        contents = [[{"type": "image", "image": question.picture}, first], *([part] for part in others)]
+        contents = [[{"type": "image", "image": question.image}, first], *([part] for part in others)]
         roles = ("user", "assistant") * len(contents)
         conversations.append([{"role": role, "content": part} for role, part in zip(roles, contents, strict=False)])
     return processor.apply_chat_template(
@@ -103,7 +103,7 @@ def answer(
     is_second_turn: bool = False,
     **kwargs: Any,
 ) -> list[str]:
-    """Answer questions, each on its own picture, by greedy decoding.
+    """Answer questions, each on its own image, by greedy decoding.
 
     Args:
         model: The model.
@@ -120,7 +120,7 @@ def answer(
 def evaluate(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
-    num_pictures: int = 500,
+    num_images: int = 500,
     batch_size: int = 100,
     *,
     split: str = SPLIT,
@@ -131,16 +131,16 @@ def evaluate(
     Args:
         model: The model, in evaluation mode.
         processor: Its processor.
-        num_pictures: How many pictures.
+        num_images: How many images.
         batch_size: Questions answered at once.
-        split: Where the pictures come from.
+        split: Where the images come from.
         with_second_turns: Whether every question is asked as a second one, too.
 
     Returns:
         For every kind of question and for "all": how many were `asked` and `right`, how many were `right_as_second`
-        question, and of the first questions on pictures with a held-out pair `held_out_asked` and `held_out_right`.
+        question, and of the first questions on images with a held-out pair `held_out_asked` and `held_out_right`.
     """
-    asked = sorted(evaluation_set(num_pictures, split), key=lambda question: QUESTION_KINDS.index(question.kind))
+    asked = sorted(evaluation_set(num_images, split), key=lambda question: QUESTION_KINDS.index(question.kind))
     counted = ("asked", "right", *["right_as_second"] * with_second_turns, "held_out_asked", "held_out_right")
     result = {kind: dict.fromkeys(counted, 0) for kind in (*QUESTION_KINDS, "all")}
     for start in range(0, len(asked), batch_size):
@@ -181,7 +181,7 @@ def main() -> None:
     """Evaluate a checkpoint folder or Hub id."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint folder or Hub id")
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--split", default=SPLIT, help="'evaluation' is the one to look at while a recipe is made")
     parser.add_argument("--output", type=Path, help="JSON file for the counts")
     parser.add_argument("--verbose", action="store_true", help="log wrong answers")
@@ -189,7 +189,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=working_dtype("cpu")).eval()
-    result = evaluate(model, FlashSlothProcessor.from_pretrained(args.model), args.pictures, split=args.split)
+    result = evaluate(model, FlashSlothProcessor.from_pretrained(args.model), args.images, split=args.split)
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     logger.info("%s", as_table(result))

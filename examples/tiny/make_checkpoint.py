@@ -1,10 +1,10 @@
 """Trains the tiny checkpoint of this repository from nothing, on two CPU cores.
 
-    torchrun --nproc_per_node 2 examples/tiny/train.py --output tiny-flashsloth
+    torchrun --nproc_per_node 2 examples/tiny/make_checkpoint.py --output tiny-flashsloth
 
 1. a tokenizer; 2. the vision tower, on what the drawing program knows of every patch; then, with the tower frozen,
-3. captions, which bring pictures and words together, and 4. conversations, the two stages of the paper, but for a
-language model that knows nothing yet and so is trained in both; 5. exact match on pictures that training never sees. A
+3. captions, which bring images and words together, and 4. conversations, the two stages of the paper, but for a
+language model that knows nothing yet and so is trained in both; 5. exact match on images that training never sees. A
 run that was stopped goes on where it was.
 
 One process with one thread a core suffers less from other work on the machine than one process with many threads; plain
@@ -33,9 +33,9 @@ from conversations import (
     build_tokenizer,
 )
 from curve import LearningCurve
-from evaluate import as_table, evaluate
 from muon import Muon
 from safetensors.torch import load_file, save_file
+from score import as_table, evaluate
 from tower import PatchDataset, TowerForPatches, TowerTrainer
 from transformers import (
     GenerationConfig,
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH_SIZE = 64  # pictures; half as many conversations
+BATCH_SIZE = 64  # images; half as many conversations
 LEARNING_RATE = 2e-3
 NUM_SORTED_BATCHES = 4
 # On a CPU, the backward pass of sdpa takes twice as long as that of eager in bfloat16, and a little less in float32.
@@ -64,7 +64,7 @@ ATTENTION = "eager" if DEVICE == "cpu" and has_bfloat16(DEVICE) else "sdpa"
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
-    """The architecture: 96 px in 8 px patches, 16 image tokens a picture, 4 query tokens a question."""
+    """The architecture: 96 px in 8 px patches, 16 image tokens an image, 4 query tokens a question."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, END, IMAGE, QUERY, USER)}
     text_config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -151,10 +151,10 @@ def pretrain_tower(
     set_seed(SEED)
     tower = TowerForPatches(config.vision_config)
     tower.vision_tower.set_attn_implementation(ATTENTION)
-    pictures = PatchDataset("train", num_steps * BATCH_SIZE, config.vision_config, processor.image_processor)
+    images = PatchDataset("train", num_steps * BATCH_SIZE, config.vision_config, processor.image_processor)
     args = training_arguments(folder, num_steps, learning_rate=2 * LEARNING_RATE, lr_scheduler_type="cosine")
     optimizers = (build_optimizer(tower, args), None)
-    trainer = TowerTrainer(tower, args, train_dataset=pictures, optimizers=optimizers)
+    trainer = TowerTrainer(tower, args, train_dataset=images, optimizers=optimizers)
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     if trainer.is_world_process_zero():
         save_file(tower.vision_tower.state_dict(), weights)
@@ -185,7 +185,7 @@ def train_on_conversations(
     mix: Mix,
     *,
     first_conversation: int,
-    num_curve_pictures: int,
+    num_curve_images: int,
 ) -> Trainer:
     """Train what is not frozen of a model.
 
@@ -206,7 +206,7 @@ def train_on_conversations(
         train_dataset=conversations,
         data_collator=FlashSlothDataCollator(processor),
         processing_class=processor,
-        callbacks=[LearningCurve(processor, num_curve_pictures)],
+        callbacks=[LearningCurve(processor, num_curve_images)],
         optimizers=(build_optimizer(model, args), None),
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(Path(args.output_dir)))
@@ -235,7 +235,7 @@ def train_in_stages(
             arguments,
             mix,
             first_conversation=first_conversation,
-            num_curve_pictures=args.curve_pictures,
+            num_curve_images=args.curve_images,
         )
         first_conversation += len(trainer.train_dataset)
     return trainer
@@ -250,13 +250,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint")
     parser.add_argument("--work", type=Path, help="folder for unfinished training (default: OUTPUT-work)")
-    parser.add_argument("--tower-steps", type=int, default=1500, help=f"steps of {BATCH_SIZE} pictures")
+    parser.add_argument("--tower-steps", type=int, default=1500, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument("--caption-steps", type=int, default=200, help=f"steps of {BATCH_SIZE} captions")
     parser.add_argument("--steps", type=int, default=2200, help=f"steps of {BATCH_SIZE // 2} conversations")
-    parser.add_argument(
-        "--curve-pictures", type=int, default=60, help="pictures behind every point of a learning curve"
-    )
-    parser.add_argument("--evaluation-pictures", type=int, default=500)
+    parser.add_argument("--curve-images", type=int, default=60, help="images behind every point of a learning curve")
+    parser.add_argument("--evaluation-images", type=int, default=500)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.multiprocessing.set_start_method("spawn")  # forked loaders would keep the memory that earlier parts took
@@ -273,7 +271,7 @@ def main() -> None:
         model.save_pretrained(args.output)
         processor.tokenizer.backend_tokenizer.no_padding()  # the curve's evaluations asked for it
         processor.save_pretrained(args.output)
-        result = evaluate(model, processor, args.evaluation_pictures)
+        result = evaluate(model, processor, args.evaluation_images)
         (args.output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         logger.info("exact match:\n%s", as_table(result))
 

@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def freeze_for_stage(
-    model: FlashSlothForConditionalGeneration, stage: int, *, high_definition: bool = False
+    model: FlashSlothForConditionalGeneration, stage: int, *, train_vision_tower: bool = False
 ) -> FlashSlothForConditionalGeneration:
     """Choose what trains (paper, section 4.1).
 
     Args:
         model: The model, which is changed.
         stage: 1, alignment: Spatial Attention Pooling and projector. 2, instruction tuning: all but the vision tower.
-        high_definition: Whether stage 2 trains the tower, too, as the paper says of FlashSloth-HD. The authors' code
+        train_vision_tower: Whether stage 2 trains the tower, too, as the paper says of FlashSloth-HD. The authors' code
             runs the tower under `torch.no_grad` there, so it does not learn: `False` is their way.
 
     Raises:
@@ -37,7 +37,7 @@ def freeze_for_stage(
         model.model.spatial_attention_pooling.requires_grad_(True)
         model.model.multi_modal_projector.requires_grad_(True)
     else:
-        model.model.vision_tower.requires_grad_(high_definition)
+        model.model.vision_tower.requires_grad_(train_vision_tower)
     return model
 
 
@@ -75,7 +75,7 @@ class ResumeCallback(TrainerCallback):
 class FlashSlothTrainer(Trainer):
     """`Trainer` that groups rows by length and by kind, and can answer the questions of the evaluation rows.
 
-    With `train_sampling_strategy="group_by_length"` a batch holds rows of like length, all with pictures or all
+    With `train_sampling_strategy="group_by_length"` a batch holds rows of like length, all with images or all
     without. `processing_class` must be the model's processor.
 
     It sets what `FlashSlothDataCollator` needs: rows keep their columns (`remove_unused_columns`), and every process
@@ -105,7 +105,7 @@ class FlashSlothTrainer(Trainer):
         """Start accelerate, so that no process divides its batches among the others."""
         if self.args.accelerator_config.dispatch_batches:
             raise ValueError(
-                "`dispatch_batches` must be False: it divides a batch by rows, which the pictures of a batch are not. "
+                "`dispatch_batches` must be False: it divides a batch by rows, which the images of a batch are not. "
                 "Leave it out of `accelerator_config`."
             )
         self.args.accelerator_config.dispatch_batches = False
@@ -124,10 +124,10 @@ class FlashSlothTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         processor, args = self.processing_class, self.args
         num_tiles = processor.image_processor.get_number_of_image_patches(0, 0, {})
-        lengths, has_picture = row_lengths(dataset, tokens_per_image=num_tiles * processor.image_seq_length)
+        lengths, has_image = row_lengths(dataset, tokens_per_image=num_tiles * processor.image_seq_length)
         return ModalityLengthSampler(
             lengths,
-            has_picture,
+            has_image,
             batch_size=args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )

@@ -1,6 +1,6 @@
-"""Frames of a video as pictures: FlashSloth reads a clip as a few pictures in order, for as many tokens each.
+"""Frames of a video as images: FlashSloth reads a clip as a few images in order, for as many tokens each.
 
-What Pillow opens (GIF, animated PNG and WebP) and folders of pictures need nothing else; films need PyAV.
+What Pillow opens (GIF, animated PNG and WebP) and folders of images need nothing else; films need PyAV.
 """
 
 import os
@@ -16,11 +16,11 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image, ImageOps
 
-from .image_processing_flashsloth import PICTURE_ERRORS, FlashSlothImageProcessor
+from .image_processing_flashsloth import IMAGE_ERRORS, FlashSlothImageProcessor
 
 DEFAULT_NUM_FRAMES = 8
 
-# HD reads a picture at twice the side of a tile, 768 pixels with the released sizes.
+# HD reads an image at twice the side of a tile, 768 pixels with the released sizes.
 MAX_SIDE = 1024
 
 # Pillow opens films as well (MPEG), to say that it cannot read them.
@@ -35,17 +35,17 @@ def video_frames(source: Any, num_frames: int = DEFAULT_NUM_FRAMES, *, max_side:
     """Frames of a clip at even distances, the first and the last one included.
 
     One frame is decoded at a time, and only those that are asked for are kept, so a film of any length takes the memory
-    of `num_frames` pictures.
+    of `num_frames` images.
 
     Args:
-        source: A film's file or URL, an animated GIF, PNG or WebP, a folder of pictures in the order of their names
-            (`frame-9.png` before `frame-10.png`), or a sequence of frames: pictures as the image processor takes
+        source: A film's file or URL, an animated GIF, PNG or WebP, a folder of images in the order of their names
+            (`frame-9.png` before `frame-10.png`), or a sequence of frames: images as the image processor takes
             them, or an array `(num_frames, height, width, channels)`.
         num_frames: Most frames to take; a clip that has fewer gives all it has. One: the first.
         max_side: Longest side of a frame, in pixels; larger ones are scaled down.
 
     Returns:
-        Pictures in RGB, in order.
+        Images in RGB, in order.
 
     Raises:
         ValueError: If there is no such clip, it has no frames, or it cannot be read to its end.
@@ -55,14 +55,14 @@ def video_frames(source: Any, num_frames: int = DEFAULT_NUM_FRAMES, *, max_side:
     if isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1:
         raise ValueError(f"Expected a whole `num_frames` of 1 or more, found {num_frames!r}.")
     processor = FlashSlothImageProcessor()
-    pictures = []
+    images = []
     for index, frame in enumerate(_sampled(source, num_frames)):
-        picture = processor.process_image(processor.fetch_images(frame), name=f"frame {index} of those taken")
-        is_large = max(picture.size) > max_side
-        pictures.append(ImageOps.contain(picture, (max_side, max_side)) if is_large else picture)
-    if not pictures:
+        image = processor.process_image(processor.fetch_images(frame), name=f"frame {index} of those taken")
+        is_large = max(image.size) > max_side
+        images.append(ImageOps.contain(image, (max_side, max_side)) if is_large else image)
+    if not images:
         raise ValueError(f"Expected one frame or more, found none in {_shown(source)}.")
-    return pictures
+    return images
 
 
 def _sampled(source: Any, num_frames: int) -> Iterator[Any]:
@@ -86,20 +86,20 @@ def _sampled_from_path(path: str, num_frames: int) -> Iterator[Any]:
     path = url2pathname(urlsplit(path).path) if path.startswith("file://") else path
     is_url = path.startswith(("http://", "https://"))
     if not (is_url or os.path.exists(path)):  # noqa: PTH110  (`Path.exists` raises for a data URL, a name too long)
-        raise ValueError(f"Expected the path or http(s) URL of a video, or a folder of pictures, found {_shown(path)}.")
+        raise ValueError(f"Expected the path or http(s) URL of a video, or a folder of images, found {_shown(path)}.")
     if Path(path).is_dir():
         frames = _frame_files(Path(path))
         yield from (frames[index] for index in _spread(len(frames), num_frames))
         return
     try:
         animation = None if is_url else Image.open(path, formats=ANIMATIONS)
-    except PICTURE_ERRORS:
+    except IMAGE_ERRORS:
         animation = None
     yield from _film(path, num_frames) if animation is None else _animation(animation, path, num_frames)
 
 
 def _frame_files(folder: Path) -> list[Path]:
-    """Pictures of a folder by name, numbers in names by their value."""
+    """Images of a folder by name, numbers in names by their value."""
     known = Image.registered_extensions()
     frames = [file for file in folder.iterdir() if file.suffix.lower() in known]
     return sorted(frames, key=_natural_order)
@@ -115,7 +115,7 @@ def _animation(image: Image.Image, path: str, num_frames: int) -> Iterator[Image
             for index in _spread(getattr(image, "n_frames", 1), num_frames):
                 image.seek(index)
                 yield image.copy()
-    except PICTURE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         raise _broken(path, error) from error
 
 
@@ -125,7 +125,7 @@ def _film(path: str, num_frames: int) -> Iterator[Image.Image]:
     except ImportError as error:
         raise ImportError(
             f'Reading {path} needs PyAV; install it with `pip install "flashsloth[video]"` or `pip install av`. Lists '
-            "and folders of pictures, and GIFs, do without it."
+            "and folders of images, and GIFs, do without it."
         ) from error
     try:
         for frame in _film_frames(av.open, path, num_frames):
@@ -177,7 +177,7 @@ class _Packet(NamedTuple):
 def _broken(path: str, error: Exception) -> ValueError:
     return ValueError(
         f"Expected a complete video, found {_shown(path)}, which cannot be read ({type(error).__name__}: "
-        f"{str(error)[:200]}); save it again, or give its frames as pictures."
+        f"{str(error)[:200]}); save it again, or give its frames as images."
     )
 
 

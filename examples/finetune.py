@@ -1,8 +1,8 @@
 """Trains a FlashSloth by the recipe of the paper, on one device or, with torchrun or accelerate, on many.
 
-    python examples/train.py examples/recipes/stage1.yaml --model_name_or_path MODEL \
+    python examples/finetune.py examples/recipes/stage1.yaml --model_name_or_path MODEL \
         --train_data captions.json --output_dir stage1
-    torchrun --nproc_per_node 8 examples/train.py examples/recipes/stage2.yaml --model_name_or_path stage1 \
+    torchrun --nproc_per_node 8 examples/finetune.py examples/recipes/stage2.yaml --model_name_or_path stage1 \
         --train_data conversations.json --output_dir stage2 --learning_rate 1e-5
 
 A recipe is a file of arguments; the command line overrides it, and `--help` lists them. MODEL is a folder or Hub id of
@@ -42,7 +42,7 @@ from flashsloth.cli.model_card import build_model_card
 from flashsloth.cli.weight_files import SAFETENSORS_DTYPES, find_weight_files, read_tensor_infos
 from flashsloth.training import BadRowError, FlashSlothDataCollator, check_rows, load_rows
 from flashsloth.training.lora import LORA_TARGET_MODULES, UNQUANTIZED_MODULES
-from flashsloth.training.trainer import FlashSlothTrainer, freeze_for_stage
+from flashsloth.training.recipe import FlashSlothTrainer, freeze_for_stage
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class ModelArguments:
         default=2,
         metadata={"help": "1: pooling and projector train, on captions; 2: all but the vision tower, on conversations"},
     )
-    high_definition: bool | None = field(
+    do_image_splitting: bool | None = field(
         default=None,
         metadata={"help": "cut images into tiles; stage 2 then trains the tower, too (default: as the model says)"},
     )
@@ -337,7 +337,7 @@ def quantization(model_args: ModelArguments, args: RecipeArguments) -> BitsAndBy
     return None
 
 
-def load_model(model_args: ModelArguments, args: RecipeArguments, *, high_definition: bool) -> Any:
+def load_model(model_args: ModelArguments, args: RecipeArguments, *, do_image_splitting: bool) -> Any:
     """Load the model, freeze what the stage freezes, and add adapters if they are asked for.
 
     Raises:
@@ -354,8 +354,8 @@ def load_model(model_args: ModelArguments, args: RecipeArguments, *, high_defini
     except LOADING_ERRORS as error:
         raise UsageError(f"{source} cannot be loaded: {first_line(error)}") from error
     if not model_args.lora_rank:
-        trains_tower = high_definition if model_args.train_vision_tower is None else model_args.train_vision_tower
-        return freeze_for_stage(model, model_args.stage, high_definition=trains_tower)
+        trains_tower = do_image_splitting if model_args.train_vision_tower is None else model_args.train_vision_tower
+        return freeze_for_stage(model, model_args.stage, train_vision_tower=trains_tower)
     if model_args.is_quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer turns it on
     return get_peft_model(
@@ -410,8 +410,8 @@ def save(trainer: FlashSlothTrainer, model_args: ModelArguments) -> None:
             name=folder.name,
             dtype=str(SAFETENSORS_DTYPES[tensors[0].dtype]).removeprefix("torch."),
             num_parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
-            high_definition=trainer.processing_class.image_processor.do_image_splitting,
-            origin=f"Trained by `examples/train.py`, stage {model_args.stage}.",
+            do_image_splitting=trainer.processing_class.image_processor.do_image_splitting,
+            origin=f"Trained by `examples/finetune.py`, stage {model_args.stage}.",
             **_lineage(model_args.model_name_or_path),
         )
         card.save(folder / "README.md")
@@ -451,8 +451,8 @@ def load_processor(model_args: ModelArguments) -> FlashSlothProcessor:
         processor = FlashSlothProcessor.from_pretrained(model_args.model_name_or_path)
     except LOADING_ERRORS as error:
         raise UsageError(f"{model_args.model_name_or_path} cannot be loaded: {first_line(error)}") from error
-    if model_args.high_definition is not None:
-        processor.image_processor.do_image_splitting = model_args.high_definition
+    if model_args.do_image_splitting is not None:
+        processor.image_processor.do_image_splitting = model_args.do_image_splitting
     return processor
 
 
@@ -480,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if eval_rows is None:
         args.eval_strategy = IntervalStrategy.NO
     trainer = FlashSlothTrainer(
-        load_model(model_args, args, high_definition=processor.image_processor.do_image_splitting),
+        load_model(model_args, args, do_image_splitting=processor.image_processor.do_image_splitting),
         args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,

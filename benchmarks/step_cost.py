@@ -1,10 +1,10 @@
 """Speed and memory of training, beside the same model with all patches in the prompt.
 
-    python benchmarks/training.py --output benchmarks/results/training_cpu
+    python benchmarks/step_cost.py --output benchmarks/results/step_cost_cpu
 
 builds FlashSloth from its config with random weights, and *all patches*: the same tower, projector and decoder, but no
-pooling, no queries and no Embedded Query module, so that each of the picture's 729 patches is a token of the prompt.
-Both train on the same pictures and text, with what a stage of the recipe trains and with AdamW. It writes OUTPUT.md and
+pooling, no queries and no Embedded Query module, so that each of the image's 729 patches is a token of the prompt.
+Both train on the same images and text, with what a stage of the recipe trains and with AdamW. It writes OUTPUT.md and
 OUTPUT.json.
 
 - Speed: both models live in one process and their steps take turns; medians. Tokens are those in the decoder.
@@ -13,7 +13,7 @@ OUTPUT.json.
   size, as fake tensors, which have shapes but no data; what kernels need inside is not in it.
 - Memory in all: weights and AdamW's state in float32, and that peak at 8 rows, of which gradients are a part.
 
-On a CPU the speed is that of a small model in which picture and prompt have as many tokens as in the released one; on a
+On a CPU the speed is that of a small model in which image and prompt have as many tokens as in the released one; on a
 GPU it is that of the released size.
 """
 
@@ -36,7 +36,7 @@ from transformers.initialization import no_init_weights
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
 from flashsloth.prompt_flashsloth import PromptSizes, PromptSpans
-from flashsloth.training.trainer import freeze_for_stage
+from flashsloth.training.recipe import freeze_for_stage
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _leave_out_compression(model: FlashSlothForConditionalGeneration) -> None:
 
 
 def build_batch(case: Case, size: str, batch_size: int) -> dict[str, torch.Tensor]:
-    """Rows of one picture and text; in stage 2 FlashSloth's rows hold a question's queries, too."""
+    """Rows of one image and text; in stage 2 FlashSloth's rows hold a question's queries, too."""
     config = build_config(case, size)
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(1000, 5000, (batch_size, TEXT_TOKENS[case.stage]), generator=generator)

@@ -1,4 +1,4 @@
-"""`examples/train.py` does what the paper did, and the usual tools train a FlashSloth."""
+"""`examples/finetune.py` does what the paper did, and the usual tools train a FlashSloth."""
 
 import copy
 import importlib.util
@@ -34,10 +34,10 @@ from flashsloth.cli import main as flashsloth
 from flashsloth.training import FlashSlothDataCollator, load_rows
 from flashsloth.training.collator import IGNORED
 from flashsloth.training.lora import LORA_TARGET_MODULES, PAPER_MODULES
-from flashsloth.training.trainer import FlashSlothTrainer, freeze_for_stage
+from flashsloth.training.recipe import FlashSlothTrainer, freeze_for_stage
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "train.py"
+SCRIPT = ROOT / "examples" / "finetune.py"
 RECIPES = ROOT / "examples" / "recipes"
 NEW_PARTS = {f"model.{name}" for name in ("spatial_attention_pooling", "multi_modal_projector")}
 ALL_PARTS = NEW_PARTS | {
@@ -95,16 +95,16 @@ def base(make_model, processor, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(pictures, tmp_path_factory):
+def data(images, tmp_path_factory):
     """Folder with `captions.jsonl` and `conversations.jsonl`: two turns, one turn, text only, in turn."""
     folder = tmp_path_factory.mktemp("data")
     captions, conversations = [], []
     for i in range(12):
-        picture = f"{i}.png"
-        pictures[i % 4].rotate(90 * (i // 4)).save(folder / picture)
-        captions.append({"image": picture, "caption": "thing " * (1 + i % 3) + str(i)})
+        image = f"{i}.png"
+        images[i % 4].rotate(90 * (i // 4)).save(folder / image)
+        captions.append({"image": image, "caption": "thing " * (1 + i % 3) + str(i)})
         turns = [("<image>\nWhat?" if i % 3 else "Hello", f"a {i}"), ("And now?", "more " * (i % 4) + "x")]
-        row = {"conversations": []} | ({"image": picture} if i % 3 else {})
+        row = {"conversations": []} | ({"image": image} if i % 3 else {})
         for question, answer in turns[: 1 + i % 2]:
             row["conversations"] += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         conversations.append(row)
@@ -154,7 +154,7 @@ def changed_parts(before, after):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "high_definition", "learning_rate", "batch_size"),
+    ("name", "stage", "do_image_splitting", "learning_rate", "batch_size"),
     [
         ("stage1", 1, False, 1e-3, 256),
         ("stage1_hd", 1, True, 1e-3, 256),
@@ -162,9 +162,9 @@ def changed_parts(before, after):
         ("stage2_hd", 2, True, 2e-5, 128),
     ],
 )
-def test_the_recipes_are_the_papers(recipe, name, stage, high_definition, learning_rate, batch_size):
+def test_the_recipes_are_the_papers(recipe, name, stage, do_image_splitting, learning_rate, batch_size):
     model_args, _, args = recipe.parse([str(RECIPES / f"{name}.yaml"), *NEEDED])
-    assert (model_args.stage, model_args.high_definition) == (stage, high_definition)
+    assert (model_args.stage, model_args.do_image_splitting) == (stage, do_image_splitting)
     assert args.learning_rate == learning_rate
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == batch_size
     assert (args.num_train_epochs, args.lr_scheduler_type, args.warmup_steps) == (1, "cosine", 0.03)
@@ -287,10 +287,10 @@ def test_what_a_user_can_put_right_is_one_line_before_weights_are_loaded(
     monkeypatch.setattr(recipe, "load_model", None)
     files = [changes["recipe"]] if "recipe" in changes else []
     changes = {key: value for key, value in changes.items() if key != "recipe"}
-    monkeypatch.setattr(sys, "argv", ["train.py", *files, *arguments("stage2", tmp_path / "out", **changes)])
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *files, *arguments("stage2", tmp_path / "out", **changes)])
     assert recipe.command() == 2
     said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith(f"train.py: error: {error}") or error in said[-1]
+    assert said[-1].startswith(f"finetune.py: error: {error}") or error in said[-1]
     assert not any("Traceback" in line for line in said)
     assert not (tmp_path / "out").exists()
 
@@ -302,7 +302,7 @@ def test_a_bad_row_ends_the_run_with_one_line_from_a_worker_too(arguments, data,
         changes = {"train_data": bad, "image_folder": data, "dataloader_num_workers": workers, "max_steps": 6}
         code, said = run_script(*arguments("stage2", tmp_path / "out", report_to="none", **changes))
         assert code == 2
-        assert re.match(r"train\.py: error: Row 7 cannot be used: there is no picture .*--check_data lists", said[-1])
+        assert re.match(r"finetune\.py: error: Row 7 cannot be used: there is no image .*--check_data lists", said[-1])
         assert not any("Traceback" in line for line in said)
 
 
@@ -314,7 +314,7 @@ def test_a_run_and_its_repetition_say_what_was_done_and_nothing_else(base, data,
     output = base.parent / "quiet"
     changes = {"model_name_or_path": tied, "dataloader_num_workers": 8, "max_steps": 4, "save_steps": 2}
     changes |= {"eval_data": data / "conversations.jsonl", "num_eval_answers": 2, "eval_steps": 2}
-    usual = r"Loading weights|Writing model shards|\[transformers\] The tokenizer has new PAD/BOS/EOS"
+    usual = r"Loading weights|Writing model shards|(\[transformers\] )?The tokenizer has new PAD/BOS/EOS"
     found = []
     for _ in range(2):
         code, said = run_script(*arguments("stage2", output, **changes))
@@ -463,7 +463,7 @@ def test_data_are_checked_without_training(recipe, arguments, data, tmp_path, ca
         checked, evaluated = written.split(f"{data / 'conversations.jsonl'} (eval_data)")
         assert "rows.jsonl (train_data): 12 rows, 2 of them bad, 0 cut to 400 tokens\n" in checked
         assert "row 4 is bad: the line is not JSON" in checked
-        assert "row 7 is bad: there is no picture" in checked
+        assert "row 7 is bad: there is no image" in checked
         assert ": 12 rows, 0 of them bad" in evaluated
         lengths = [
             tuple(map(int, found)) for found in re.findall(r"long: row (\d+) has (\d+) tokens, [01] images?\n", checked)
@@ -728,7 +728,7 @@ def test_an_evaluation_leaves_gradients_as_they_are(recipe, base, processor, row
     model_args, _, args = recipe.parse([*NEEDED, f"--{load_in_few_bits.option}", "--lora_rank", "4"])
     model_args.model_name_or_path, args.output_dir = str(ROOT), str(tmp_path)
     processor = FlashSlothProcessor.from_pretrained(ROOT)
-    model = recipe.load_model(model_args, args, high_definition=False)
+    model = recipe.load_model(model_args, args, do_image_splitting=False)
     collator = FlashSlothDataCollator(processor)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
     trainer = FlashSlothTrainer(model, args, collator, eval_dataset=[rows[1]], processing_class=processor)
@@ -785,13 +785,13 @@ def test_adapters_train_on_a_language_model_in_few_bits(recipe, arguments, data,
 
 
 def chat_rows(data, *, as_prompts):
-    """What TRL reads: every picture in a column of its own."""
+    """What TRL reads: every image in a column of its own."""
     found = []
     for row in load_rows(data / "conversations.jsonl"):
-        pictures = [part["image"] for m in row["messages"] for part in m["content"] if part["type"] == "image"]
+        images = [part["image"] for m in row["messages"] for part in m["content"] if part["type"] == "image"]
         messages = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in row["messages"]]
         split = {"prompt": messages[:-1], "completion": messages[-1:]} if as_prompts else {"messages": messages}
-        found.append(split | {"images": [Image.open(picture) for picture in pictures]})
+        found.append(split | {"images": [Image.open(image) for image in images]})
     return Dataset.from_list(found)
 
 
