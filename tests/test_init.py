@@ -530,7 +530,7 @@ def test_the_command_says_what_it_made(run, bases, tmp_path):
         tmp_path / "out", "--vision", folder / "clip", "--language", folder / "qwen3", "--query-hidden-size", WIDTH
     )
     assert (code, errors) == (0, "")
-    assert "64 patches a tile, 16 image tokens" in output
+    assert "64 patches and 16 image tokens per tile" in output
     assert "<|im_end|>" in output
     image = tmp_path / "image.png"
     Image.radial_gradient("L").save(image)
@@ -569,7 +569,7 @@ def test_a_window_that_pools_nothing_is_said(run, bases, tmp_path):
     code, output, errors = run(tmp_path / "out", *command)
     assert (code, errors.count("\n")) == (0, 1)
     assert errors.startswith("flashsloth: warning: Nothing is pooled: no window but 1 divides the 5x5 patches")
-    assert "25 patches a tile, 25 image tokens" in output
+    assert "25 patches and 25 image tokens per tile" in output
     for number, option in enumerate((["--pooling-window-size", 1], ["--pooling-window-size", 5], ["--image-size", 64])):
         assert run(tmp_path / str(number), *command, *option)[::2] == (0, "")
     with pytest.warns(UserWarning, match="Nothing is pooled"):
