@@ -20,47 +20,13 @@ from transformers.utils import ModelOutput
 
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import tile_boxes
-from .prompt_flashsloth import PromptSpans
 
 # Red, green and blue (0 to 255) and opacity (0 to 1) that `overlay` gives to heats from none to the greatest.
 HEAT_COLOURS = ((0, 0, 0, 0.6), (130, 0, 40, 0.55), (235, 70, 30, 0.5), (255, 190, 40, 0.55), (255, 255, 200, 0.7))
 
+# The attentions of the prompts that the current call of `generate` has read. `generate` offers no way to return more
+# than its own outputs, and copies its arguments for an assistant; a context variable is private to call and thread.
 _looks: ContextVar[list[dict[str, torch.Tensor]] | None] = ContextVar("looks", default=None)
-
-
-class QueryRecorder:
-    """Takes down where the queries of one call look. It lives as long as the call.
-
-    Args:
-        query_mask: True where `record` gets a query, `(batch, queries_per_row)`.
-        num_query_tokens: Query tokens of a question.
-
-    Attributes:
-        weights: Attention of every question's queries to the patches of its row, in order of rows and questions,
-            `(num_questions, num_heads, num_query_tokens, num_keys)`, float32; `None`: nothing was recorded yet.
-    """
-
-    def __init__(self, query_mask: torch.Tensor, num_query_tokens: int) -> None:
-        self.query_mask, self.num_query_tokens = query_mask, num_query_tokens
-        self.weights: torch.Tensor | None = None
-
-    def record(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, num_heads: int) -> None:
-        """Compute the weights that fused attention keeps to itself.
-
-        Args:
-            queries: Projected, `(batch, queries_per_row, width)`.
-            keys: Projected, `(batch, num_keys, width)`.
-            mask: True where a query may look, `(batch, queries_per_row, num_keys)`.
-            num_heads: Heads into which the width is divided.
-        """
-        rows = self.query_mask.nonzero()[:: self.num_query_tokens, 0]
-        queries, mask = (
-            states[self.query_mask].unflatten(0, (-1, self.num_query_tokens)) for states in (queries, mask)
-        )
-        queries, keys = (states.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for states in (queries, keys))
-        scores = queries @ keys[rows].mT * queries.shape[-1] ** -0.5
-        mask = mask.unsqueeze(1)  # (num_questions, 1, num_query_tokens, num_keys)
-        self.weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1) * mask
 
 
 class HeatMaps(NamedTuple):
@@ -135,7 +101,7 @@ class FlashSlothSaliencyMixin(GenerationMixin):
             )
         pooling_maps = self._image_maps(pooling_to_patches(pooling), image_sizes)
         tiles_per_image = len(pooling) // len(image_sizes)
-        spans = PromptSpans.find(input_ids, self.config)
+        spans = self.model.find_spans(input_ids)
         asked = (spans.query_mask & (spans.query_rank == 0)).nonzero()  # (num_questions, 2)
         if len(asked) > len(queries) and len(input_ids) == 1:
             asked = asked[len(asked) - len(queries) :]

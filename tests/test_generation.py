@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
-from flashsloth.backbones_flashsloth import CACHE_NAME, CACHE_NAMES
+from flashsloth.generation_flashsloth import CACHE_NAME, CACHE_NAMES
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}

@@ -9,7 +9,7 @@ from PIL import Image
 from scenes import SHAPES, draw, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
-from flashsloth.backbones_flashsloth import CACHE_NAME
+from flashsloth.generation_flashsloth import CACHE_NAME
 from flashsloth.saliency_flashsloth import heat_map, overlay
 
 ROOT = Path(__file__).parents[1]
