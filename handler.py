@@ -100,7 +100,7 @@ class EndpointHandler:
         self.limits = _read_limits()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
-        # `flashsloth.cli.default_device`, repeated: the package is not installed on an endpoint
+        # `default_device` of flashsloth.cli.devices, repeated: the package is not installed on an endpoint
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         self.model = model.to(device).eval()
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
 PROGRAM = "flashsloth"
@@ -358,17 +357,10 @@ def _read_text(file: str) -> str:
         raise CommandError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def default_device() -> "torch.device":
-    """The accelerator if there is one, else the CPU."""
-    import torch
-
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
 def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
     """Load model and processor onto the default device."""
     from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
-    from ..backbones_flashsloth import working_dtype
+    from .devices import default_device, working_dtype
 
     _silence_transformers()
     check_model(source)
@@ -395,7 +387,7 @@ def check_model(source: str) -> None:
     Raises:
         CommandError: If it is not a FlashSloth, is incomplete, or does not exist.
     """
-    from ..original_flashsloth import is_flashsloth_config
+    from ..configuration_flashsloth import is_flashsloth_config
     from .weight_files import check_json_files, find_weight_files
 
     config = _read_config(source)

@@ -258,8 +258,8 @@ def test_other_modalities_are_refused(processor):
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(processor):
-    with pytest.raises(ValueError, match=r"has no token `<figure>`; add it with"):
-        FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<figure>")
+    with pytest.raises(ValueError, match=r"has no token `<img>`; add it with"):
+        FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<img>")
     with pytest.raises(TypeError, match="needs a fast tokenizer, but got NoneType"):
         FlashSlothProcessor(processor.image_processor, None)
 
