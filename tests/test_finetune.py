@@ -653,7 +653,7 @@ def test_exact_answers_are_counted(make_model, processor, rows, data, tmp_path):
     other[2]["messages"][-1]["content"] = [{"type": "text", "text": "something else"}]
     assert trainer.evaluate(asked)["eval_exact_match"] == 1
     assert trainer.evaluate(other)["eval_exact_match"] == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="rows that end in an answer"):
+    with pytest.raises(ValueError, match="rows with `messages` that end with an answer"):
         trainer.evaluate(load_rows(data / "captions.jsonl"))
 
 
