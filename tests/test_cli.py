@@ -153,7 +153,7 @@ def test_images_that_cannot_be_read_are_one_clear_line(refused, tmp_path, checkp
         tmp_path / "nothing.png": "no such file",
         tmp_path / "text.png": "not an image",
         tmp_path / "half.png": "cannot be read",
-        tmp_path: "cannot be read",
+        tmp_path: "no such file",
         "http://127.0.0.1:x/": "cannot be read",
     }.items():
         line = refused("ask", source, QUESTION, "--model", checkpoint)
@@ -389,7 +389,7 @@ def test_an_error_is_one_line_and_exit_code_2_of_the_process(checkpoint):
     result = subprocess.run(command, input=b"no image", capture_output=True)
     assert (result.returncode, result.stdout) == (2, b"")
     assert result.stderr.decode().endswith(
-        "flashsloth: error: standard input is not an image, or of a format that Pillow does not know.\n"
+        "flashsloth: error: standard input is not an image in a format that Pillow reads.\n"
     )
 
 

@@ -435,7 +435,7 @@ def test_a_finished_run_is_not_trained_further(recipe, arguments, tmp_path, capl
     (tmp_path / "model.safetensors").unlink()
     caplog.clear()
     recipe.main(command)
-    assert re.search(r"Step (\d) of \1 was reached before; nothing is trained", caplog.text)
+    assert re.search(r"Step (\d) of \1 has already been reached, so nothing is trained", caplog.text)
     assert {folder.name for folder in tmp_path.glob("checkpoint-*")} == steps
     assert history(tmp_path) == found
     again = load_file(tmp_path / "model.safetensors")
