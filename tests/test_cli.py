@@ -193,7 +193,7 @@ def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, chec
 
 BROKEN = {  # file, content, part of the message
     "config is a list": ("config.json", "[]", "should hold a JSON object, but holds a list"),
-    "config is no JSON": ("config.json", "{", "is not a JSON file that can be read"),
+    "config is no JSON": ("config.json", "{", "is not a readable JSON file"),
     "text_config is a number": ("config.json", '{"model_type": "flashsloth", "text_config": 3}', "cannot be loaded"),
     "a field is text": (
         "config.json",
@@ -210,7 +210,7 @@ BROKEN = {  # file, content, part of the message
     "index names a file outside": (
         "model.safetensors.index.json",
         '{"weight_map": {"model.query_tokens": "../outside.safetensors"}}',
-        "without a folder, but names '../outside.safetensors'",
+        "in its own folder, but names '../outside.safetensors'",
     ),
     "tokenizer is broken": ("tokenizer.json", "{}", "cannot be loaded"),
     "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json should hold a JSON object, but holds a list"),
@@ -238,8 +238,8 @@ def test_broken_checkpoints_are_one_clear_line(refused, tmp_path, checkpoint, im
 def test_convert_says_what_it_wrote_and_shows_progress(run, tmp_path):
     code, output, errors = run("convert", make_original(tmp_path / "in", num_shards=2), tmp_path / "out")
     assert code == 0
-    assert output.startswith(f"{tmp_path / 'out'}: 5,034,393 parameters in 199 tensors, float32, 20.1 MB in 2 shards")
-    assert "100%" in errors
+    assert output.startswith(f"{tmp_path / 'out'}: 5,034,393 parameters in 199 tensors, float32, 20.1 MB in 1 shard\n")
+    assert "Writing model shards: 100%" in errors
 
 
 def test_convert_names_wrong_tensors_and_writes_nothing(run, tmp_path):
@@ -265,11 +265,11 @@ def test_convert_refuses_in_one_line(refused, tmp_path):
 
 
 def test_a_terminated_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
-    def terminated(*args):
-        yield 1
+    def terminated(self, folder, **kwargs):
+        (folder / "model.safetensors").write_text("half")
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(convert, "write_safetensors", terminated)
+    monkeypatch.setattr(convert.FlashSlothForConditionalGeneration, "save_pretrained", terminated)
     handler, source = signal.getsignal(signal.SIGTERM), make_original(tmp_path / "in")
     with pytest.raises(SystemExit) as error:
         cli.main(["convert", str(source), str(tmp_path / "out")])
