@@ -231,7 +231,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
-        raise ValueError(f"{file} should hold a dict of tensors by name, like a model's `state_dict()`, but does not.")
+        raise ValueError(f"{file} must contain a dict of tensors by name, like a model's `state_dict()`, but does not.")
     return tensors
 
 

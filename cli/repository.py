@@ -44,7 +44,7 @@ def read_json(file: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a readable JSON file: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} should hold a JSON object, but holds a {type(content).__name__}.")
+        raise ValueError(f"{file} must contain a JSON object, but contains a {type(content).__name__}.")
     return content
 
 
@@ -77,17 +77,17 @@ def find_weight_files(folder: Path) -> list[Path]:
             return _read_index(index, suffix)
         if files := [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*-of-*{suffix}")):
             return files
-    raise ValueError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin.")
+    raise ValueError(f"{folder} contains no weights: neither model*.safetensors nor pytorch_model*.bin.")
 
 
 def _read_index(index: Path, suffix: str) -> list[Path]:
     """The files that an index names. All must be in its folder."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index.name} should hold a `weight_map` of tensor names to file names, but does not.")
+        raise ValueError(f"{index.name} must contain a `weight_map` of tensor names to file names, but does not.")
     for name in names.values():
         if not isinstance(name, str) or not name.endswith(suffix) or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{index.name} should name files `*{suffix}` in its own folder, but names {name!r}.")
+            raise ValueError(f"{index.name} must name `*{suffix}` files in its own folder, but names {name!r}.")
     files = [index.with_name(name) for name in sorted(set(names.values()))]
     if absent := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{index.name} names {', '.join(absent)}, but there is no such file in {index.parent}.")

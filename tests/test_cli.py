@@ -192,7 +192,7 @@ def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, chec
 
 
 BROKEN = {  # file, content, part of the message
-    "config is a list": ("config.json", "[]", "should hold a JSON object, but holds a list"),
+    "config is a list": ("config.json", "[]", "must contain a JSON object, but contains a list"),
     "config is no JSON": ("config.json", "{", "is not a readable JSON file"),
     "text_config is a number": ("config.json", '{"model_type": "flashsloth", "text_config": 3}', "cannot be loaded"),
     "a field is text": (
@@ -206,17 +206,21 @@ BROKEN = {  # file, content, part of the message
         "cannot be loaded",
     ),
     "another model": ("config.json", '{"model_type": "phi", "architectures": ["PhiForCausalLM"]}', "its model_type is"),
-    "index without a map": ("model.safetensors.index.json", "{}", "should hold a `weight_map`"),
+    "index without a map": ("model.safetensors.index.json", "{}", "must contain a `weight_map`"),
     "index names a file outside": (
         "model.safetensors.index.json",
         '{"weight_map": {"model.query_tokens": "../outside.safetensors"}}',
         "in its own folder, but names '../outside.safetensors'",
     ),
     "tokenizer is broken": ("tokenizer.json", "{}", "cannot be loaded"),
-    "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json should hold a JSON object, but holds a list"),
-    "processor is a list": ("processor_config.json", "[]", "processor_config.json should hold a JSON object"),
+    "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json must contain a JSON object, but contains a list"),
+    "processor is a list": ("processor_config.json", "[]", "processor_config.json must contain a JSON object"),
     "processor's sizes are text": ("processor_config.json", '{"image_processor": {"size": "a"}}', "cannot be loaded"),
-    "generation config is a list": ("generation_config.json", "[]", "generation_config.json should hold a JSON object"),
+    "generation config is a list": (
+        "generation_config.json",
+        "[]",
+        "generation_config.json must contain a JSON object",
+    ),
 }
 
 

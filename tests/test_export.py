@@ -213,7 +213,7 @@ def test_an_original_release_is_exported_and_an_adapter_for_one_is_merged(run, t
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[]", "should hold a JSON object"),
+        ("[]", "must contain a JSON object"),
         ("{", "is not a readable JSON file"),
         ("{}", "does not name a base model"),
         ('{"base_model_name_or_path": 3}', "does not name a base model"),
@@ -264,7 +264,7 @@ BROKEN = {
     "there is no such folder": shutil.rmtree,
     "it has no config.json": remove("config.json"),
     "its model_type is 'phi'": change_json("config.json", model_type="phi"),
-    "holds no weights": remove("model.safetensors"),
+    "contains no weights": remove("model.safetensors"),
     "tensors are missing from its weights: 1, such as model.query_tokens": change_tensors(
         lambda tensors: tensors.pop("model.query_tokens")
     ),
