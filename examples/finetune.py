@@ -30,6 +30,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -39,7 +40,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.cli import EXIT_ERROR, CommandError, check_model, first_line
 from flashsloth.cli.model_card import build_model_card
-from flashsloth.cli.weight_files import SAFETENSORS_DTYPES, find_weight_files, read_tensor_infos
 from flashsloth.training import BadRowError, FlashSlothDataCollator, check_rows, load_rows
 from flashsloth.training.lora import LORA_TARGET_MODULES, UNQUANTIZED_MODULES
 from flashsloth.training.recipe import FlashSlothTrainer, freeze_for_stage
@@ -404,12 +404,12 @@ def save(trainer: FlashSlothTrainer, model_args: ModelArguments) -> None:
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        tensors = [info for file in find_weight_files(folder) for info in read_tensor_infos(file).values()]
+        tensors = [tensor for file in folder.glob("model*.safetensors") for tensor in load_file(file).values()]
         card = build_model_card(
             trainer.model.config,
             name=folder.name,
-            dtype=str(SAFETENSORS_DTYPES[tensors[0].dtype]).removeprefix("torch."),
-            num_parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
+            dtype=str(tensors[0].dtype).removeprefix("torch."),
+            num_parameters=sum(tensor.numel() for tensor in tensors),
             do_image_splitting=trainer.processing_class.image_processor.do_image_splitting,
             origin=f"Trained by `examples/finetune.py`, stage {model_args.stage}.",
             **_lineage(model_args.model_name_or_path),

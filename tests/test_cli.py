@@ -192,8 +192,8 @@ def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, chec
 
 
 BROKEN = {  # file, content, part of the message
-    "config is a list": ("config.json", "[]", "should hold a JSON object, but holds a list"),
-    "config is no JSON": ("config.json", "{", "is not a JSON file that can be read"),
+    "config is a list": ("config.json", "[]", "must contain a JSON object, but contains a list"),
+    "config is no JSON": ("config.json", "{", "is not a readable JSON file"),
     "text_config is a number": ("config.json", '{"model_type": "flashsloth", "text_config": 3}', "cannot be loaded"),
     "a field is text": (
         "config.json",
@@ -206,17 +206,21 @@ BROKEN = {  # file, content, part of the message
         "cannot be loaded",
     ),
     "another model": ("config.json", '{"model_type": "phi", "architectures": ["PhiForCausalLM"]}', "its model_type is"),
-    "index without a map": ("model.safetensors.index.json", "{}", "should hold a `weight_map`"),
+    "index without a map": ("model.safetensors.index.json", "{}", "must contain a `weight_map`"),
     "index names a file outside": (
         "model.safetensors.index.json",
         '{"weight_map": {"model.query_tokens": "../outside.safetensors"}}',
-        "without a folder, but names '../outside.safetensors'",
+        "in its own folder, but names '../outside.safetensors'",
     ),
     "tokenizer is broken": ("tokenizer.json", "{}", "cannot be loaded"),
-    "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json should hold a JSON object, but holds a list"),
-    "processor is a list": ("processor_config.json", "[]", "processor_config.json should hold a JSON object"),
+    "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json must contain a JSON object, but contains a list"),
+    "processor is a list": ("processor_config.json", "[]", "processor_config.json must contain a JSON object"),
     "processor's sizes are text": ("processor_config.json", '{"image_processor": {"size": "a"}}', "cannot be loaded"),
-    "generation config is a list": ("generation_config.json", "[]", "generation_config.json should hold a JSON object"),
+    "generation config is a list": (
+        "generation_config.json",
+        "[]",
+        "generation_config.json must contain a JSON object",
+    ),
 }
 
 
@@ -238,8 +242,8 @@ def test_broken_checkpoints_are_one_clear_line(refused, tmp_path, checkpoint, im
 def test_convert_says_what_it_wrote_and_shows_progress(run, tmp_path):
     code, output, errors = run("convert", make_original(tmp_path / "in", num_shards=2), tmp_path / "out")
     assert code == 0
-    assert output.startswith(f"{tmp_path / 'out'}: 5,034,393 parameters in 199 tensors, float32, 20.1 MB in 2 shards")
-    assert "100%" in errors
+    assert output.startswith(f"{tmp_path / 'out'}: 5,034,393 parameters in 199 tensors, float32, 20.1 MB in 1 shard\n")
+    assert "Writing model shards: 100%" in errors
 
 
 def test_convert_names_wrong_tensors_and_writes_nothing(run, tmp_path):
@@ -265,11 +269,11 @@ def test_convert_refuses_in_one_line(refused, tmp_path):
 
 
 def test_a_terminated_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
-    def terminated(*args):
-        yield 1
+    def terminated(self, folder, **kwargs):
+        (folder / "model.safetensors").write_text("half")
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(convert, "write_safetensors", terminated)
+    monkeypatch.setattr(convert.FlashSlothForConditionalGeneration, "save_pretrained", terminated)
     handler, source = signal.getsignal(signal.SIGTERM), make_original(tmp_path / "in")
     with pytest.raises(SystemExit) as error:
         cli.main(["convert", str(source), str(tmp_path / "out")])
