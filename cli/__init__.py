@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 PROGRAM = "flashsloth"
@@ -364,16 +365,21 @@ def _read_bytes(source: str) -> bytes:
         raise CommandError(f"{source} cannot be read: {first_line(reason)}") from error
 
 
-def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
-    """Load model and processor, onto the accelerator if there is one."""
+def default_device() -> "torch.device":
+    """The accelerator if there is one, or the CPU."""
     import torch
 
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
+    """Load model and processor, onto the accelerator if there is one."""
     from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
     from ..backbones_flashsloth import working_dtype
 
     _silence_transformers()
     check_model(source)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = default_device()
     dtype = working_dtype(device) if dtype == "auto" else dtype
     try:
         processor = FlashSlothProcessor.from_pretrained(source)

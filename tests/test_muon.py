@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from muon import Muon, orthogonalize
+from muon_optimizer import Muon, orthogonalize
 from torch import distributed, multiprocessing, nn
 
 NUM_STEPS = 4

@@ -33,7 +33,7 @@ from conversations import (
     build_tokenizer,
 )
 from curve import LearningCurve
-from muon import Muon
+from muon_optimizer import Muon
 from safetensors.torch import load_file, save_file
 from score import as_table, evaluate
 from tower import PatchDataset, TowerForPatches, TowerTrainer
