@@ -9,10 +9,10 @@ rounds, and ratios are to the defaults. `tests/test_checkpoint.py` tests that th
 """
 
 import logging
-import statistics
+from functools import partial
 from typing import Any
 
-from latency import Candidate, answer, build_filled
+from latency import Candidate, answer, build_filled, medians_in_turns
 from peers import PEERS
 from report import build_parser, describe_machine, describe_rounds, markdown_table, write_report
 
@@ -33,16 +33,13 @@ SIDE = 384  # pixels; every image becomes tiles of one size
 def measure(candidate: Candidate, batch_size: int, new_tokens: int, rounds: int) -> dict[str, tuple[float, float]]:
     """Median seconds to the first token and per token of every combination, after one warm-up round."""
     inputs = candidate.inputs(SIDE, batch_size)
-    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
-    for turn in range(rounds + 1):
-        for way, (attention, arguments) in WAYS.items():
-            candidate.model.set_attn_implementation({"text_config": attention})
-            run = answer(candidate.model, inputs | arguments, new_tokens if turn else 2)
-            runs[way] += [run] if turn else []
-    return {
-        way: tuple(statistics.median(run[name] for run in done) for name in ("first_token_s", "token_s"))
-        for way, done in runs.items()
-    }
+
+    def work(attention: str, arguments: dict[str, Any], is_warmup: bool) -> dict[str, float | None]:
+        candidate.model.set_attn_implementation({"text_config": attention})
+        return answer(candidate.model, inputs | arguments, 2 if is_warmup else new_tokens)
+
+    medians = medians_in_turns({way: partial(work, *settings) for way, settings in WAYS.items()}, rounds)
+    return {way: (figures["first_token_s"], figures["token_s"]) for way, figures in medians.items()}
 
 
 def main() -> None:

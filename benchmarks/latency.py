@@ -33,7 +33,8 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -301,39 +302,54 @@ class Candidate(NamedTuple):
         return {name: part.to(self.model.device, precision.get(name)) for name, part in parts.items()}
 
 
-def measure_in_turns(
-    candidates: list[Candidate], side: int, batch_size: int, settings: Settings
-) -> list[dict[str, float | None]]:
-    """Let candidates answer in turns; return the medians of each over the rounds after one warm-up round."""
-    inputs = [candidate.inputs(side, batch_size) for candidate in candidates]
-    runs: list[list[dict]] = [[] for _ in candidates]
-    for turn in range(settings.rounds + 1):
-        for candidate, own, done in zip(candidates, inputs, runs, strict=True):
-            run = answer(candidate.model, own, settings.new_tokens if turn else min(2, settings.new_tokens))
-            if turn:
-                done.append(run)
-    return [{name: _median(run[name] for run in done) for name in done[0]} for done in runs]
+def medians_in_turns(works: Mapping[Any, Callable[[bool], dict[str, float | None]]], rounds: int) -> dict[Any, dict]:
+    """Call functions in turns for a warm-up round and several measured ones.
 
+    Args:
+        works: Functions by name; each takes whether this is the warm-up round, and returns its figures.
+        rounds: Number of measured rounds.
 
-def preprocessing_in_turns(candidates: list[Peer], side: int, rounds: int) -> list[float | None]:
-    """Median seconds that each image processor takes for an image; `None` if it is not available."""
-    generator = torch.Generator().manual_seed(0)
-    image = Image.fromarray(torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8).numpy())
-    processors = [peer.build_image_processor() for peer in candidates]
-    times: list[list[float | None]] = [[] for _ in candidates]
+    Returns:
+        The medians of every function's figures.
+    """
+    runs: dict[Any, list[dict]] = {name: [] for name in works}
     for turn in range(rounds + 1):
-        for processor, done in zip(processors, times, strict=True):
-            start = time.perf_counter()
-            if processor is not None:
-                processor(image, return_tensors="pt")
-            if turn:
-                done.append(None if processor is None else time.perf_counter() - start)
-    return [_median(done) for done in times]
+        for name, work in works.items():
+            run = work(turn == 0)
+            runs[name] += [run] if turn else []
+    return {name: {figure: _median(run[figure] for run in done) for figure in done[0]} for name, done in runs.items()}
 
 
-def _median(values: Any) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     values = list(values)
     return None if None in values else statistics.median(values)
+
+
+def answers_in_turns(candidates: list[Candidate], side: int, batch_size: int, settings: Settings) -> dict[str, dict]:
+    """Medians of `answer` by the models' names."""
+
+    def work(candidate: Candidate, inputs: dict[str, torch.Tensor], is_warmup: bool) -> dict[str, float | None]:
+        return answer(candidate.model, inputs, min(2, settings.new_tokens) if is_warmup else settings.new_tokens)
+
+    works = {
+        candidate.peer.name: partial(work, candidate, candidate.inputs(side, batch_size)) for candidate in candidates
+    }
+    return medians_in_turns(works, settings.rounds)
+
+
+def preprocessing_in_turns(candidates: list[Candidate], side: int, rounds: int) -> dict[str, dict]:
+    """Median `preprocessing_s` of an image by the models' names; `None` where the image processor is not available."""
+    generator = torch.Generator().manual_seed(0)
+    image = Image.fromarray(torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8).numpy())
+
+    def work(processor: Callable | None, _is_warmup: bool) -> dict[str, float | None]:
+        start = time.perf_counter()
+        if processor is not None:
+            processor(image, return_tensors="pt")
+        return {"preprocessing_s": None if processor is None else time.perf_counter() - start}
+
+    works = {candidate.peer.name: partial(work, candidate.peer.build_image_processor()) for candidate in candidates}
+    return medians_in_turns(works, rounds)
 
 
 def measure_ceilings(device: str) -> dict[str, float]:
@@ -435,15 +451,15 @@ class Benchmark:
         self._check_memory(peer, batch_size, counts)
         reference = self._load(self.peers[0])
         candidates = [reference] if peer is self.peers[0] else [reference, self._load(peer)]
-        measured = measure_in_turns(candidates, side, batch_size, self.settings)
-        times = preprocessing_in_turns([candidate.peer for candidate in candidates], side, self.settings.rounds)
-        measured = [run | {"preprocessing_s": seconds} for run, seconds in zip(measured, times, strict=True)]
+        answers = answers_in_turns(candidates, side, batch_size, self.settings)
+        preprocessing = preprocessing_in_turns(candidates, side, self.settings.rounds)
+        measured = {name: answers[name] | preprocessing[name] for name in answers}
         return {
             "settings": self.settings._asdict(),
             "ceilings": self.ceilings,
             "roofline": roofline(counts, batch_size, self.settings.new_tokens, self.ceilings),
-            "reference": measured[0],
-            "measured": measured[-1],
+            "reference": measured[reference.peer.name],
+            "measured": measured[peer.name],
         }
 
     def _load(self, peer: Peer) -> Candidate:
@@ -597,7 +613,7 @@ def describe(settings: Settings | None, ceilings: dict[str, float]) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = build_parser(__doc__, output_help="path without a suffix")
+    parser = build_parser(__doc__, "path without a suffix (default: %(default)s)", default_output=Path("latency"))
     names = [peer.name for peer in PEERS]
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--images", nargs="+", type=int, choices=IMAGES, default=IMAGES, help="sides, in pixels")

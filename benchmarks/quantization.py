@@ -16,15 +16,15 @@ The decoder's layers are quantized as in docs/converting.md.
 
 import logging
 import re
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from latency import Candidate, answer, build_filled
+from latency import Candidate, answer, build_filled, medians_in_turns
 from peers import PEERS, Peer
 from report import build_parser, describe_machine, markdown_table, write_report
 from safetensors.torch import load_file
@@ -140,17 +140,17 @@ def compare_times(
     """Let all precisions, which must include bfloat16, answer in turns."""
     candidates = {precision: build(peer, precision) for precision in precisions}
     inputs = candidates["bfloat16"].inputs(SIDE, batch_size=1)
+
+    def work(candidate: Candidate, is_warmup: bool) -> dict[str, float | None]:
+        return answer(candidate.model, inputs, 2 if is_warmup else new_tokens)
+
     before = torch.get_num_threads()
     try:
         for num_threads in threads:
             torch.set_num_threads(num_threads)
-            runs: dict[str, list[dict[str, Any]]] = {precision: [] for precision in candidates}
-            for turn in range(rounds + 1):
-                for precision, candidate in candidates.items():
-                    run = answer(candidate.model, inputs, new_tokens if turn else 2)
-                    runs[precision] += [run] if turn else []
-            for precision, done in runs.items():
-                yield Times(precision, num_threads, *(statistics.median(run[name] for run in done) for name in FIGURES))
+            works = {precision: partial(work, candidate) for precision, candidate in candidates.items()}
+            for precision, figures in medians_in_turns(works, rounds).items():
+                yield Times(precision, num_threads, *(figures[name] for name in FIGURES))
     finally:
         torch.set_num_threads(before)
 

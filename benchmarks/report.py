@@ -17,10 +17,14 @@ from flashsloth.cli import default_device
 logger = logging.getLogger(__name__)
 
 
-def build_parser(description: str | None, output_help: str = "Markdown file to write") -> argparse.ArgumentParser:
+def build_parser(
+    description: str | None, output_help: str = "Markdown file to write", default_output: Path | None = None
+) -> argparse.ArgumentParser:
     """Build a parser that shows a script's docstring as its help, and has the option `--output`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help=output_help)
+    parser.add_argument(
+        "--output", type=Path, required=default_output is None, default=default_output, help=output_help
+    )
     return parser
 
 

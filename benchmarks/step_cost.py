@@ -19,13 +19,14 @@ on a GPU, with the released size.
 
 import json
 import logging
-import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from latency import medians_in_turns
 from memory import CountedMemory
 from report import add_device_option, build_parser, describe_machine, markdown_table, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -185,15 +186,14 @@ def memory(case: Case, device: str) -> dict[str, float]:
 
 def step_times(cases: list[Case], size: str, batch_size: int, device: str, num_steps: int) -> dict[Case, float]:
     """Median seconds of a step of every case; the cases take turns."""
-    trainings = {case: Training(case, size, batch_size, device) for case in cases}
-    times: dict[Case, list[float]] = {case: [] for case in cases}
-    for step in range(num_steps + 1):
-        for case, training in trainings.items():
-            start = time.perf_counter()
-            training.step()
-            if step:  # the first is a warm-up
-                times[case].append(time.perf_counter() - start)
-    return {case: statistics.median(seconds) for case, seconds in times.items()}
+
+    def work(training: Training, _is_warmup: bool) -> dict[str, float]:
+        start = time.perf_counter()
+        training.step()
+        return {"seconds": time.perf_counter() - start}
+
+    works = {case: partial(work, Training(case, size, batch_size, device)) for case in cases}
+    return {case: figures["seconds"] for case, figures in medians_in_turns(works, num_steps).items()}
 
 
 def measure(size: str, device: str, batch_size: int, num_steps: int) -> Iterator[dict]:
@@ -256,7 +256,7 @@ def as_table(rows: list[dict]) -> str:
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = build_parser(__doc__, output_help="path without a suffix")
+    parser = build_parser(__doc__, "path without a suffix")
     add_device_option(parser)
     parser.add_argument("--batch-size", type=int, default=2, help="rows of a timed step")
     parser.add_argument("--steps", type=int, default=9, help="timed steps")

@@ -23,6 +23,7 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "learning_curve.jsonl"
+STAGES = ("captions", "conversations")
 SPLIT = "evaluation"  # the split for tuning; the final evaluation uses another one
 
 
@@ -95,10 +96,9 @@ def main() -> None:
     """Collect the points of a run, and plot them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="the `--work` folder of `make_checkpoint.py`")
-    parser.add_argument("--stages", nargs="+", default=("captions", "conversations"))
     parser.add_argument("--output", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
-    points = read_curve(args.work, tuple(args.stages))
+    points = read_curve(args.work, STAGES)
     text = ",\n".join(json.dumps(point) for point in points)
     args.output.with_suffix(".json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
     plot(points, args.output.with_suffix(".png"))
