@@ -99,6 +99,7 @@ def _add_ask(commands: Any) -> None:
     )
     parser.add_argument(
         "--hd",
+        dest="do_image_splitting",
         action="store_const",
         const=True,
         help="read the image as five tiles (default: as the checkpoint says)",
