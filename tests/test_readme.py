@@ -75,7 +75,7 @@ def test_its_metadata_is_in_the_form_that_the_hub_writes():
 
 
 def test_what_it_names_in_the_code_is_there():
-    """The tables of what is where, so that they do not outlive a renaming."""
+    """A renaming must not outdate the tables."""
     table = README[README.index("## Develop") :]
     code = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("*_flashsloth.py"))
     names = re.findall(r"`(\w+(?:\.forward)?)`", table.partition("| file or folder")[0].partition("| to read")[2])
