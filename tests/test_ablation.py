@@ -2,15 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import ablation
 import ablation_scenes as scenes
+import pytest
+import torch
 from ablation import VARIANTS
 
 BATCH = 4
