@@ -24,6 +24,7 @@ EVALUATION = ["Levenshtein", FILELOCK, "lmms-eval>=0.7.3"]
 EVALUATION_TESTS = ["evaluate", FILELOCK, "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"]
 ACCELERATE = "accelerate>=1.15"
 BITSANDBYTES = "bitsandbytes>=0.50"
+LINT = ["mypy==2.4.1", "ruff==0.17.6"]  # as in .pre-commit-config.yaml
 ONNX = ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"]
 QUANTIZATION = [BITSANDBYTES, "torchao>=0.18"]
 SERVING = [ACCELERATE, "fastapi>=0.165", "openai>=3.57", "requests", "uvicorn>=0.54"]
@@ -81,12 +82,14 @@ setup(
         "demo": DEMO,
         "eval": EVALUATION,
         "flash-attn": ["flash-attn"],
+        "lint": LINT,
         "onnx": ONNX,
         "quantization": QUANTIZATION,
         "serve": SERVING,
         "test": [
             *DEMO,
             *EVALUATION_TESTS,
+            *LINT,
             *ONNX,
             *QUANTIZATION,
             *SERVING,
@@ -95,7 +98,6 @@ setup(
             "optimum-quanto",
             "pytest",
             "pytest-xdist",
-            "ruff",
             "selenium",
         ],
         "train": TRAINING,

@@ -1,5 +1,6 @@
 """The package as others install and use it: its metadata, its types, and the deprecations that its tests refuse."""
 
+import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,11 @@ def test_the_package_says_that_it_is_typed():
 
 def test_the_metadata_has_the_version_of_the_package():
     assert version("flashsloth") == flashsloth.__version__
+
+
+def test_pre_commit_runs_the_ruff_that_ci_runs():
+    (rev,) = re.findall(r"rev: v(.+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert f'"ruff=={rev}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
 
 
 def test_a_deprecated_call_of_transformers_is_noticed(deprecations):
