@@ -1,21 +1,39 @@
-"""What `generate` must know of FlashSloth: which images go with which call and row; and images encoded once."""
+"""Generation support: assigns image tiles to calls and rows, and caches image prefixes.
+
+An image prefix is the part of a prompt before its first question; `ImagePrefixCache` keeps its patch features and its
+KV cache, so that further questions about the same images start there.
+"""
 
 import copy
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbones_flashsloth import CACHE_NAME
-from .prompt_flashsloth import PromptSpans, instruction_starts
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+CACHE_NAME = CACHE_NAMES[0] if hasattr(BaseModelOutputWithPast, "cache") else CACHE_NAMES[1]
+"""The installed transformers' name of the KV cache, in arguments and in outputs."""
 
-KEEP = "keep_for_image_prefix_cache"  # attribute of an empty cache: what to call with it once `generate` has filled it
+
+class KeepsPrefix:
+    """A KV cache that is handed over once prefill has filled it, so that its beginning can be kept."""
+
+    on_prefill: Callable[[Cache], None] | None = None
+
+
+class DynamicPrefixCache(KeepsPrefix, DynamicCache):
+    """A dynamic cache that `ImagePrefixCache` made."""
+
+
+class StaticPrefixCache(KeepsPrefix, StaticCache):
+    """A static cache that `ImagePrefixCache` made."""
 
 
 class FlashSlothGenerationMixin(GenerationMixin):
@@ -31,16 +49,15 @@ class FlashSlothGenerationMixin(GenerationMixin):
         patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one step of `generate`: images go with every call that may hold image or query tokens.
+        """Prepare the inputs of a step of `generate`; a step that may hold image or query tokens gets the images.
 
         Raises:
-            ValueError: If there is a cache in spite of `use_cache=False`.
+            ValueError: If there is a cache although `use_cache=False`.
         """
         if kwargs.get("use_cache") is False and kwargs.get(CACHE_NAME) is not None:
             raise ValueError(
                 f"`generate` was given a {type(kwargs[CACHE_NAME]).__name__} and `use_cache=False`: every step would "
-                "put the whole prompt into it once more. Leave out one of them; without a cache, pass what the "
-                "processor gave."
+                "append the whole prompt to it. Pass only one of them; without a cache, pass the processor's output."
             )
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -56,12 +73,12 @@ class FlashSlothGenerationMixin(GenerationMixin):
             prompt, fed = self.model.find_special_ids(inputs_embeds), model_inputs["inputs_embeds"]
         cached = prompt[:, : prompt.shape[1] - fed.shape[1]]
         if cached.shape[1] and not is_first_iteration and not self._has_placeholders(prompt[:, cached.shape[1] :]):
-            return model_inputs  # candidates of an assistant
+            return model_inputs  # candidate tokens of an assistant
         model_inputs |= {"pixel_values": pixel_values, "patch_features": patch_features}
         if cached.shape[1]:
-            num_cached_tokens = (cached == self.config.image_token_id).sum(dim=1)
-            model_inputs["num_cached_tiles"] = num_cached_tokens // self.config.image_seq_length
-            model_inputs["begins_instruction"] = instruction_starts(cached, self.config)[:, -1]
+            spans = self.model.find_spans(cached)
+            model_inputs["num_cached_tiles"] = spans.num_tiles_before[:, -1]
+            model_inputs["begins_instruction"] = spans.instruction_start[:, -1] == cached.shape[1]
         return model_inputs
 
     def _has_placeholders(self, input_ids: torch.LongTensor) -> bool:
@@ -70,7 +87,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Image and query tokens are never generated, whatever else is to be suppressed."""
+        """Suppress image and query tokens in addition to what the caller suppresses."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         placeholders = {self.config.image_token_id, self.config.query_token_id}
         generation_config.suppress_tokens = sorted(placeholders.union(generation_config.suppress_tokens or ()))
@@ -83,52 +100,54 @@ class FlashSlothGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Repeat every row `expand_size` times, with its own tiles, as many as it has, and what is cached of it."""
+        """Repeat every row `expand_size` times, together with its own tiles and its part of the cache."""
         names = [name for name in ("pixel_values", "patch_features") if model_kwargs.get(name) is not None]
         images = {name: model_kwargs.pop(name) for name in names}
         if images and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             prompt = input_ids if embeds is None else self.model.find_special_ids(embeds)
-            spans = PromptSpans.find(prompt, self.config)
-            num_tiles = (spans.num_image_tokens // self.config.image_seq_length).tolist()
+            spans = self.model.find_spans(prompt)
+            spans.copy_counts()
+            num_tiles = (spans.num_image_tokens // spans.image_seq_length).tolist()
             for name, tiles in images.items():
-                spans.count(self.config).check(self.config, len(tiles))
+                spans.check(len(tiles))
                 images[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])
         if expand_size > 1:
             rows = model_kwargs["inputs_embeds"] if input_ids is None else input_ids
             _repeat_cached_rows(model_kwargs.get(CACHE_NAME), len(rows), expand_size)
-        # By name: a static method in transformers 5.17, an ordinary one since.
+        # By keyword: a static method in transformers 5.17, an ordinary one since.
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | images
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """After the first step, an `ImagePrefixCache` may want to keep what was computed."""
+        """Carry arguments over to the next step; after prefill, hand the cache to an `ImagePrefixCache`."""
         model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
-        if hasattr(cache, KEEP):
-            vars(cache).pop(KEEP)(cache)
+        if isinstance(cache, KeepsPrefix) and cache.on_prefill is not None:
+            on_prefill, cache.on_prefill = cache.on_prefill, None
+            on_prefill(cache)
         return model_kwargs
 
     def _get_stopping_criteria(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
-        """Stop strings are looked for with a tokenizer; `transformers serve` gives the processor that holds it."""
+        """Take the tokenizer, which finds stop strings, out of the processor that `transformers serve` passes."""
         return super()._get_stopping_criteria(*args, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), **kwargs)
 
     def image_prefix_cache(self, max_bytes: int = 2**30, max_cache_len: int | None = None) -> "ImagePrefixCache":
-        """A cache with which questions about known images skip the images; see `ImagePrefixCache`."""
+        """Create a cache with which further questions about an image skip the image; see `ImagePrefixCache`."""
         return ImagePrefixCache(self, max_bytes=max_bytes, max_cache_len=max_cache_len)
 
 
 def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> None:
     num_tokens = 0 if cache is None else int(cache.get_seq_length())
-    if not num_tokens and not hasattr(cache, KEEP):
+    if not num_tokens and not isinstance(cache, KeepsPrefix):
         return
     if num_tokens and num_rows != next(len(layer.keys) for layer in cache.layers if hasattr(layer, "keys")):
         return  # repeated already
     if not isinstance(cache, DynamicCache):
         raise ValueError(
-            f"Beams and several answers go on from a DynamicCache only, found a {type(cache).__name__} with "
+            f"Beams and several answers need a DynamicCache to continue from, found a {type(cache).__name__} with "
             f"{num_tokens} tokens; leave `max_cache_len` out of `image_prefix_cache`."
         )
     cache.batch_repeat_interleave(repeats)  # an empty one stays as it is
@@ -139,8 +158,7 @@ class CachedPrefix(NamedTuple):
 
     Attributes:
         patch_features: Patches of all its tiles, `(num_tiles, num_patches, vision_hidden_size)`.
-        key_values: Keys and values of the prompt up to the first question, in every layer of the decoder; `None` until
-            `generate` has computed them.
+        key_values: KV cache of the prompt up to the first question; `None` until `generate` has computed it.
     """
 
     patch_features: torch.Tensor
@@ -148,28 +166,28 @@ class CachedPrefix(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory in use, in bytes."""
         layers = [] if self.key_values is None else self.key_values.layers
         tensors = [part for layer in layers for part in vars(layer).values() if torch.is_tensor(part)]
         return sum(tensor.nbytes for tensor in [self.patch_features, *tensors])
 
 
 class ImagePrefixCache:
-    """Encodes images once, for any number of questions: their patches, and the prompt in which they stand.
+    """Encodes images once for any number of questions: keeps their patch features and the KV cache of their prompt.
 
-    A prompt is known by its tiles and by its ids up to the first question; then only what follows is computed. A first
-    question takes no longer than without: its `generate` leaves behind what later ones go on from. (Where the decoder
-    has other layers than full attention, that is computed before, in a pass of its own.) When `max_bytes` are full,
-    what was asked for longest ago goes. Several threads may use one cache.
+    A prefix is identified by its tiles and by the token ids up to the first question; only what follows it is
+    computed. A first question takes no longer than without the cache, because its prefill fills the cache for later
+    ones (with a decoder that has other layers than full attention, a separate prefill does). When `max_bytes` are in
+    use, the least recently used prefix is dropped. Threads may share a cache.
 
-    What was computed with other weights is not used: training, loading, and adapters that are added, merged, switched
-    or turned off are noticed. What writes into `parameter.data` or changes the model's code is not; call `clear` then.
+    Prefixes computed with other weights are not used: training, loading, and adapters that are added, merged, switched
+    or disabled are noticed. Writing to `parameter.data` or changing the model's code is not; call `clear` after that.
 
     Args:
         model: A FlashSloth that can generate.
-        max_bytes: Most memory to use, on the model's device. A prompt that takes more is not kept.
-        max_cache_len: Room of a static cache, in tokens of prompt and answer, with which `generate` compiles its steps
-            where it would for `cache_implementation="static"`; `None`: a dynamic cache.
+        max_bytes: Limit of the memory in use, in bytes on the model's device. A larger prefix is not kept.
+        max_cache_len: Capacity of a static cache, in tokens of prompt and answer, with which `generate` compiles its
+            decoding steps where it would for `cache_implementation="static"`; `None`: a dynamic cache.
 
     Example:
     ```python
@@ -188,31 +206,31 @@ class ImagePrefixCache:
         self._lock = threading.Lock()
 
     def clear(self) -> None:
-        """Forget all images, as after a change of the weights that cannot be noticed."""
+        """Drop all prefixes, as after a change of the weights that goes unnoticed."""
         with self._lock:
             self.known.clear()
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Replace the images of a prompt by what is known of them, after encoding them if they are new.
+        """Replace the images of a prompt by their cached prefix, after encoding them if they are new.
 
         Args:
-            inputs: What the processor gave for one conversation. They may lie on another device than the model.
+            inputs: Output of the processor for one conversation, on any device.
 
         Returns:
-            Arguments for `generate`: `input_ids`, `attention_mask`, and, if there is an image before the first
-            question, `patch_features` and a cache of its own, under the name that the installed transformers gives it,
-            instead of `pixel_values`. They are good for one call.
+            Arguments for one call of `generate`: `input_ids`, `attention_mask` and, if there is an image before the
+            first question, `patch_features` and a KV cache, under the name that the installed transformers gives it,
+            instead of `pixel_values`.
 
         Raises:
-            ValueError: If there are several rows, or padding; or a static cache cannot hold what is known.
+            ValueError: If there are several rows or padding, or if a static cache cannot hold the prefix.
         """
         input_ids, pixel_values = inputs["input_ids"], inputs.get("pixel_values")
         mask = inputs.get("attention_mask")
         if len(input_ids) != 1 or (mask is not None and not mask.all()):
             raise ValueError(
                 f"An ImagePrefixCache takes one conversation without padding, but found {len(input_ids)} rows"
-                f"{'' if mask is None or mask.all() else ' with padding'}; call it for each of them."
+                f"{'' if mask is None or mask.all() else ' with padding'}; call it for each conversation."
             )
         prefix = self._prefix(input_ids)
         rest = {name: part.to(self.model.device) for name, part in inputs.items() if name != "pixel_values"}
@@ -234,15 +252,15 @@ class ImagePrefixCache:
     def _empty_cache(self, max_cache_len: int | None = None) -> Cache:
         config = self.model.config.get_text_config()
         if max_cache_len is None:
-            return DynamicCache(config=config)
-        return StaticCache(config=config, max_cache_len=max_cache_len)
+            return DynamicPrefixCache(config=config)
+        return StaticPrefixCache(config=config, max_cache_len=max_cache_len)
 
     def _can_be_cut(self) -> bool:
-        """Whether the first positions of a filled cache are what they were before the others came."""
+        """Whether the first positions of a filled cache are as they were before the others were added."""
         return all(type(layer) is DynamicLayer for layer in self._empty_cache().layers)
 
     def _begin(self, key: bytes, prefix: torch.LongTensor, known: CachedPrefix) -> Cache:
-        """An empty cache, of which the prefix will be kept when `generate` has filled it."""
+        """An empty cache whose prefix is kept once `generate` has filled it."""
         num_tokens = prefix.shape[1]
         if self.max_cache_len is not None:
             self._check_room(num_tokens, self.max_cache_len)
@@ -254,7 +272,7 @@ class ImagePrefixCache:
             self._keep(key, known._replace(key_values=kept))
 
         cache = self._empty_cache(self.max_cache_len)
-        setattr(cache, KEEP, keep)
+        cache.on_prefill = keep
         return cache
 
     def _copy(self, key_values: Cache) -> Cache:
@@ -271,17 +289,17 @@ class ImagePrefixCache:
         if num_tokens > room:
             raise ValueError(
                 f"The prompt up to the first question has {num_tokens} tokens, more than "
-                f"`max_cache_len`={self.max_cache_len} or than a sliding window of the decoder; raise it, or leave it "
-                "out for a dynamic cache."
+                f"`max_cache_len`={self.max_cache_len} or a sliding window of the decoder; raise it, or leave it out "
+                "for a dynamic cache."
             )
 
     def _prefix(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
-        """The ids up to the first question; None if no image stands before it."""
+        """The ids up to the first question; `None` if there is no image before it."""
         config = self.model.config
         queries = (input_ids[0] == config.query_token_id).nonzero()
         end = int(queries[0]) if len(queries) else input_ids.shape[1]
-        starts = instruction_starts(input_ids[:, :end], config)[0].nonzero()
-        prefix = input_ids[:, : int(starts[-1]) + 1] if len(starts) else input_ids[:, :0]
+        start = int(self.model.model.find_spans(input_ids[:, :end]).instruction_start[0, -1]) if end else -1
+        prefix = input_ids[:, : max(start, 0)]
         return prefix if (prefix == config.image_token_id).any() else None
 
     def _keep(self, key: bytes, known: CachedPrefix) -> None:
@@ -305,7 +323,7 @@ class ImagePrefixCache:
 
 
 def _weights_state(model: PreTrainedModel) -> str:
-    """Text that differs when the weights do, or the adapters (peft's) that are in use; no value is read."""
+    """A text that changes with the weights and with the adapters (peft) in use; no weight is read."""
     parameters = [
         (id(parameter), None if parameter.is_inference() else parameter._version, parameter.dtype, parameter.device)
         for parameter in model.parameters()

@@ -1,44 +1,45 @@
-r"""FlashSloth: a vision-language model whose decoder sees an image as a few tokens, and looks back when it is asked.
+r"""FlashSloth: a vision-language model that reads an image as a few tokens and looks up details per question.
 
 Paper: "FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression", arXiv 2412.04317.
-With the released sizes, for one tile (a plain image is one tile, a high-definition image five):
+With the released sizes, for one tile (a plain image is one tile, FlashSloth-HD cuts an image into five):
 
     pixel_values (3, 384, 384) ─ vision tower ─ patch features (729, 1152)
-      ├─ SpatialAttentionPooling over 3×3 windows ─ (81, 1152) ─ projector ─ 81 image tokens (81, 2560) of the prompt
-      └─ kept, unpooled, for EmbeddedQuery
+      ├─ SpatialAttentionPooling over 3×3 windows ─ (81, 1152) ─ projector ─ 81 image tokens (81, 2560) in the prompt
+      └─ kept unpooled for EmbeddedQuery
     prompt: … USER: <image>×81 \n question <query>×9 ASSISTANT: …
     decoder layers 0–6 ─ EmbeddedQuery updates the query tokens from question and patches ─ decoder layers 7–31
 
-Which tokens are images, queries and questions follows from `input_ids` alone, by masks over the sequence: no loops,
-no padding copies, nothing kept between calls.
+The file follows that order: pooling, projector, Embedded Query, the layout of a prompt (`PromptSpans`), the two
+backbones, the model, and the model with its language-modelling head.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import AutoModel, PreTrainedConfig
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.cache_utils import Cache
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from .backbones_flashsloth import CACHE_NAME, CACHE_NAMES, build_decoder, build_vision_tower, one_cache, scale_logits
-from .configuration_flashsloth import FlashSlothConfig
-from .generation_flashsloth import FlashSlothGenerationMixin
-from .original_flashsloth import ORIGINAL_KEY_MAPPING, leave_original_layout
-from .prompt_flashsloth import PromptSizes, PromptSpans
-from .saliency_flashsloth import FlashSlothSaliencyMixin, QueryRecorder
-from .training_flashsloth import FlashSlothTrainingMixin
+from .configuration_flashsloth import ORIGINAL_KEY_MAPPING, FlashSlothConfig, original_generation_config
+from .generation_flashsloth import CACHE_NAME, CACHE_NAMES, FlashSlothGenerationMixin
+from .saliency_flashsloth import FlashSlothSaliencyMixin
 
-FUSED_HEAD_DIM_MULTIPLE = 8  # what the fused CUDA attention kernels take
-PACKING = ("cu_seq_lens_q", "seq_idx")  # how transformers' collators mark packed samples, besides positions
-RECORDS = ("output_attentions", "output_hidden_states")  # what a call or a config may ask for
+FUSED_HEAD_DIM_MULTIPLE = 8  # required by the fused CUDA attention kernels
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "seq_idx")  # how transformers' collators mark packed samples, besides positions
+RECORDS = ("output_attentions", "output_hidden_states")  # outputs that a call or a config may ask for
+UNUSED_TOWER_PARTS = ("post_layernorm", "layernorm", "norm", "rms_norm", "pooler", "head")
+SHARDED_CLASS_PREFIX = "FSDP"  # PyTorch's `fully_shard` gives a model a class of this name, derived from its own
 
 
 @dataclass
@@ -47,13 +48,12 @@ class FlashSlothModelOutputWithPast(BaseModelOutputWithPast):
 
     Attributes:
         image_hidden_states: Image tokens of all tiles, `(num_tiles, image_seq_length, hidden_size)`.
-        image_outputs: What `get_image_features` gives of all tiles; `None`: there are none. Recent models of
-            transformers have it, too.
-        pooling_attentions: With `output_attentions`, weights of the patches of every pooling window, which sum to 1,
+        image_outputs: Output of `get_image_features` for all tiles; `None` if there are none.
+        pooling_attentions: With `output_attentions`, weights of the patches in every pooling window, which sum to 1,
             `(num_tiles, num_windows, pooling_window_size**2)`, float32.
-        query_attentions: With `output_attentions`, attention of the queries of every question, row by row, to the
+        query_attentions: With `output_attentions`, attention of every question's query tokens, row by row, to the
             patches of its row, `(num_questions, num_query_heads, num_query_tokens, tiles_per_row * num_patches)`,
-            float32; sums to 1 over the patches that the question may see, and is 0 elsewhere.
+            float32; sums to 1 over the patches that the question may see and is 0 elsewhere.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -64,7 +64,7 @@ class FlashSlothModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class FlashSlothCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of `FlashSlothForConditionalGeneration`; for its own attributes see `FlashSlothModelOutputWithPast`."""
+    """Output of `FlashSlothForConditionalGeneration`; see `FlashSlothModelOutputWithPast` for the four fields."""
 
     image_hidden_states: torch.FloatTensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -73,7 +73,7 @@ class FlashSlothCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class SpatialAttentionPooling(nn.Module):
-    """Pools every window of the patch grid into one feature, by attention inside the window (paper, section 3.2).
+    """Pools every window of the patch grid into one feature by attention within the window (paper, section 3.2).
 
     Args:
         hidden_size: Width of the patch features.
@@ -89,7 +89,7 @@ class SpatialAttentionPooling(nn.Module):
         self.fc2 = nn.Linear(hidden_size, 1)
 
     def window_weights(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """Attention weights inside every window.
+        """Compute the attention weights within every window.
 
         Args:
             patch_features: `(num_tiles, num_patches, hidden_size)`, patches row by row.
@@ -121,7 +121,7 @@ class SpatialAttentionPooling(nn.Module):
 
 
 class FlashSlothMultiModalProjector(nn.Module):
-    """Two linear layers with an exact GELU between them, from the tower's width to the decoder's."""
+    """Two linear layers with an exact GELU between them, from the vision tower's width to the decoder's."""
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class FlashSlothMultiModalProjector(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention without output projection, whose values may be wider than its queries and keys."""
+    """Multi-head attention without an output projection; its values may be wider than its queries and keys."""
 
     def __init__(self, *, hidden_size: int, value_size: int, num_heads: int) -> None:
         super().__init__()
@@ -150,50 +150,72 @@ class CrossAttention(nn.Module):
     ) -> torch.Tensor:
         """Attend.
 
-        The head dimensions are padded with zeros to a common multiple of 8, so that CUDA takes a fused kernel; all
-        of them do the softmax in float32.
+        Head dimensions are padded with zeros to a common multiple of 8, so that CUDA selects a fused kernel; all of
+        these kernels compute the softmax in float32.
 
         Args:
             queries: `(batch, num_queries, hidden_size)`.
-            keys: What `k_proj` gave, `(batch, num_keys, hidden_size)`.
-            values: What `v_proj` gave, `(batch, num_keys, value_size)`.
+            keys: Output of `k_proj`, `(batch, num_keys, hidden_size)`.
+            values: Output of `v_proj`, `(batch, num_keys, value_size)`.
             mask: True where a query may look, `(batch, num_queries, num_keys)`.
 
         Returns:
-            `(batch, num_queries, value_size)`; zeros for queries that may look at nothing.
+            `(batch, num_queries, value_size)`; zeros for queries that may not look anywhere.
         """
         value_size = values.shape[-1]
-        queries, keys, values = (
-            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, num_heads, length, head_dim)
-            for states in (self.q_proj(queries), keys, values)
-        )
+        queries, keys, values = (self._split_heads(states) for states in (self.q_proj(queries), keys, values))
         query_dim, value_dim = queries.shape[-1], values.shape[-1]
         padded_dim = -(-max(query_dim, value_dim) // FUSED_HEAD_DIM_MULTIPLE) * FUSED_HEAD_DIM_MULTIPLE
         queries, keys, values = (
             nn.functional.pad(states, (0, padded_dim - states.shape[-1])) for states in (queries, keys, values)
         )
         sees_any = mask.any(dim=-1, keepdim=True)
-        # A row of a softmax needs something to look at, or its gradient is NaN; its output is dropped below.
+        # The softmax of a fully masked row has a NaN gradient, so such a row sees everything; it is zeroed below.
         attended = nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=(mask | ~sees_any).unsqueeze(1), scale=query_dim**-0.5
         )
         attended = attended[..., :value_dim].transpose(1, 2).reshape(*sees_any.shape[:2], value_size)
         return attended.masked_fill(~sees_any, 0.0)
 
+    def weights(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Compute the attention weights, which the fused kernels of `forward` do not return.
+
+        Takes the arguments of `forward` and returns `(batch, num_heads, num_queries, num_keys)`, float32.
+        """
+        queries, keys = (self._split_heads(states.float()) for states in (self.q_proj(queries), keys))
+        scores = queries @ keys.mT * queries.shape[-1] ** -0.5
+        mask = mask.unsqueeze(1)
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1) * mask
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, num_heads, length, head_dim)
+
+
+class QueryRecord:
+    """Receives the attention weights of `EmbeddedQuery` in one forward call that asked for them.
+
+    A class and not a list, because FSDP and accelerate rebuild the lists among a module's arguments.
+
+    Attributes:
+        weights: `(batch, num_query_heads, queries_per_row, tiles_per_row * num_patches)`, float32.
+    """
+
+    weights: torch.Tensor
+
 
 class QueryContext(NamedTuple):
-    """What the Embedded Query module needs of one forward call, beside the hidden states.
+    """What the Embedded Query module needs of one forward call besides the hidden states.
 
-    It travels as a keyword argument through the decoder, and is gone with the call.
+    The decoder passes it on as a keyword argument; nothing of it outlives the call.
 
     Attributes:
         patch_features: Of all tiles of all rows, `(num_tiles, num_patches, vision_hidden_size)`.
-        tiles: Which tiles belong to a row, `(batch, tiles_per_row)`.
-        query_positions: Where a row's queries are, and other tokens if it has fewer, `(batch, queries_per_row)`.
-        patch_mask: True where a query may read a patch, `(batch, queries_per_row, tiles_per_row * num_patches)`.
-        instruction_mask: True where a query may read a token, `(batch, queries_per_row, seq_length)`.
-        update_mask: True at the queries that have an image before them, `(batch, queries_per_row)`.
-        recorder: Takes down where the queries look, if somebody asked.
+        tiles: Indices of a row's tiles, `(batch, tiles_per_row)`.
+        query_positions: Positions of a row's query tokens, then of other tokens, `(batch, queries_per_row)`.
+        patch_mask: True where a query token may read a patch, `(batch, queries_per_row, tiles_per_row * num_patches)`.
+        instruction_mask: True where a query token may read a token, `(batch, queries_per_row, seq_length)`.
+        update_mask: True at query tokens with an image before them, `(batch, queries_per_row)`.
+        record: Receives the attention weights, if the caller asked for them.
     """
 
     patch_features: torch.Tensor
@@ -202,11 +224,11 @@ class QueryContext(NamedTuple):
     patch_mask: torch.Tensor
     instruction_mask: torch.Tensor
     update_mask: torch.Tensor
-    recorder: QueryRecorder | None = None
+    record: QueryRecord | None = None
 
 
 class EmbeddedQuery(nn.Module):
-    """The Embedded Query module (paper, section 3.3): queries read their question, then the patches of its images."""
+    """The Embedded Query module (paper, section 3.3): query tokens read their question, then the images' patches."""
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__()
@@ -222,14 +244,14 @@ class EmbeddedQuery(nn.Module):
         self.out_proj = nn.Linear(vision_width, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, context: QueryContext) -> torch.Tensor:
-        """Update the queries.
+        """Update the query tokens.
 
         Args:
-            hidden_states: What enters the decoder layer, `(batch, seq_length, hidden_size)`.
-            context: Which positions are queries, and what they may read.
+            hidden_states: Input of the decoder layer, `(batch, seq_length, hidden_size)`.
+            context: Positions of the query tokens and what they may read.
 
         Returns:
-            The hidden states, changed at the queries of `context.update_mask` only; a new tensor.
+            A new tensor that differs from `hidden_states` only at the query tokens in `context.update_mask`.
         """
         positions = context.query_positions.unsqueeze(-1)  # (batch, queries_per_row, 1)
         text = self.text_proj(hidden_states)
@@ -240,26 +262,307 @@ class EmbeddedQuery(nn.Module):
             self.text_attention.v_proj(instruction),
             context.instruction_mask,
         )
-        # Every tile once, then gathered into rows: (batch, tiles_per_row * num_patches, width)
+        # Project every tile once, then gather tiles into rows: (batch, tiles_per_row * num_patches, width)
         patch_keys = self.image_attention.k_proj(self.image_norm(self.image_proj(context.patch_features)))
         patch_values = self.image_attention.v_proj(context.patch_features)
         keys, values = (states[context.tiles].flatten(1, 2) for states in (patch_keys, patch_values))
         seen = self.image_attention(guided, keys, values, context.patch_mask)
-        if context.recorder is not None:
-            num_heads = self.image_attention.num_heads
-            context.recorder.record(self.image_attention.q_proj(guided), keys, context.patch_mask, num_heads)
+        if context.record is not None:
+            context.record.weights = self.image_attention.weights(guided, keys, context.patch_mask)
         positions = positions.expand(-1, -1, hidden_states.shape[-1])
         queries = hidden_states.gather(1, positions)
         queries = torch.where(context.update_mask.unsqueeze(-1), queries + self.out_proj(seen), queries)
         return hidden_states.scatter(1, positions, queries)
 
 
-class FlashSlothPreTrainedModel(FlashSlothTrainingMixin):
-    """Loading, saving and initialisation, common to all FlashSloth models."""
+class PromptSpans:
+    r"""Where image tokens, questions and query tokens are in a batch of prompts.
+
+        … USER: <image>×81 \n question <query>×9 ASSISTANT: answer </s>USER: question 2 <query>×9 ASSISTANT:
+                             └instruction┘└block┘                         └instruction┘└block┘
+
+    All of it follows from the token ids by masks over the sequence: no loops over rows and no padded copies. The host
+    needs a few counts per row, to size tensors and to reject prompts that cannot be answered correctly.
+    `copy_counts` starts their copy and `check` waits for it: the vision tower is queued in between, so that the device
+    never idles.
+
+    Args:
+        input_ids: `(batch, seq_length)`.
+        config: Token ids, id patterns and counts.
+        num_cached_tiles: Tiles of every row whose image tokens are in the KV cache, `(batch,)`; `None`: no cache.
+        begins_instruction: True if a row's first token begins an instruction, because the cached tokens end with one
+            of `instruction_start_ids`, `(batch,)`; `None`: no.
+        position_ids: Positions of rows that may hold several packed samples, `(batch, seq_length)`; a sample begins
+            wherever a position does not follow the one before it. `None`: every row is one sample.
+
+    Attributes:
+        image_mask: True at image tokens, `(batch, seq_length)`.
+        query_mask: True at query tokens, `(batch, seq_length)`.
+        query_rank: Index of a query token in its block, `(batch, seq_length)`.
+        query_start: Position where the block of a query token begins, `(batch, seq_length)`.
+        instruction_start: Position where the latest instruction begins, `(batch, seq_length)`; -1: not in this call.
+        image_seq_length: Image tokens of a tile.
+        num_tiles_before: Tiles of the row before a position, cached ones included, `(batch, seq_length)`.
+        num_image_tokens: Image tokens of every row, `(batch,)`.
+        num_cached_tiles: Cached tiles of every row, `(batch,)`.
+        first_tile: Index of every row's first tile among all tiles, `(batch,)`.
+        sample_start: Position where a token's packed sample begins, `(batch, seq_length)`; `None`: not packed.
+        num_foreign_tiles: Tiles of the row in the samples before that, `(batch, seq_length)`; `None`: not packed.
+        tiles_per_row: Tiles of the row that has the most; 0 if there are no image and query tokens. Set by `check`,
+            as are the following three.
+        queries_per_row: Query tokens of the row that has the most, at least 1.
+        is_padded: Whether there may be padding.
+        is_packed: Whether a row may hold several samples.
+    """
+
+    tiles_per_row: int
+    queries_per_row: int
+    is_padded: bool
+    is_packed: bool
+
+    def __init__(
+        self,
+        input_ids: torch.LongTensor,
+        config: FlashSlothConfig,
+        *,
+        num_cached_tiles: torch.LongTensor | None = None,
+        begins_instruction: torch.BoolTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> None:
+        self.config, self.image_seq_length = config, config.image_seq_length
+        self.image_mask = input_ids == config.image_token_id
+        self.query_mask = input_ids == config.query_token_id
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        self.query_rank = (self.query_mask.cumsum(dim=1) - 1) % config.num_query_tokens
+        self.query_start = positions - self.query_rank
+        self.num_image_tokens = self.image_mask.sum(dim=1)
+        self.has_cache = num_cached_tiles is not None
+        self.num_cached_tiles = num_cached_tiles if self.has_cache else torch.zeros_like(self.num_image_tokens)
+        num_tiles = self.num_image_tokens // self.image_seq_length + self.num_cached_tiles
+        self.first_tile = num_tiles.cumsum(dim=0) - num_tiles
+        tiles_here = self.image_mask.cumsum(dim=1) // self.image_seq_length
+        self.num_tiles_before = tiles_here + self.num_cached_tiles.unsqueeze(1)
+        self.sample_start = self.num_foreign_tiles = None
+        if position_ids is not None:
+            is_start = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+            self.sample_start = torch.where(is_start.expand_as(input_ids), positions, 0).cummax(dim=1).values
+            self.num_foreign_tiles = nn.functional.pad(tiles_here[:, :-1], (1, 0)).gather(1, self.sample_start)
+        starts = torch.where(self._ends_instruction_start(input_ids), positions + 1, -1)
+        if begins_instruction is not None:
+            first = torch.where(starts[:, 0] < 0, begins_instruction.long() - 1, starts[:, 0])
+            starts = torch.cat([first.unsqueeze(1), starts[:, 1:]], dim=1)
+        self.instruction_start = starts.cummax(dim=1).values
+        if self.sample_start is not None:
+            is_own = self.instruction_start > self.sample_start
+            self.instruction_start = torch.where(is_own, self.instruction_start, -1)
+        self._counts: torch.Tensor | None = None
+        self._count_names: list[str] = []
+        self._arrival: torch.cuda.Event | None = None
+
+    def _ends_instruction_start(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """True at the last token of one of `instruction_start_ids` within a sample, `(batch, seq_length)`."""
+        length = input_ids.shape[1]
+        found = torch.zeros_like(input_ids, dtype=torch.bool)
+        for pattern in self.config.instruction_start_ids:
+            num_places = length - len(pattern) + 1
+            if num_places < 1:
+                continue
+            matches = input_ids[:, :num_places] == pattern[0]
+            for offset, token_id in enumerate(pattern[1:], start=1):
+                matches = matches & (input_ids[:, offset : num_places + offset] == token_id)
+            if self.sample_start is not None:
+                places = torch.arange(num_places, device=input_ids.device)
+                matches = matches & (places >= self.sample_start[:, len(pattern) - 1 :])
+            found = found | nn.functional.pad(matches, (len(pattern) - 1, 0))
+        return found
+
+    def query_positions(self) -> torch.LongTensor:
+        """Positions of every row's query tokens in order, then of other tokens, `(batch, queries_per_row)`."""
+        batch_size, length = self.query_mask.shape
+        if self.queries_per_row == length:  # a traced graph cannot know how many there are
+            return torch.arange(length, device=self.query_mask.device).expand(batch_size, -1)
+        return self.query_mask.int().argsort(dim=1, descending=True, stable=True)[:, : self.queries_per_row]
+
+    def copy_counts(
+        self, attention_mask: torch.Tensor | None = None, position_ids: torch.LongTensor | None = None
+    ) -> None:
+        """Start copying to the host what `check` needs, unless the call is traced.
+
+        Args:
+            attention_mask: `(batch, any_length)`, 0 at padding; `None`: there is none.
+            position_ids: Of a call without a cache, `(batch, seq_length)`; `None`: not given.
+        """
+        if is_tracing(self.image_mask):
+            return
+        has_tiles = self.num_tiles_before > (0 if self.num_foreign_tiles is None else self.num_foreign_tiles)
+        follows_query = nn.functional.pad(self.query_mask[:, :-1], (1, 0))
+        is_torn = self.query_mask & (self.query_rank > 0) & ~follows_query
+        is_lost = self.query_mask & has_tiles & (self.instruction_start < 0)
+        counts = {
+            "image_tokens": self.num_image_tokens,
+            "cached_tiles": self.num_cached_tiles,
+            "queries": self.query_mask.sum(dim=1),
+        }
+        if attention_mask is not None:
+            counts["is_padded"] = (attention_mask == 0).any(dim=1)
+            if position_ids is not None:
+                restarts = (position_ids[:, 1:] < position_ids[:, :-1]).any(dim=1)
+                counts["is_ambiguous"] = restarts & ~counts["is_padded"]
+        if self.sample_start is not None:
+            image_tokens = nn.functional.pad(self.image_mask[:, :-1].cumsum(dim=1), (1, 0))
+            tokens_before = image_tokens.gather(1, self.sample_start)
+            counts["is_cut"] = (tokens_before % self.image_seq_length > 0).any(dim=1)
+            counts["is_packed"] = (self.sample_start > 0).any(dim=1)
+            is_torn = is_torn | (self.query_mask & (self.query_start < self.sample_start))
+        counts |= {"is_torn": is_torn.any(dim=1), "is_lost": is_lost.any(dim=1)}
+        self._count_names = list(counts)
+        on_device = torch.stack(list(counts.values()), dim=1)  # (batch, num_counts)
+        self._counts = on_device.to("cpu", non_blocking=on_device.is_cuda)
+        if on_device.is_cuda:
+            self._arrival = torch.cuda.current_stream(on_device.device).record_event()
+
+    def check(self, num_tiles: int) -> None:
+        """Reject prompts that cannot be answered correctly, and set the sizes of the batch.
+
+        Args:
+            num_tiles: Tiles in `pixel_values`.
+
+        Raises:
+            ValueError: If image tokens and images differ in number, image or query tokens were cut, or a query block
+                has lost its question.
+        """
+        if self._counts is None:
+            self.tiles_per_row, self.queries_per_row = self.bounds(num_tiles)
+            self.is_padded, self.is_packed = True, self.sample_start is not None
+            return
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        rows = [dict(zip(self._count_names, row, strict=True)) for row in self._counts.tolist()]
+        for number, row in enumerate(rows):
+            self._check_row(number, row)
+        self._check_tile_count(num_tiles, *(sum(row[name] for row in rows) for name in self._count_names[:3]))
+        tiles = [row["image_tokens"] // self.image_seq_length + row["cached_tiles"] for row in rows]
+        is_used = any(row["image_tokens"] or row["queries"] for row in rows)
+        self.tiles_per_row = max(tiles) if is_used else 0
+        self.queries_per_row = max(1, *(row["queries"] for row in rows))
+        self.is_padded, self.is_packed = (any(row.get(name) for row in rows) for name in ("is_padded", "is_packed"))
+
+    def bounds(self, num_tiles: int) -> tuple[int, int]:
+        """Upper bounds of `tiles_per_row` and `queries_per_row` that follow from shapes alone, for traced graphs."""
+        length = self.image_mask.shape[1]
+        tiles_per_row = num_tiles if self.has_cache else min(num_tiles, length // self.image_seq_length)
+        return tiles_per_row, length
+
+    def _check_row(self, number: int, row: dict[str, int]) -> None:
+        config = self.config
+        if row["image_tokens"] % self.image_seq_length or row.get("is_cut"):
+            raise ValueError(
+                f"Row {number} has {row['image_tokens']} image tokens"
+                f"{', cut between packed samples' if row.get('is_cut') else ''}, but a tile has "
+                f"{self.image_seq_length}: the prompt was truncated, or split by a chunked prefill, inside an image. "
+                "Raise `max_length`, or leave `prefill_chunk_size` out."
+            )
+        if row["queries"] % config.num_query_tokens or row["is_torn"]:
+            raise ValueError(
+                f"Row {number} has {row['queries']} query tokens that are not in whole blocks of "
+                f"{config.num_query_tokens}: the prompt was truncated, or not built by `FlashSlothProcessor`."
+            )
+        if row.get("is_ambiguous"):
+            raise ValueError(
+                f"`position_ids` of row {number} restart within it, as for packed samples, but `attention_mask` marks "
+                "all its tokens as one sample; leave `attention_mask` out to keep packed samples apart."
+            )
+        layers = set(getattr(config.text_config, "layer_types", None) or ())
+        mixing = sorted(kind for kind in layers if not kind.endswith("_attention") or kind == "linear_attention")
+        if row.get("is_packed") and mixing:
+            raise ValueError(
+                f"`position_ids` of row {number} restart within it, as for packed samples, but the decoder "
+                f"({config.text_config.model_type}) has layers of type {', '.join(mixing)}, which would mix them; pad "
+                "rows of one sample each instead."
+            )
+        if row["is_lost"]:
+            raise ValueError(
+                f"Row {number} has query tokens, but their question does not begin in this call (none of "
+                f"`instruction_start_ids`={config.instruction_start_ids} before them): a chunked prefill or a cached "
+                "prefix must not separate a question from its query tokens, and a raw prompt needs the original "
+                "format, `USER: <image>\\nQUESTION<learnable> ASSISTANT:`."
+            )
+
+    def _check_tile_count(self, num_tiles: int, num_image_tokens: int, num_cached: int, num_queries: int) -> None:
+        expected = num_image_tokens // self.image_seq_length + num_cached
+        if num_tiles == expected or not (num_tiles or num_image_tokens or num_queries):
+            return
+        where = f" and {num_cached} tiles in the cache" if num_cached else ""
+        hint = "pass the pixels of all images again when you continue on a cache, and to TRL as a column `images`"
+        if num_tiles > expected:
+            hint = "keep prompts whole (TRL cuts them at its `max_length`, which may be None)"
+        raise ValueError(
+            f"`input_ids` has {num_image_tokens} image tokens{where}, so {expected} tiles are expected, but "
+            f"`pixel_values` gives {num_tiles} ({num_tiles * self.image_seq_length} features); build both with "
+            f"`FlashSlothProcessor`, {hint}, and leave `prefill_chunk_size` out."
+        )
+
+
+class NoPooling(nn.Module):
+    """Replaces a vision tower's pooler or head, which FlashSloth does not use."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> None:
+        """Return no pooled feature."""
+
+
+def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a vision tower without final norm, pooler and head: FlashSloth reads the output of its last layer."""
+    tower = AutoModel.from_config(config)
+    for name in UNUSED_TOWER_PARTS:
+        if isinstance(getattr(tower, name, None), nn.Module):
+            setattr(tower, name, NoPooling() if name in ("pooler", "head") else nn.Identity())
+    if isinstance(embeddings := getattr(tower, "embeddings", None), nn.Module):
+        embeddings.register_forward_hook(_make_contiguous)
+    return tower
+
+
+def _make_contiguous(_module: nn.Module, _args: tuple, patches: Any) -> Any:
+    """The patch convolution leaves its output transposed in memory, and every norm of every layer would copy it."""
+    return patches.contiguous() if isinstance(patches, torch.Tensor) else patches
+
+
+def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a decoder with a list of layers, between which the query tokens are updated.
+
+    Raises:
+        TypeError: If it has no list of layers.
+    """
+    decoder = AutoModel.from_config(config)
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise TypeError(
+            f"FlashSloth needs a decoder with a list `layers`, but {type(decoder).__name__} has none; choose another "
+            "`text_config`, such as phi, llama or qwen3."
+        )
+    for module in list(decoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):  # Phi's: the same function in one kernel instead of eight
+                setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
+    return decoder
+
+
+def scale_logits(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """Apply what some decoders' own heads do after the matrix product: Granite scales, Gemma 2 soft-caps."""
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+class FlashSlothPreTrainedModel(PreTrainedModel):
+    """Loading, saving, initialisation and activation checkpointing, common to all FlashSloth models."""
 
     config_class = FlashSlothConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # Modules that are sharded, or placed on a device, as a whole, in addition to the layers of tower and decoder.
+    _no_split_modules = ["SpatialAttentionPooling", "EmbeddedQuery"]
     _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -269,12 +572,18 @@ class FlashSlothPreTrainedModel(FlashSlothTrainingMixin):
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__(config)
-        # An original release holds the whole tower; what FlashSloth does not use of it is not worth a warning.
+        # An original release holds the whole tower; the parts that FlashSloth does not use are not worth a warning.
         unused_layer = config.vision_config.num_hidden_layers
         self._keys_to_ignore_on_load_unexpected = [
             r"vision_tower\.(post_layernorm|head)\.",
             rf"vision_tower\.encoder\.layers\.{unused_layer}\.",
         ]
+
+    def post_init(self) -> None:
+        """Finish the constructor; see `PreTrainedModel.post_init`."""
+        super().post_init()
+        # Tower and decoder name the classes of their whole families; accelerate's FSDP rejects a name without module.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -288,14 +597,77 @@ class FlashSlothPreTrainedModel(FlashSlothTrainingMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a FlashSloth, in this package's layout or in that of the original releases.
+        """Load a FlashSloth in this package's layout or in that of the original releases.
 
-        See `PreTrainedModel.from_pretrained`. Tensors under their original names are renamed while they are read.
+        See `PreTrainedModel.from_pretrained`. Tensors with original names are renamed while they are read.
         """
+        # Not `register_checkpoint_conversion_mapping`: it also renames back whatever a new model saves.
         kwargs.setdefault("key_mapping", ORIGINAL_KEY_MAPPING)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        leave_original_layout(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        used = {pattern for conversion in model._weight_conversions or () for pattern in conversion.source_patterns}
+        if not used.isdisjoint(ORIGINAL_KEY_MAPPING):
+            model._weight_conversions = None  # with it, transformers would save under the names that it read
+            if model.can_generate():  # an original generation config is Phi-2's and does not end answers at `</s>`
+                model.generation_config = original_generation_config(model.generation_config.to_dict(), model.config)
         return loaded
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights; see `torch.nn.Module.load_state_dict`.
+
+        A tied weight may be missing, as `save_pretrained` omits it; it is taken from the weight that it is tied to.
+        """
+        tied = getattr(self, "all_tied_weights_keys", {}).items()
+        missing = {copy: state_dict[source] for copy, source in tied if copy not in state_dict and source in state_dict}
+        return super().load_state_dict({**state_dict, **missing} if missing else state_dict, *args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save weights, config and code; see `PreTrainedModel.save_pretrained`."""
+        # PyTorch's `fully_shard` (FSDP2) replaces a model's class by one named FSDP…, and transformers saves the name
+        # and the code of the class that it finds. Naming it as it was makes the checkpoint loadable.
+        sharded = type(self)
+        own = next(base for base in sharded.__mro__ if not base.__name__.startswith(SHARDED_CLASS_PREFIX))
+        names = {name: getattr(sharded, name) for name in ("__module__", "__name__")}
+        try:
+            for name in names:
+                setattr(sharded, name, getattr(own, name))
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            for name, value in names.items():
+                setattr(sharded, name, value)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations in the backward pass, always non-re-entrant.
+
+        The newer `activation_checkpointing_enable` calls this; peft, TRL and transformers 5.17 use this name.
+
+        Args:
+            gradient_checkpointing_kwargs: Arguments of `torch.utils.checkpoint.checkpoint`.
+            **kwargs: Further arguments of transformers, such as `every_n_layers`.
+
+        Raises:
+            ValueError: If `use_reentrant=True` is requested.
+        """
+        checkpointing_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if checkpointing_kwargs["use_reentrant"]:
+            raise ValueError(
+                "FlashSloth needs `use_reentrant=False`: re-entrant checkpointing loses the gradients of the image "
+                "features, which reach a decoder layer by keyword. Remove the argument, or set it to False."
+            )
+        # Where the newer name exists, the base class deprecates this one.
+        enable = getattr(super(), "_activation_checkpointing_enable", super().gradient_checkpointing_enable)
+        enable(checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        getattr(super(), "_activation_checkpointing_disable", super().gradient_checkpointing_disable)()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
 
 class FlashSlothModel(FlashSlothPreTrainedModel):
@@ -304,7 +676,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def __init__(self, config: FlashSlothConfig) -> None:
         config.validate_architecture()
         super().__init__(config)
-        self._keys_to_ignore_on_load_unexpected.append(r"^lm_head\.")  # of a checkpoint of the whole model
+        self._keys_to_ignore_on_load_unexpected.append(r"^lm_head\.")  # in a checkpoint of the whole model
         self.vision_tower = build_vision_tower(config.vision_config)
         self.spatial_attention_pooling = SpatialAttentionPooling(
             hidden_size=config.vision_config.hidden_size,
@@ -321,6 +693,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         self.post_init()
 
     def _update_queries(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Run the Embedded Query module on the input of the decoder layer `query_layer_idx`."""
         context = kwargs.pop("query_context", None)
         if context is None:
             return None
@@ -340,18 +713,18 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
 
         Returns:
             `last_hidden_state`: patch features, `(num_tiles, num_patches, vision_hidden_size)`; `pooler_output`: image
-            tokens, `(num_tiles, image_seq_length, hidden_size)`; if asked for, the tower's `hidden_states` and
-            `attentions`, with the tokens that it has besides patches.
+            tokens, `(num_tiles, image_seq_length, hidden_size)`; on request, the tower's `hidden_states` and
+            `attentions`, which include its class and register tokens.
 
         Raises:
-            ValueError: If the images are not of the size that the tower takes.
+            ValueError: If the tiles do not have the size that the tower takes.
         """
         features = self._encode(pixel_values, **self._with_config_defaults(kwargs))
-        features.pooler_output = self._pool(features.last_hidden_state)
+        features.pooler_output = self._to_image_tokens(features.last_hidden_state)
         return features
 
     def _encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        grid, size = self.config.patch_grid_size, self.config.tile_size
+        size = self.config.tile_size
         if pixel_values.ndim != 4 or pixel_values.shape[-2:] != size:
             raise ValueError(
                 f"`pixel_values` must be (num_tiles, channels, {size[0]}, {size[1]}), but is "
@@ -360,36 +733,23 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             )
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state[:, -(grid**2) :],  # class and register tokens stand in front
+            last_hidden_state=outputs.last_hidden_state[:, -self.config.num_patches :],  # class and registers first
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
 
-    def _image_features(
-        self, pixel_values: torch.Tensor | None, patch_features: torch.Tensor | None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling | None:
-        """What the tower makes of the tiles, or made of them before; not pooled yet."""
-        if patch_features is None:
-            records = _without_fused_attentions({name: kwargs.get(name) for name in RECORDS}, self.vision_tower)
-            return self._encode(pixel_values, **records) if pixel_values is not None and len(pixel_values) else None
-        expected = (self.config.num_patches, self.config.vision_config.hidden_size)
-        if pixel_values is not None or patch_features.shape[1:] != expected:
-            raise ValueError(
-                f"`patch_features` must be (num_tiles, {expected[0]}, {expected[1]}) and stand in the place of "
-                f"`pixel_values`, but are {tuple(patch_features.shape)}"
-                f"{'' if pixel_values is None else ' beside `pixel_values`'}; give `last_hidden_state` of "
-                "`get_image_features`, and one of the two."
-            )
-        return BaseModelOutputWithPooling(last_hidden_state=patch_features)
-
-    def _pool(self, patch_features: torch.Tensor) -> torch.Tensor:
+    def _to_image_tokens(self, patch_features: torch.Tensor) -> torch.Tensor:
         return self.multi_modal_projector(self.spatial_attention_pooling(patch_features))
+
+    def find_spans(self, input_ids: torch.LongTensor, **kwargs: Any) -> PromptSpans:
+        """Find where image tokens, questions and query tokens are; see `PromptSpans`."""
+        return PromptSpans(input_ids, self.config, **kwargs)
 
     def find_special_ids(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
         """Recover the ids that matter to FlashSloth from token embeddings.
 
         Args:
-            inputs_embeds: Embeddings as the decoder's own table gives them, `(batch, seq_length, hidden_size)`.
+            inputs_embeds: Embeddings from the decoder's own table, `(batch, seq_length, hidden_size)`.
 
         Returns:
             `(batch, seq_length)`: the id of every image token, query token and part of an instruction pattern; -1
@@ -421,61 +781,62 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         """Run the model.
 
         Args:
-            input_ids: Prompt with expanded placeholders, `(batch, seq_length)`: `image_seq_length` image tokens a tile
-                and `num_query_tokens` query tokens a question.
+            input_ids: Prompt with expanded placeholders, `(batch, seq_length)`: `image_seq_length` image tokens per
+                tile and `num_query_tokens` query tokens per question.
             pixel_values: All tiles of all images of all rows, in order, `(num_tiles, 3, height, width)`. How many
-                belong to a row follows from its image tokens. Rows may have any number.
+                belong to a row follows from its image tokens; rows may have different numbers.
             attention_mask: `(batch, seq_length)`, 0 at padding, on either side.
-            position_ids: `(batch, seq_length)`. Without `attention_mask` and cache, a row may hold several samples, one
-                after the other: each begins where the positions start anew, and reads nothing of the others. Such a
-                call leaves no cache.
-            past_key_values: Cache of what came before. A question on an image that is in the cache needs
-                `pixel_values` again, for the queries read its patches.
+            position_ids: `(batch, seq_length)`. Without `attention_mask` and cache, a row may hold several packed
+                samples: each begins where the positions restart and reads nothing of the others. Such a call returns
+                no cache.
+            past_key_values: KV cache of the tokens before these. A question about a cached image needs `pixel_values`
+                again, because its query tokens read the patches.
             inputs_embeds: Token embeddings instead of `input_ids`, `(batch, seq_length, hidden_size)`; placeholders are
                 recognised by their embeddings.
-            num_cached_tiles: Number of tiles of every row whose image tokens are in the cache, `(batch,)`; their
-                pixels come first in the row's part of `pixel_values`. `generate` sets it.
-            begins_instruction: Whether a question starts with a row's first token, as the cache tells, `(batch,)`.
-                `generate` sets it.
-            patch_features: Instead of `pixel_values`, what the vision tower made of them: `last_hidden_state` of
+            num_cached_tiles: Tiles of every row whose image tokens are in the cache, `(batch,)`; their pixels come
+                first in the row's part of `pixel_values`. `generate` sets it.
+            begins_instruction: True if a question begins with a row's first token, according to the cached tokens,
+                `(batch,)`. `generate` sets it.
+            patch_features: Output of the vision tower instead of `pixel_values`: `last_hidden_state` of
                 `get_image_features`, `(num_tiles, num_patches, vision_hidden_size)`.
-            cache: Another name of `past_key_values`, that of transformers since 5.24.
+            cache: The name of `past_key_values` in transformers since 5.24.
             **kwargs: Passed on to the decoder.
 
         Returns:
             Last hidden state `(batch, seq_length, hidden_size)`, cache, image tokens.
 
         Raises:
-            ValueError: If ids and images contradict each other, a prompt was cut between a question and its queries,
-                there are two caches, or samples are packed in a way that would mix them.
-            RuntimeError: If this is a copy that `nn.DataParallel` made.
+            ValueError: If ids and images contradict each other, a prompt was cut between a question and its query
+                tokens, two caches are given, or samples are packed in a way that would mix them.
+            RuntimeError: If this is a copy made by `nn.DataParallel`.
         """
         self._check_call(input_ids, inputs_embeds, position_ids, kwargs)
-        cache, kwargs = one_cache(cache, past_key_values), self._decoder_kwargs(kwargs)
+        cache, kwargs = _one_cache(cache, past_key_values), self._decoder_kwargs(kwargs)
         is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         elif is_prompt:
             input_ids = self.find_special_ids(inputs_embeds)
         features = context = None
-        if is_prompt:  # a single token is a step of `generate`, and holds neither image nor question
-            is_plain_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if is_prompt:  # a decoding step has a single token, which is neither an image nor a query token
+            mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
             positions = position_ids if cache is None and getattr(position_ids, "ndim", 0) == 2 else None
-            packed_positions = None if is_plain_mask else positions
-            spans = PromptSpans.find(input_ids, self.config, num_cached_tiles, begins_instruction, packed_positions)
-            mask = attention_mask if is_plain_mask else None
-            counts = None if is_tracing(inputs_embeds) else spans.count(self.config, mask, positions)
+            spans = self.find_spans(
+                input_ids,
+                num_cached_tiles=num_cached_tiles,
+                begins_instruction=begins_instruction,
+                position_ids=positions if mask is None else None,
+            )
+            spans.copy_counts(mask, positions)
             features = self._image_features(pixel_values, patch_features, **kwargs)
-            num_tiles = 0 if features is None else len(features.last_hidden_state)
-            sizes = spans.bounds(self.config, num_tiles) if counts is None else counts.check(self.config, num_tiles)
-            inputs_embeds, features, context = self._embed_prompt(inputs_embeds, features, spans, sizes)
-            if features is not None and kwargs.get("output_attentions"):
-                context = self._recorded(context, spans)
-            # The decoder would read the mask to see that it is not needed. Without a cache, it needs one beside
-            # `position_ids`, from which it would guess at packed sequences otherwise.
-            if is_plain_mask and not sizes.is_padded and (position_ids is None or cache is not None):
+            spans.check(0 if features is None else len(features.last_hidden_state))
+            record = QueryRecord() if features is not None and kwargs.get("output_attentions") else None
+            inputs_embeds, features, context = self._embed_prompt(inputs_embeds, features, spans, record)
+            # The decoder would read a mask back to the host to see that it is not needed. Without a cache it needs one
+            # in addition to `position_ids`, in which it would look for packed samples otherwise.
+            if mask is not None and not spans.is_padded and (position_ids is None or cache is not None):
                 attention_mask = None
-            if sizes.is_packed:
+            if spans.is_packed:
                 kwargs["use_cache"] = False  # with a cache of its own the decoder would not keep samples apart
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -485,11 +846,16 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             **{CACHE_NAME: cache},
             **_without_fused_attentions(kwargs, self.language_model),
         )
+        image_outputs = {}
+        if features is not None:
+            image_outputs = {"image_hidden_states": features.pooler_output, "image_outputs": features}
+        if features is not None and context.record is not None:
+            image_outputs |= self._attentions(features, context, spans)
         return FlashSlothModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **self._image_outputs(features, context),
+            **image_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
@@ -502,95 +868,105 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     ) -> None:
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
-                "FlashSloth cannot run under `nn.DataParallel`, which would divide the tiles of a batch without regard "
-                "to whose they are; `Trainer` uses it if one process sees several GPUs. Start one process for each "
-                "GPU, `torchrun --nproc_per_node NUM_GPUS train.py`, or show it one only: `CUDA_VISIBLE_DEVICES=0`."
+                "FlashSloth cannot run under `nn.DataParallel`, which divides the tiles of a batch without regard to "
+                "their rows; `Trainer` uses it if one process sees several GPUs. Start one process per GPU, "
+                "`torchrun --nproc_per_node NUM_GPUS finetune.py`, or show it a single one: `CUDA_VISIBLE_DEVICES=0`."
             )
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("`input_ids` or `inputs_embeds` is needed, and not both; leave one of them out.")
-        if position_ids is None and (packing := [name for name in PACKING if kwargs.get(name) is not None]):
+            raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
+        packing = [name for name in PACKING_ARGUMENTS if kwargs.get(name) is not None]
+        if position_ids is None and packing:
             raise ValueError(
                 f"`{packing[0]}` says that samples are packed, but there are no `position_ids`, from which FlashSloth "
-                "tells them apart; give positions that start anew with each sample."
+                "tells them apart; pass positions that restart with each sample."
             )
 
     def _with_config_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the config says of a call, where the call says nothing."""
+        """Arguments of a call, completed by what the config asks for."""
         asked = {name: True for name in RECORDS if getattr(self.config, name, False)}
         return asked | {name: value for name, value in kwargs.items() if value is not None}
 
     def _decoder_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = self._with_config_defaults(kwargs)
-        # Layers that are recomputed would warn of a cache. Others keep it: without one, the decoder looks for packed
-        # samples, for which it waits for the device, and where it is traced it builds a mask.
+        # Layers that recompute activations would warn of a cache. Others keep it in training too: without one, the
+        # decoder looks for packed samples, which makes it wait for the device, and builds a mask when it is traced.
         if self.training and getattr(self.language_model, "gradient_checkpointing", False):
             kwargs.setdefault("use_cache", False)
         return kwargs
 
-    def _recorded(self, context: QueryContext, spans: PromptSpans) -> QueryContext:
-        is_query = spans.query_mask.gather(1, context.query_positions)
-        return context._replace(recorder=QueryRecorder(is_query, self.config.num_query_tokens))
-
-    def _image_outputs(self, features: BaseModelOutputWithPooling | None, context: QueryContext | None) -> dict:
-        """What a call gives besides the decoder's outputs, if there are images."""
-        if features is None:
-            return {}
-        outputs = {"image_hidden_states": features.pooler_output, "image_outputs": features}
-        if context.recorder is not None:
-            outputs["pooling_attentions"] = self.spatial_attention_pooling.window_weights(features.last_hidden_state)
-            outputs["query_attentions"] = context.recorder.weights
-        return outputs
+    def _image_features(
+        self, pixel_values: torch.Tensor | None, patch_features: torch.Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | None:
+        """Patch features of the tiles, from the tower or from the caller, without image tokens yet."""
+        if patch_features is None:
+            records = _without_fused_attentions({name: kwargs.get(name) for name in RECORDS}, self.vision_tower)
+            return self._encode(pixel_values, **records) if pixel_values is not None and len(pixel_values) else None
+        expected = (self.config.num_patches, self.config.vision_config.hidden_size)
+        if pixel_values is not None or patch_features.shape[1:] != expected:
+            raise ValueError(
+                f"`patch_features` must be (num_tiles, {expected[0]}, {expected[1]}) and replace `pixel_values`, but "
+                f"are {tuple(patch_features.shape)}{'' if pixel_values is None else ' next to `pixel_values`'}; pass "
+                "`last_hidden_state` of `get_image_features`, and only one of the two."
+            )
+        return BaseModelOutputWithPooling(last_hidden_state=patch_features)
 
     def _embed_prompt(
         self,
         inputs_embeds: torch.Tensor,
         features: BaseModelOutputWithPooling | None,
         spans: PromptSpans,
-        sizes: PromptSizes,
+        record: QueryRecord | None = None,
     ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None, QueryContext | None]:
-        """Put query and image tokens in their places, and gather what the Embedded Query module needs."""
+        """Insert query and image tokens, and gather what the Embedded Query module needs."""
         inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
-        is_blank = not sizes.tiles_per_row
+        is_blank = not spans.tiles_per_row
         if is_blank:
-            if not self.touches_every_module():
+            if not self._must_touch_every_module():
                 return inputs_embeds, None, None
-            # An image that no token stands for and no query reads: all its gradients are zero.
-            features, sizes = self._encode(self._blank_tile(inputs_embeds)), sizes._replace(tiles_per_row=1)
+            # A tile that no image token represents and no query reads: all its gradients are zero.
+            num_channels = getattr(self.config.vision_config, "num_channels", 3)
+            features = self._encode(inputs_embeds.new_zeros(1, num_channels, *self.config.tile_size))
+            spans.tiles_per_row = 1
         patches = features.last_hidden_state
-        features.pooler_output = self._pool(patches).to(inputs_embeds)
+        features.pooler_output = self._to_image_tokens(patches).to(inputs_embeds)
         inputs_embeds = self._insert_image_tokens(inputs_embeds, features.pooler_output, spans)
-        return inputs_embeds, None if is_blank else features, self._query_context(patches, spans, sizes)
+        context = self._query_context(patches, spans)._replace(record=record)
+        return inputs_embeds, None if is_blank else features, context
 
-    def _blank_tile(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        num_channels = getattr(self.config.vision_config, "num_channels", 3)
-        return inputs_embeds.new_zeros(1, num_channels, *self.config.tile_size)
+    def _must_touch_every_module(self) -> bool:
+        """Whether a batch without images must run the vision tower, and all that follows it, on a blank tile.
+
+        In training, every trained parameter needs a gradient in every process, or processes wait for each other for
+        ever. Where parameters are gathered from other processes, this also holds in evaluation.
+        """
+        if (self.training and torch.is_grad_enabled()) or is_deepspeed_zero3_enabled():
+            return True
+        return any(type(module).__name__.startswith(SHARDED_CLASS_PREFIX) for module in self.modules())
 
     def _insert_query_tokens(self, inputs_embeds: torch.Tensor, spans: PromptSpans) -> torch.Tensor:
-        queries = self.query_tokens.to(inputs_embeds)
+        queries = self.query_tokens.to(inputs_embeds)[spans.query_rank]  # (batch, seq_length, hidden_size)
         if self.config.query_anchor_token_id is not None:
-            # As long as a row, so that the noise of NEFTune, which goes by length, is the same as on other tokens.
+            # One per position, so that NEFTune's noise, which depends on the length, is that of other tokens.
             anchor = spans.query_start.new_full((1, inputs_embeds.shape[1]), self.config.query_anchor_token_id)
-            queries = queries[spans.query_rank] + self.get_input_embeddings()(anchor)
-        else:
-            queries = queries[spans.query_rank]  # (batch, seq_length, hidden_size)
+            queries = queries + self.get_input_embeddings()(anchor)
         return torch.where(spans.query_mask.unsqueeze(-1), queries, inputs_embeds)
 
     def _insert_image_tokens(
         self, inputs_embeds: torch.Tensor, image_tokens: torch.Tensor, spans: PromptSpans
     ) -> torch.Tensor:
-        first_token = (spans.first_tile + spans.num_cached_tiles) * self.config.image_seq_length  # (batch,)
+        first_token = (spans.first_tile + spans.num_cached_tiles) * spans.image_seq_length  # (batch,)
         ranks = first_token.unsqueeze(1) + spans.image_mask.cumsum(dim=1) - 1
         image_tokens = image_tokens.flatten(0, 1)
         image_tokens = image_tokens[ranks.clamp(0, image_tokens.shape[0] - 1)]  # (batch, seq_length, hidden_size)
         return torch.where(spans.image_mask.unsqueeze(-1), image_tokens, inputs_embeds)
 
-    def _query_context(self, patches: torch.Tensor, spans: PromptSpans, sizes: PromptSizes) -> QueryContext:
-        slots = torch.arange(sizes.tiles_per_row, device=spans.query_mask.device)
+    def _query_context(self, patches: torch.Tensor, spans: PromptSpans) -> QueryContext:
+        slots = torch.arange(spans.tiles_per_row, device=spans.query_mask.device)
         tiles = (spans.first_tile.unsqueeze(1) + slots).clamp(max=patches.shape[0] - 1)  # (batch, tiles_per_row)
-        query_positions = spans.query_positions(sizes.queries_per_row)
+        query_positions = spans.query_positions()
 
-        def at_queries(fact: torch.Tensor) -> torch.Tensor:
-            return fact.gather(1, query_positions).unsqueeze(-1)  # (batch, queries_per_row, 1)
+        def at_queries(values: torch.Tensor) -> torch.Tensor:
+            return values.gather(1, query_positions).unsqueeze(-1)  # (batch, queries_per_row, 1)
 
         is_query, num_tiles = at_queries(spans.query_mask), at_queries(spans.num_tiles_before)
         instruction_start, instruction_end = at_queries(spans.instruction_start), at_queries(spans.query_start)
@@ -608,6 +984,17 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             update_mask=(is_query & is_read.any(dim=-1, keepdim=True)).squeeze(-1),
         )
 
+    def _attentions(
+        self, features: BaseModelOutputWithPooling, context: QueryContext, spans: PromptSpans
+    ) -> dict[str, torch.Tensor]:
+        """`pooling_attentions` and `query_attentions` of the output."""
+        is_query = spans.query_mask.gather(1, context.query_positions)
+        weights = context.record.weights.transpose(1, 2)[is_query]  # (num_queries, num_heads, num_keys)
+        return {
+            "pooling_attentions": self.spatial_attention_pooling.window_weights(features.last_hidden_state),
+            "query_attentions": weights.unflatten(0, (-1, self.config.num_query_tokens)).transpose(1, 2),
+        }
+
 
 class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSaliencyMixin, FlashSlothGenerationMixin):
     """FlashSloth with its language-modelling head: answers questions about images."""
@@ -623,7 +1010,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         self.post_init()
 
     def _get_name(self) -> str:
-        """The name by which `Trainer` knows that `label_smoothing_factor` has to shift labels; subclasses keep it."""
+        """The name by which `Trainer` knows that `label_smoothing_factor` must shift labels, also in subclasses."""
         return FlashSlothForConditionalGeneration.__name__
 
     def get_image_features(
@@ -633,7 +1020,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
-    def forward(
+    def forward(  # noqa: D417 (the other arguments are described once, at `FlashSlothModel.forward`)
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -647,19 +1034,11 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | FlashSlothCausalLMOutputWithPast:
-        """Run the model and its head; see `FlashSlothModel.forward` for what both take.
+        """Run the model and its head; see `FlashSlothModel.forward` for the arguments that are not listed here.
 
         Args:
-            input_ids: `(batch, seq_length)`.
-            pixel_values: `(num_tiles, 3, height, width)`.
-            attention_mask: `(batch, seq_length)`.
-            position_ids: `(batch, seq_length)`.
-            past_key_values: Cache of what came before.
-            inputs_embeds: `(batch, seq_length, hidden_size)`, instead of `input_ids`.
-            patch_features: `(num_tiles, num_patches, vision_hidden_size)`, instead of `pixel_values`.
-            cache: Another name of `past_key_values`.
-            labels: Ids to predict, `(batch, seq_length)`, -100 where nothing is to be learned; not shifted.
-            logits_to_keep: Number of last positions whose logits are wanted, or their indices; 0: all.
+            labels: Token ids to predict, `(batch, seq_length)`, not shifted; -100 at tokens without a loss.
+            logits_to_keep: Number of last positions whose logits are computed, or their indices; 0: all.
             **kwargs: Passed on to the decoder and to the loss, such as `num_items_in_batch`.
 
         Returns:
@@ -686,8 +1065,18 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         return FlashSlothCausalLMOutputWithPast(loss=loss, logits=logits, **kept_outputs)
 
 
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The KV cache, whichever of its two names it was passed by."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            "`cache` and `past_key_values` are two names of the KV cache, but both were given; pass one of them, and "
+            f"`{CACHE_NAME}` to `generate` of the installed transformers."
+        )
+    return past_key_values if cache is None else cache
+
+
 def _without_fused_attentions(kwargs: dict[str, Any], backbone: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of a backbone; fused attention has no `output_attentions` to give, and would warn."""
+    """Arguments of a backbone; fused attention has no `output_attentions` to return, and would warn."""
     is_eager = backbone.config._attn_implementation == "eager"
     return {name: value for name, value in kwargs.items() if is_eager or name != "output_attentions"}
 

@@ -24,9 +24,8 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import logging
 
-from .configuration_flashsloth import FlashSlothConfig
+from .configuration_flashsloth import FlashSlothConfig, is_original_config, splits_images
 from .image_processing_flashsloth import FlashSlothImageProcessor
-from .original_flashsloth import is_original_config, splits_images
 from .video_processing_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 
 try:

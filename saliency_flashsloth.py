@@ -1,9 +1,9 @@
-r"""What the model looked at, and what its answers depend on, drawn over the images.
+r"""Heat maps: where the model looked, and which patches its answers depend on.
 
 output = model.generate(**inputs, output_attentions=True, return_dict_in_generate=True)
 sizes = [(image.height, image.width)]
 looked = model.heat_maps(output, inputs["input_ids"], sizes)
-overlay(image, looked.questions[0][0])  # where the queries of the first question looked, on the first image
+overlay(image, looked.questions[0][0])  # where the first question's query tokens looked, on the first image
 overlay(image, model.answer_maps(inputs, output.sequences, sizes)[0])  # which patches the answer depends on
 """
 
@@ -20,56 +20,22 @@ from transformers.utils import ModelOutput
 
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import tile_boxes
-from .prompt_flashsloth import PromptSpans
 
-# Red, green and blue (0 to 255) and opacity (0 to 1) that `overlay` gives to heats from none to the greatest.
+# Red, green and blue (0 to 255) and opacity (0 to 1) of `overlay`, from no heat to the greatest.
 HEAT_COLOURS = ((0, 0, 0, 0.6), (130, 0, 40, 0.55), (235, 70, 30, 0.5), (255, 190, 40, 0.55), (255, 255, 200, 0.7))
 
+# The attentions of the prompts that the current call of `generate` has read. `generate` offers no way to return more
+# than its own outputs, and copies its arguments for an assistant; a context variable is private to call and thread.
 _looks: ContextVar[list[dict[str, torch.Tensor]] | None] = ContextVar("looks", default=None)
 
 
-class QueryRecorder:
-    """Takes down where the queries of one call look. It lives as long as the call.
-
-    Args:
-        query_mask: True where `record` gets a query, `(batch, queries_per_row)`.
-        num_query_tokens: Query tokens of a question.
-
-    Attributes:
-        weights: Attention of every question's queries to the patches of its row, in order of rows and questions,
-            `(num_questions, num_heads, num_query_tokens, num_keys)`, float32; `None`: nothing was recorded yet.
-    """
-
-    def __init__(self, query_mask: torch.Tensor, num_query_tokens: int) -> None:
-        self.query_mask, self.num_query_tokens = query_mask, num_query_tokens
-        self.weights: torch.Tensor | None = None
-
-    def record(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, num_heads: int) -> None:
-        """Compute the weights that fused attention keeps to itself.
-
-        Args:
-            queries: Projected, `(batch, queries_per_row, width)`.
-            keys: Projected, `(batch, num_keys, width)`.
-            mask: True where a query may look, `(batch, queries_per_row, num_keys)`.
-            num_heads: Heads into which the width is divided.
-        """
-        rows = self.query_mask.nonzero()[:: self.num_query_tokens, 0]
-        queries, mask = (
-            states[self.query_mask].unflatten(0, (-1, self.num_query_tokens)) for states in (queries, mask)
-        )
-        queries, keys = (states.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for states in (queries, keys))
-        scores = queries @ keys[rows].mT * queries.shape[-1] ** -0.5
-        mask = mask.unsqueeze(1)  # (num_questions, 1, num_query_tokens, num_keys)
-        self.weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1) * mask
-
-
 class HeatMaps(NamedTuple):
-    """Attention over images, in their pixels: `(height, width)`, float32.
+    """Attention over the pixels of images, `(height, width)` each, float32.
 
     Attributes:
-        questions: One list for each question, with the map of every image that stands before it in its row. All
-            maps of a question sum to 1; with high-definition tiles, to what did not fall on their padding.
-        pooling: One map for each image. Every window of a tile sums to 1, but for what fell on padding.
+        questions: One list per question, with a map of every image before it in its row. The maps of a question sum to
+            1, minus the share on the padding of tiles.
+        pooling: One map per image. Every window of a tile sums to 1, minus the share on padding.
     """
 
     questions: list[list[torch.Tensor]]
@@ -77,7 +43,7 @@ class HeatMaps(NamedTuple):
 
 
 class FlashSlothSaliencyMixin(GenerationMixin):
-    """Keeps what `generate` saw of a prompt, and turns attention into maps."""
+    """Returns the attention of `generate` to a prompt, and turns attention into maps."""
 
     config: FlashSlothConfig
 
@@ -85,10 +51,10 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         """Generate; see `GenerationMixin.generate`.
 
         With `output_attentions=True` and `return_dict_in_generate=True`, the output also has the prompt's
-        `pooling_attentions` and `query_attentions`, one set for each row that was generated from.
+        `pooling_attentions` and `query_attentions`, one set per generated row.
         """
         looks: list[dict[str, torch.Tensor]] = []
-        token = _looks.set(looks)  # of this call alone, in whatever thread it runs
+        token = _looks.set(looks)
         try:
             output = super().generate(*args, **kwargs)
         finally:
@@ -111,15 +77,15 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         image_sizes: Sequence[tuple[int, int]],
         head: int | None = None,
     ) -> HeatMaps:
-        """Where the model looked, over the images.
+        """Map where the model looked.
 
         Args:
-            outputs: What the model or `generate` returned with `output_attentions=True`.
-            input_ids: The prompts, as the processor gave them, `(batch, seq_length)`. Of one prompt that was answered
-                on a cache, the outputs may hold the last questions only.
+            outputs: Output of the model or of `generate` with `output_attentions=True`.
+            input_ids: The processor's prompts, `(batch, seq_length)`. For a single prompt answered on a cache, the
+                outputs may hold the last questions only.
             image_sizes: Height and width in pixels of all images of all rows, in order.
-            head: The head of the Embedded Query module whose attention is wanted; default: the mean of all. Of the
-                query tokens of a question, the mean is taken.
+            head: A head of the Embedded Query module; default: the mean of all. The query tokens of a question are
+                averaged.
 
         Returns:
             Maps of every question and of every image, each `(height, width)` of its image, float32.
@@ -131,18 +97,18 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         if pooling is None or queries is None:
             raise ValueError(
                 "The outputs have no `query_attentions`; call the model with `output_attentions=True`, and `generate` "
-                "with `return_dict_in_generate=True` as well, on prompts with an image."
+                "also with `return_dict_in_generate=True`, on prompts with an image."
             )
         pooling_maps = self._image_maps(pooling_to_patches(pooling), image_sizes)
         tiles_per_image = len(pooling) // len(image_sizes)
-        spans = PromptSpans.find(input_ids, self.config)
+        spans = self.model.find_spans(input_ids)
         asked = (spans.query_mask & (spans.query_rank == 0)).nonzero()  # (num_questions, 2)
         if len(asked) > len(queries) and len(input_ids) == 1:
             asked = asked[len(asked) - len(queries) :]
         if len(asked) != len(queries):
             raise ValueError(
                 f"The outputs have attention of {len(queries)} questions, but `input_ids` has {len(asked)}; pass the "
-                "ids that the outputs belong to, with every row repeated as often as `generate` did."
+                "ids that belong to the outputs, with every row repeated as often as `generate` repeated it."
             )
         weights = queries.mean(dim=2)
         weights = weights.mean(dim=1) if head is None else weights[:, head]
@@ -157,19 +123,20 @@ class FlashSlothSaliencyMixin(GenerationMixin):
     def answer_maps(
         self, inputs: Mapping[str, Any], sequences: torch.LongTensor, image_sizes: Sequence[tuple[int, int]]
     ) -> list[torch.Tensor]:
-        """Which patches the answers depend on, whether by the image tokens or by the queries.
+        """Map which patches the answers depend on, through the image tokens or through the query tokens.
 
         Attention tells where a module looks, but not whether that matters. This is the norm of the gradient of an
-        answer's log-probability by the features of every patch: one pass forward and backward over prompt and answer.
+        answer's log-probability with respect to the features of every patch, from one forward and backward pass over
+        prompt and answer.
 
         Args:
-            inputs: What the processor gave, or an image cache made of it.
-            sequences: What `generate` made of them: prompts and answers, `(batch, longer_seq_length)`.
+            inputs: Output of the processor, or of an `ImagePrefixCache` for it.
+            sequences: Output of `generate` for them: prompts and answers, `(batch, longer_seq_length)`.
             image_sizes: Height and width in pixels of all images of all rows, in order.
 
         Returns:
-            One map for each image, `(height, width)`, float32. Those of a row sum to 1; with high-definition tiles,
-            to what did not fall on their padding.
+            One map per image, `(height, width)`, float32. The maps of a row sum to 1, minus the share on the padding
+            of tiles.
 
         Raises:
             ValueError: If there is no image, or the arguments do not belong together.
@@ -177,7 +144,7 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         prompts, patches = inputs["input_ids"].to(self.device), inputs.get("patch_features")
         if (patches is None and inputs.get("pixel_values") is None) or len(prompts) != len(sequences):
             raise ValueError(
-                f"An answer's map needs images and one prompt for each answer, but found {len(prompts)} prompts, "
+                f"Answer maps need images and one prompt per answer, but found {len(prompts)} prompts, "
                 f"{len(sequences)} answers and inputs {sorted(inputs)}; repeat prompts as often as `generate` did."
             )
         if patches is None:
@@ -203,7 +170,7 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         return self._image_maps(torch.cat(rows), image_sizes)
 
     def _image_maps(self, weights: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """The map of every image, from the weights of all their tiles, `(num_tiles, num_patches)`."""
+        """Map every image, from the weights of all tiles, `(num_tiles, num_patches)`."""
         num_tiles = len(weights) // max(len(image_sizes), 1)
         if num_tiles * len(image_sizes) != len(weights):
             raise ValueError(
@@ -219,16 +186,16 @@ def heat_map(weights: torch.Tensor, image_size: tuple[int, int], patch_size: flo
     """Spread the weights of an image's patches evenly over the pixels that they cover.
 
     Args:
-        weights: `(num_tiles, num_patches)` of one image: its one tile, or the five of high definition.
+        weights: `(num_tiles, num_patches)` of one image, which has one tile or five.
         image_size: Height and width of the image in pixels.
         patch_size: Side of a patch as a fraction of the tile's. (Patches need not fill a tile: 27 of 14 pixels are 378
             of 384.)
 
     Returns:
-        `(height, width)`, float32: the sum of all tiles. Its sum is that of the weights, but for what lies on padding.
+        `(height, width)`, float32: the sum of all tiles. It sums to the sum of the weights, minus the share on padding.
 
     Raises:
-        ValueError: If an image cannot have so many tiles.
+        ValueError: If an image cannot have that number of tiles.
     """
     height, width = image_size
     heat = weights.new_zeros(height, width, dtype=torch.float32)
@@ -241,7 +208,7 @@ def heat_map(weights: torch.Tensor, image_size: tuple[int, int], patch_size: flo
 
 
 def _shares(num_patches: int, start: float, patch_size: float, num_pixels: int) -> torch.Tensor:
-    """How much of every patch lies on every pixel along one axis, `(num_patches, num_pixels)`, at most 1 in all."""
+    """Share of every patch on every pixel along one axis, `(num_patches, num_pixels)`; a patch sums to at most 1."""
     patches = start + patch_size * torch.arange(num_patches + 1, dtype=torch.float64)
     pixels = torch.arange(num_pixels + 1, dtype=torch.float64)
     begin = torch.maximum(patches[:-1].unsqueeze(1), pixels[:-1])
@@ -250,7 +217,7 @@ def _shares(num_patches: int, start: float, patch_size: float, num_pixels: int) 
 
 
 def pooling_to_patches(weights: torch.Tensor) -> torch.Tensor:
-    """Bring the weights of windows, `(num_tiles, num_windows, window_size**2)`, into the order of the patches.
+    """Reorder the weights of windows, `(num_tiles, num_windows, window_size**2)`, by patches.
 
     Returns:
         `(num_tiles, num_patches)`, patches row by row.
@@ -261,7 +228,7 @@ def pooling_to_patches(weights: torch.Tensor) -> torch.Tensor:
 
 
 def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """Draw a heat map over its image: dark where there is nothing, glowing where there is most.
+    """Draw a heat map over its image: dark without heat, glowing at the greatest.
 
     Args:
         image: Of any mode.

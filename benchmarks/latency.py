@@ -50,7 +50,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.initialization import no_init_weights
 
-from flashsloth.backbones_flashsloth import CACHE_NAME, has_bfloat16
+from flashsloth.cli.devices import has_bfloat16
+from flashsloth.generation_flashsloth import CACHE_NAME
 
 logger = logging.getLogger(__name__)
 

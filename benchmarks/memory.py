@@ -34,8 +34,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
 from flashsloth import FlashSlothForConditionalGeneration
-from flashsloth.backbones_flashsloth import CACHE_NAME
-from flashsloth.prompt_flashsloth import PromptSizes, PromptSpans
+from flashsloth.generation_flashsloth import CACHE_NAME
+from flashsloth.modeling_flashsloth import PromptSpans
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +127,9 @@ def count_prefill(model: FlashSlothForConditionalGeneration, prompts: Prompts) -
         `tower`, `behind` and `peak`: most bytes that are alive at once; `kept`: keys and values.
     """
     inputs = build_inputs(prompts, model.config)
-    sizes = PromptSizes(prompts.tiles_per_row, queries_per_row=model.config.num_query_tokens, is_padded=False)
+    bounds = (prompts.tiles_per_row, model.config.num_query_tokens)
     given = [*model.parameters(), *model.buffers(), *inputs.values()]
-    with torch.no_grad(), mock.patch.object(PromptSpans, "bounds", return_value=sizes):
+    with torch.no_grad(), mock.patch.object(PromptSpans, "bounds", return_value=bounds):
         with CountedMemory(given) as tower:
             patches = model.get_image_features(inputs["pixel_values"]).last_hidden_state
         with CountedMemory([*given, patches]) as behind:

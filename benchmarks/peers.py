@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import flashsloth
-from flashsloth.original_flashsloth import PHI_2, SIGLIP_SO400M_384
+from flashsloth.configuration_flashsloth import PHI_2, SIGLIP_SO400M_384
 
 QUESTION_TOKENS = 40
 QUESTION_IDS = (1000, 9000)  # in every vocabulary ordinary text

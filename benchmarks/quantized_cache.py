@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.backbones_flashsloth import CACHE_NAME
+from flashsloth.generation_flashsloth import CACHE_NAME
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))

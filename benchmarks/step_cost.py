@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers.initialization import no_init_weights
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
-from flashsloth.prompt_flashsloth import PromptSizes, PromptSpans
+from flashsloth.modeling_flashsloth import PromptSpans
 from flashsloth.training.recipe import freeze_for_stage
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ MODELS = ("FlashSloth", "all patches")
 STAGES = (1, 2)
 TEXT_TOKENS = {1: 40, 2: 256}  # a caption; a short conversation
 TOTAL_ROWS = 8
-ONE_TILE = PromptSizes(tiles_per_row=1, queries_per_row=FlashSlothConfig.num_query_tokens, is_padded=False)
+ONE_TILE = (1, FlashSlothConfig.num_query_tokens)  # tiles and query tokens per row
 ROWS = {"cpu": (64, 128), "cuda": (8, 16)}  # with few rows the peak may be that of the gradients, with many none fits
 SMALL = {  # every width a tenth of the released one, or nearly
     "text_config": {

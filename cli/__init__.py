@@ -99,6 +99,7 @@ def _add_ask(commands: Any) -> None:
     )
     parser.add_argument(
         "--hd",
+        dest="do_image_splitting",
         action="store_const",
         const=True,
         help="read the image as five tiles (default: as the checkpoint says)",
@@ -366,14 +367,12 @@ def _read_bytes(source: str) -> bytes:
 
 def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
     """Load model and processor, onto the accelerator if there is one."""
-    import torch
-
     from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
-    from ..backbones_flashsloth import working_dtype
+    from .devices import default_device, working_dtype
 
     _silence_transformers()
     check_model(source)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = default_device()
     dtype = working_dtype(device) if dtype == "auto" else dtype
     try:
         processor = FlashSlothProcessor.from_pretrained(source)
@@ -396,7 +395,7 @@ def check_model(source: str) -> None:
     Raises:
         CommandError: If it is none, or is not there.
     """
-    from ..original_flashsloth import is_flashsloth_config
+    from ..configuration_flashsloth import is_flashsloth_config
     from .weight_files import check_json_files, find_weight_files
 
     config = _read_config(source)

@@ -20,16 +20,16 @@ from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..configuration_flashsloth import FlashSlothConfig
-from ..modeling_flashsloth import FlashSlothForConditionalGeneration
-from ..original_flashsloth import (
+from ..configuration_flashsloth import (
     ORIGINAL_ARCHITECTURE,
     ORIGINAL_KEY_MAPPING,
+    FlashSlothConfig,
     is_flashsloth_config,
     is_original_config,
     original_generation_config,
     translate_original_config,
 )
+from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..processing_flashsloth import FlashSlothProcessor
 from . import first_line, model_card
 from .repository import RepositoryError as ConversionError

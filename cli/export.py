@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..configuration_flashsloth import is_flashsloth_config
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
-from ..original_flashsloth import is_flashsloth_config
 from ..processing_flashsloth import FlashSlothProcessor
 from . import URL_PREFIXES, first_line, model_card
 from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder

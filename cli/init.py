@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -32,11 +33,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 
-from ..backbones_flashsloth import build_vision_tower
-from ..configuration_flashsloth import FlashSlothConfig
+from ..configuration_flashsloth import FlashSlothConfig, is_flashsloth_config, patch_grid_size
 from ..image_processing_flashsloth import FlashSlothImageProcessor
-from ..modeling_flashsloth import FlashSlothForConditionalGeneration
-from ..original_flashsloth import is_flashsloth_config
+from ..modeling_flashsloth import FlashSlothForConditionalGeneration, build_vision_tower
 from ..processing_flashsloth import FlashSlothProcessor, build_chat_template
 from . import first_line, model_card
 from .chat_format import (
@@ -276,7 +275,7 @@ def _count(config: PreTrainedConfig, name: str) -> int | None:
 def _find_grid(tower: Tower) -> int:
     """Side of the tower's patch grid."""
     try:
-        return FlashSlothConfig(vision_config=tower.config).patch_grid_size
+        return patch_grid_size(tower.config)
     except ValueError as error:
         sizes = {name: getattr(tower.config, name, None) for name in ("image_size", "patch_size")}
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
@@ -396,20 +395,21 @@ def _build_config(
     anchor = tokenizer.encode(ANCHOR_TEXT, add_special_tokens=False)
     image_token_id, query_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, QUERY_TOKEN])
     head = decoder.get_output_embeddings()
-    config = FlashSlothConfig(
-        text_config=text_config,
-        vision_config=tower.config,
-        image_token_id=image_token_id,
-        query_token_id=query_token_id,
-        query_layer_idx=query_layer_idx,
-        num_query_heads=heads[-1],
-        query_anchor_token_id=anchor[0] if len(anchor) == 1 else None,
-        lm_head_bias=head.bias is not None,
-        tie_word_embeddings=head.weight is decoder.get_input_embeddings().weight,
-        **fields,
-    )
-    config.validate_architecture()
-    return config
+    try:
+        return FlashSlothConfig(
+            text_config=text_config,
+            vision_config=tower.config,
+            image_token_id=image_token_id,
+            query_token_id=query_token_id,
+            query_layer_idx=query_layer_idx,
+            num_query_heads=heads[-1],
+            query_anchor_token_id=anchor[0] if len(anchor) == 1 else None,
+            lm_head_bias=head.bias is not None,
+            tie_word_embeddings=head.weight is decoder.get_input_embeddings().weight,
+            **fields,
+        )
+    except StrictDataclassError as error:
+        raise error.__cause__ or error from None
 
 
 @torch.no_grad()

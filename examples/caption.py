@@ -33,7 +33,7 @@ from transformers import BatchFeature
 from transformers.utils.logging import disable_progress_bar
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.backbones_flashsloth import working_dtype
+from flashsloth.cli.devices import working_dtype
 from flashsloth.training import load_rows, normalize_row
 from flashsloth.training.data import PLACEHOLDER, Rows
 

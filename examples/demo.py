@@ -23,8 +23,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 import flashsloth
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.backbones_flashsloth import working_dtype
 from flashsloth.cli import SHIPPED_CHECKPOINT_NOTE
+from flashsloth.cli.devices import working_dtype
 from flashsloth.image_processing_flashsloth import IMAGE_ERRORS
 from flashsloth.saliency_flashsloth import overlay
 

@@ -6,7 +6,8 @@ from torch.profiler import profile
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 
-from flashsloth.backbones_flashsloth import build_decoder, build_vision_tower, has_bfloat16, working_dtype
+from flashsloth.cli.devices import has_bfloat16, working_dtype
+from flashsloth.modeling_flashsloth import build_decoder, build_vision_tower
 
 
 def layer_inputs(tower, pixel_values):

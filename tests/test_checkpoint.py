@@ -13,7 +13,7 @@ from test_hub import WITHOUT_PACKAGE
 from transformers import CompileConfig
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.backbones_flashsloth import working_dtype
+from flashsloth.cli.devices import working_dtype
 
 ROOT = Path(__file__).parents[1]
 NUM_QUESTIONS = 16

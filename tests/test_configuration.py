@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from flashsloth import FlashSlothConfig, FlashSlothModel
-from flashsloth.original_flashsloth import is_flashsloth_config, is_original_config
+from flashsloth.configuration_flashsloth import is_flashsloth_config, is_original_config
 
 
 def test_defaults_are_the_released_model():

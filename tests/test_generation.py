@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
-from flashsloth.backbones_flashsloth import CACHE_NAME, CACHE_NAMES
+from flashsloth.generation_flashsloth import CACHE_NAME, CACHE_NAMES
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
@@ -151,7 +151,7 @@ def test_a_cache_has_the_name_that_transformers_gives_it_now_or_gave_it_before(a
 
 def test_two_caches_are_refused(model, ask, images):
     first, second = (DynamicCache(config=model.config.get_text_config()) for _ in range(2))
-    with pytest.raises(ValueError, match=r"two names of one thing.*pass one of them"):
+    with pytest.raises(ValueError, match=r"two names of the KV cache.*pass one of them"):
         model(**ask([(images[:1], "What is it?")]), cache=first, past_key_values=second)
 
 

@@ -165,7 +165,7 @@ def test_what_is_kept_does_not_change_by_generating(model, ask, images):
 
 def test_a_cache_that_is_not_to_be_used_is_refused(model, ask, images):
     inputs = ask([(images[:1], "What is it?")])
-    with pytest.raises(ValueError, match=r"a DynamicCache and `use_cache=False`.*Leave out one of them"):
+    with pytest.raises(ValueError, match=r"a DynamicPrefixCache and `use_cache=False`.*Pass only one of them"):
         model.generate(**model.image_prefix_cache()(inputs), **GREEDY, use_cache=False)
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
@@ -176,14 +176,14 @@ def test_a_batch_is_refused(model, ask, images):
         model.image_prefix_cache()(ask([(images[:1], "What?")], [(images[:1], "Why?")]))
 
 
-def test_patch_features_of_another_shape_or_beside_pixels_are_refused(model, ask, images):
+def test_patch_features_of_another_shape_or_next_to_pixels_are_refused(model, ask, images):
     inputs = dict(ask([(images[:1], "What is it?")]))
     features = model.get_image_features(inputs["pixel_values"]).last_hidden_state
-    with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\).*beside `pixel_values`; give `last_hidden_state`"):
+    with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\).*next to `pixel_values`; pass `last_hidden_state`"):
         model(**inputs, patch_features=features)
     del inputs["pixel_values"]
     for wrong in (features[0], features[:, 1:], features[..., 1:]):
-        with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\) and stand in the place of `pixel_values`, but"):
+        with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\) and replace `pixel_values`, but"):
             model(**inputs, patch_features=wrong)
 
 

@@ -28,7 +28,7 @@ from flashsloth.cli.chat_format import CONTENTS, ChatFormatError, derive_templat
 from flashsloth.cli.init import _adapt_tokenizer, default_pooling_window, init
 from flashsloth.cli.model_card import build_model_card
 from flashsloth.cli.repository import RepositoryError
-from flashsloth.prompt_flashsloth import PromptSpans
+from flashsloth.modeling_flashsloth import PromptSpans
 
 WIDTH = 32  # of the Embedded Query module; 576 would dwarf the rest
 PAIRS = {  # decoder: (tower, decoder's spare rows, pooling window)
@@ -370,7 +370,7 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
         )
         head = head.partition(SENTINEL)[0]
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = PromptSpans.find(torch.tensor([encoded["input_ids"]]), config, None)
+        spans = PromptSpans(torch.tensor([encoded["input_ids"]]), config)
         block = max(i for i, token in enumerate(encoded["input_ids"]) if token == config.query_token_id)
         expected = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(head))
         assert spans.instruction_start[0, block] == expected, (before, images, content)

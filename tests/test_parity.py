@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothModel, FlashSlothProcessor
 from flashsloth.cli.convert import convert
-from flashsloth.original_flashsloth import ORIGINAL_KEY_MAPPING
+from flashsloth.configuration_flashsloth import ORIGINAL_KEY_MAPPING
 
 TOLERANCE = 1e-4
 ASSISTANT = [24994, 8808, 8643, 25]  # " ASSISTANT:"

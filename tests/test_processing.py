@@ -239,8 +239,8 @@ def test_other_modalities_are_refused(processor):
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(processor):
-    with pytest.raises(ValueError, match=r"does not know `<image>`; add it with"):
-        FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<image>")
+    with pytest.raises(ValueError, match=r"does not know `<img>`; add it with"):
+        FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<img>")
     with pytest.raises(TypeError, match="needs a fast tokenizer, but got NoneType"):
         FlashSlothProcessor(processor.image_processor, None)
 

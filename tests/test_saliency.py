@@ -9,7 +9,7 @@ from PIL import Image
 from scenes import SHAPES, draw, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
-from flashsloth.backbones_flashsloth import CACHE_NAME
+from flashsloth.generation_flashsloth import CACHE_NAME
 from flashsloth.saliency_flashsloth import heat_map, overlay
 
 ROOT = Path(__file__).parents[1]
@@ -291,7 +291,7 @@ def test_what_does_not_belong_together_is_refused(model, ask, images):
         model.heat_maps(outputs, ids, [(48, 40)])
     with pytest.raises(ValueError, match="2 prompts, 1 answers"):
         model.answer_maps(inputs, ids[:1], [(48, 40)] * 2)
-    with pytest.raises(ValueError, match="needs images"):
+    with pytest.raises(ValueError, match="need images"):
         model.answer_maps({"input_ids": ids}, ids, [(48, 40)] * 2)
 
 

@@ -72,7 +72,7 @@ def main():
             processing_class=processor,
             **given,
         )
-        trainer.images = {row["prompt"][0]["content"]: row["images"] or [] for row in prompts}
+        trainer.image_rows = {row["prompt"][0]["content"]: row["images"] or [] for row in prompts}
         trainer.train()
         logs[name] = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         logs[name].append({"differences": getattr(trainer, "differences", ())})

@@ -49,7 +49,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.backbones_flashsloth import has_bfloat16
+from flashsloth.cli.devices import has_bfloat16
 from flashsloth.training import FlashSlothDataCollator
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, draw, questions, scene_at
 from transformers import BatchFeature
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.backbones_flashsloth import working_dtype
+from flashsloth.cli.devices import working_dtype
 
 logger = logging.getLogger(__name__)
 
