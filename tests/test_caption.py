@@ -95,7 +95,9 @@ def test_every_image_gets_an_answer_in_order_and_broken_ones_a_reason(folder, sc
 def test_answers_are_those_of_generate(folder, answers):
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
     processor = FlashSlothProcessor.from_pretrained(ROOT)
-    for row in [row for row in read(answers / "answers.jsonl") if "answer" in row][:4]:
+    answered = [row for row in read(answers / "answers.jsonl") if "answer" in row][:4]
+    assert len(answered) == 4
+    for row in answered:
         image = {"type": "image", "path": str(folder / row["image"])}
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": [image, {"type": "text", "text": "Describe the picture."}]}],
@@ -187,7 +189,7 @@ def test_a_listing_may_have_broken_lines_and_rotated_images(scenes, tmp_path):
 
 def test_sources_that_look_alike_are_told_apart(scenes, tmp_path):
     datasets = pytest.importorskip("datasets")
-    for day, scene in zip(("monday", "tuesday"), scenes, strict=False):
+    for day, scene in zip(("monday", "tuesday"), scenes[:2], strict=True):
         (tmp_path / day / "tables").mkdir(parents=True)
         (tmp_path / day / "images").mkdir()
         draw(scene, 96).save(file := tmp_path / day / "images" / "1.png")

@@ -146,49 +146,64 @@ def test_the_shipped_checkpoint_is_the_default(run, checkpoint, image, monkeypat
     assert "\n" not in cli.SHIPPED_CHECKPOINT_NOTE
 
 
-def test_images_that_cannot_be_read_are_one_clear_line(refused, tmp_path, checkpoint, image):
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("nothing.png", "no such file"),
+        ("text.png", "not an image"),
+        ("half.png", "cannot be read"),
+        (".", "no such file"),
+        ("http://127.0.0.1:x/", "cannot be read"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_one_clear_line(refused, tmp_path, checkpoint, image, source, reason):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes(image.read_bytes()[:300])
-    for source, reason in {
-        tmp_path / "nothing.png": "no such file",
-        tmp_path / "text.png": "not an image",
-        tmp_path / "half.png": "cannot be read",
-        tmp_path: "no such file",
-        "http://127.0.0.1:x/": "cannot be read",
-    }.items():
-        line = refused("ask", source, QUESTION, "--model", checkpoint)
-        assert reason in line
-        assert str(source) in line
+    source = source if "://" in source else tmp_path / source
+    line = refused("ask", source, QUESTION, "--model", checkpoint)
+    assert reason in line
+    assert str(source) in line
 
 
 def test_an_empty_question_is_answered(run, checkpoint, image):
     assert run("ask", image, "", "--model", checkpoint, "--max-new-tokens", NUM_TOKENS)[0] == 0
 
 
-def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, checkpoint, image):
-    other, partial, broken, empty = (tmp_path / name for name in ("other", "partial", "broken", "empty"))
-    for folder in (other, partial, broken, empty):
-        folder.mkdir()
+@pytest.fixture(scope="module")
+def unloadable(tmp_path_factory, checkpoint):
+    """A folder of models that cannot be loaded, each for a reason of its own."""
+    folder = tmp_path_factory.mktemp("unloadable")
+    other, partial, broken, empty = (folder / name for name in ("other", "partial", "broken", "empty"))
+    for model in (other, partial, broken, empty):
+        model.mkdir()
     write_json(other / "config.json", {"model_type": "phi"})
-    for folder in (partial, broken):
+    for model in (partial, broken):
         for file in checkpoint.iterdir():
             if file.suffix != ".py":
-                (folder / file.name).write_bytes(file.read_bytes())
+                (model / file.name).write_bytes(file.read_bytes())
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["model.query_tokens"]
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     (broken / "model.safetensors").write_bytes(b"broken")
-    for model, reason in {
-        tmp_path / "nothing": "no such model",
-        "someone/nothing": "no such model",
-        empty: "has no config.json",
-        other: "is not a FlashSloth",
-        partial: "model.query_tokens",
-        broken: "cannot be loaded",
-    }.items():
-        line = refused("ask", image, QUESTION, "--model", model)
-        assert reason in line
-        assert str(model) in line
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("nothing", "no such model"),
+        ("someone/nothing", "no such model"),
+        ("empty", "has no config.json"),
+        ("other", "is not a FlashSloth"),
+        ("partial", "model.query_tokens"),
+        ("broken", "cannot be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(refused, unloadable, image, model, reason):
+    model = model if "/" in model else unloadable / model
+    line = refused("ask", image, QUESTION, "--model", model)
+    assert reason in line
+    assert str(model) in line
 
 
 BROKEN = {  # file, content, part of the message

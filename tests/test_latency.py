@@ -209,7 +209,7 @@ def test_peak_memory_includes_memory_that_was_freed():
     with latency.PeakMemory("cpu") as memory, mmap.mmap(-1, 2**26) as pages:  # new pages, not ones that torch kept
         for offset in range(0, len(pages), mmap.PAGESIZE):
             pages[offset] = 1
-    assert memory.above == pytest.approx(2**26, rel=0.1)
+    assert memory.above == pytest.approx(2**26, rel=0.05)
 
 
 def test_an_interrupted_run_resumes_and_reports_ratios(tmp_path):
@@ -342,6 +342,8 @@ def test_answers_with_eight_and_four_bits_are_compared():
     assert [row.recipe for row in rows] == list(quantization.RECIPES)
     assert all(row.num_asked == rows[0].num_asked >= row.num_right > row.num_asked / 2 for row in rows)
     assert all(row.num_layer_bytes < 0.6 * rows[0].num_layer_bytes for row in rows[1:])
-    plain, *others = (row.golden_difference for row in rows)
-    assert all(0 < plain < other < 0.5 for other in others)
+    differences = [row.golden_difference for row in rows]
+    tolerances = [0.02 if row.recipe == "bfloat16" else 0.05 if "8" in row.recipe else 0.35 for row in rows]
+    assert all(difference < tolerance for difference, tolerance in zip(differences, tolerances, strict=True))
+    assert 0 < differences[0] < min(differences[1:])
     assert len(quantization.answers_table(rows).splitlines()) == 2 + len(rows)
