@@ -185,14 +185,7 @@ def _build_inputs(processor: FlashSlothProcessor, questions: Iterable[str | None
             [{"role": "user", "content": [*content, {"type": "text", "text": question or "Why?"}]}],
         )
     return dict(
-        processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "images_kwargs": {"do_image_splitting": False}},
-        )
+        processor.encode_conversations(conversations, padding=True, images_kwargs={"do_image_splitting": False})
     )
 
 

@@ -128,17 +128,8 @@ class Batches(Dataset):
         return image_processor.process_image(image_processor.fetch_images(image))
 
     def _prepare(self, conversations: list) -> BatchFeature:
-        return self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={
-                "padding": True,
-                "images_kwargs": {"do_image_splitting": self.options.do_image_splitting},
-            },
-        )
+        images_kwargs = {"do_image_splitting": self.options.do_image_splitting}
+        return self.processor.encode_conversations(conversations, padding=True, images_kwargs=images_kwargs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -334,14 +334,8 @@ class Demo:
             messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
             messages += [{"role": "assistant", "content": [{"type": "text", "text": part}]} for part in answer]
         messages[0]["content"].insert(0, {"type": "image", "image": image})
-        return self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"images_kwargs": {"do_image_splitting": splitting}},
-        ).to(self.model.device, self.model.dtype)
+        inputs = self.processor.encode_conversations(messages, images_kwargs={"do_image_splitting": splitting})
+        return inputs.to(self.model.device, self.model.dtype)
 
     def _room(self, inputs: dict[str, Any]) -> int:
         """Number of tokens left for the answer.

@@ -84,14 +84,7 @@ def build_inputs(
         contents = [[{"type": "image", "image": question.image}, first], *([part] for part in others)]
         roles = ("user", "assistant") * len(contents)
         conversations.append([{"role": role, "content": part} for role, part in zip(roles, contents, strict=False)])
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    return processor.encode_conversations(conversations, padding=True)
 
 
 @torch.inference_mode()
