@@ -22,20 +22,6 @@ CACHE_NAME = CACHE_NAMES[0] if hasattr(BaseModelOutputWithPast, "cache") else CA
 """The installed transformers' name of the KV cache, in arguments and in outputs."""
 
 
-def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Return the KV cache, whichever of its two names it was passed by.
-
-    Raises:
-        ValueError: If it was passed by both.
-    """
-    if cache is not None and past_key_values is not None:
-        raise ValueError(
-            "`cache` and `past_key_values` are two names of the KV cache, but both were given; pass one of them, and "
-            f"`{CACHE_NAME}` to `generate` of the installed transformers."
-        )
-    return past_key_values if cache is None else cache
-
-
 class KeepsPrefix:
     """A KV cache that is handed over once prefill has filled it, so that its beginning can be kept."""
 
@@ -122,7 +108,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
             prompt = input_ids if embeds is None else self.model.find_special_ids(embeds)
             spans = self.model.find_spans(prompt)
             spans.copy_counts()
-            num_tiles = (spans.num_image_tokens // self.config.image_seq_length).tolist()
+            num_tiles = (spans.num_image_tokens // spans.image_seq_length).tolist()
             for name, tiles in images.items():
                 spans.check(len(tiles))
                 images[name] = torch.cat([row for part in tiles.split(num_tiles) for row in [part] * expand_size])

@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_flashsloth import ORIGINAL_KEY_MAPPING, FlashSlothConfig, original_generation_config
-from .generation_flashsloth import CACHE_NAME, CACHE_NAMES, FlashSlothGenerationMixin, one_cache
+from .generation_flashsloth import CACHE_NAME, CACHE_NAMES, FlashSlothGenerationMixin
 from .saliency_flashsloth import FlashSlothSaliencyMixin
 
 FUSED_HEAD_DIM_MULTIPLE = 8  # required by the fused CUDA attention kernels
@@ -301,6 +301,7 @@ class PromptSpans:
         query_rank: Index of a query token in its block, `(batch, seq_length)`.
         query_start: Position where the block of a query token begins, `(batch, seq_length)`.
         instruction_start: Position where the latest instruction begins, `(batch, seq_length)`; -1: not in this call.
+        image_seq_length: Image tokens of a tile.
         num_tiles_before: Tiles of the row before a position, cached ones included, `(batch, seq_length)`.
         num_image_tokens: Image tokens of every row, `(batch,)`.
         num_cached_tiles: Cached tiles of every row, `(batch,)`.
@@ -328,7 +329,7 @@ class PromptSpans:
         begins_instruction: torch.BoolTensor | None = None,
         position_ids: torch.LongTensor | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.image_seq_length = config, config.image_seq_length
         self.image_mask = input_ids == config.image_token_id
         self.query_mask = input_ids == config.query_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -337,9 +338,9 @@ class PromptSpans:
         self.num_image_tokens = self.image_mask.sum(dim=1)
         self.has_cache = num_cached_tiles is not None
         self.num_cached_tiles = num_cached_tiles if self.has_cache else torch.zeros_like(self.num_image_tokens)
-        num_tiles = self.num_image_tokens // config.image_seq_length + self.num_cached_tiles
+        num_tiles = self.num_image_tokens // self.image_seq_length + self.num_cached_tiles
         self.first_tile = num_tiles.cumsum(dim=0) - num_tiles
-        tiles_here = self.image_mask.cumsum(dim=1) // config.image_seq_length
+        tiles_here = self.image_mask.cumsum(dim=1) // self.image_seq_length
         self.num_tiles_before = tiles_here + self.num_cached_tiles.unsqueeze(1)
         self.sample_start = self.num_foreign_tiles = None
         if position_ids is not None:
@@ -410,7 +411,7 @@ class PromptSpans:
         if self.sample_start is not None:
             image_tokens = nn.functional.pad(self.image_mask[:, :-1].cumsum(dim=1), (1, 0))
             tokens_before = image_tokens.gather(1, self.sample_start)
-            counts["is_cut"] = (tokens_before % self.config.image_seq_length > 0).any(dim=1)
+            counts["is_cut"] = (tokens_before % self.image_seq_length > 0).any(dim=1)
             counts["is_packed"] = (self.sample_start > 0).any(dim=1)
             is_torn = is_torn | (self.query_mask & (self.query_start < self.sample_start))
         counts |= {"is_torn": is_torn.any(dim=1), "is_lost": is_lost.any(dim=1)}
@@ -440,7 +441,7 @@ class PromptSpans:
         for number, row in enumerate(rows):
             self._check_row(number, row)
         self._check_tile_count(num_tiles, *(sum(row[name] for row in rows) for name in self._count_names[:3]))
-        tiles = [row["image_tokens"] // self.config.image_seq_length + row["cached_tiles"] for row in rows]
+        tiles = [row["image_tokens"] // self.image_seq_length + row["cached_tiles"] for row in rows]
         is_used = any(row["image_tokens"] or row["queries"] for row in rows)
         self.tiles_per_row = max(tiles) if is_used else 0
         self.queries_per_row = max(1, *(row["queries"] for row in rows))
@@ -449,16 +450,16 @@ class PromptSpans:
     def bounds(self, num_tiles: int) -> tuple[int, int]:
         """Upper bounds of `tiles_per_row` and `queries_per_row` that follow from shapes alone, for traced graphs."""
         length = self.image_mask.shape[1]
-        tiles_per_row = num_tiles if self.has_cache else min(num_tiles, length // self.config.image_seq_length)
+        tiles_per_row = num_tiles if self.has_cache else min(num_tiles, length // self.image_seq_length)
         return tiles_per_row, length
 
     def _check_row(self, number: int, row: dict[str, int]) -> None:
         config = self.config
-        if row["image_tokens"] % config.image_seq_length or row.get("is_cut"):
+        if row["image_tokens"] % self.image_seq_length or row.get("is_cut"):
             raise ValueError(
                 f"Row {number} has {row['image_tokens']} image tokens"
                 f"{', cut between packed samples' if row.get('is_cut') else ''}, but a tile has "
-                f"{config.image_seq_length}: the prompt was truncated, or split by a chunked prefill, inside an image. "
+                f"{self.image_seq_length}: the prompt was truncated, or split by a chunked prefill, inside an image. "
                 "Raise `max_length`, or leave `prefill_chunk_size` out."
             )
         if row["queries"] % config.num_query_tokens or row["is_torn"]:
@@ -488,8 +489,7 @@ class PromptSpans:
             )
 
     def _check_tile_count(self, num_tiles: int, num_image_tokens: int, num_cached: int, num_queries: int) -> None:
-        seq_length = self.config.image_seq_length
-        expected = num_image_tokens // seq_length + num_cached
+        expected = num_image_tokens // self.image_seq_length + num_cached
         if num_tiles == expected or not (num_tiles or num_image_tokens or num_queries):
             return
         where = f" and {num_cached} tiles in the cache" if num_cached else ""
@@ -498,7 +498,7 @@ class PromptSpans:
             hint = "keep prompts whole (TRL cuts them at its `max_length`, which may be None)"
         raise ValueError(
             f"`input_ids` has {num_image_tokens} image tokens{where}, so {expected} tiles are expected, but "
-            f"`pixel_values` gives {num_tiles} ({num_tiles * seq_length} features); build both with "
+            f"`pixel_values` gives {num_tiles} ({num_tiles * self.image_seq_length} features); build both with "
             f"`FlashSlothProcessor`, {hint}, and leave `prefill_chunk_size` out."
         )
 
@@ -811,7 +811,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             RuntimeError: If this is a copy made by `nn.DataParallel`.
         """
         self._check_call(input_ids, inputs_embeds, position_ids, kwargs)
-        cache, kwargs = one_cache(cache, past_key_values), self._decoder_kwargs(kwargs)
+        cache, kwargs = _one_cache(cache, past_key_values), self._decoder_kwargs(kwargs)
         is_prompt = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] > 1
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -954,7 +954,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def _insert_image_tokens(
         self, inputs_embeds: torch.Tensor, image_tokens: torch.Tensor, spans: PromptSpans
     ) -> torch.Tensor:
-        first_token = (spans.first_tile + spans.num_cached_tiles) * self.config.image_seq_length  # (batch,)
+        first_token = (spans.first_tile + spans.num_cached_tiles) * spans.image_seq_length  # (batch,)
         ranks = first_token.unsqueeze(1) + spans.image_mask.cumsum(dim=1) - 1
         image_tokens = image_tokens.flatten(0, 1)
         image_tokens = image_tokens[ranks.clamp(0, image_tokens.shape[0] - 1)]  # (batch, seq_length, hidden_size)
@@ -1063,6 +1063,16 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         kept_outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return FlashSlothCausalLMOutputWithPast(loss=loss, logits=logits, **kept_outputs)
+
+
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The KV cache, whichever of its two names it was passed by."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            "`cache` and `past_key_values` are two names of the KV cache, but both were given; pass one of them, and "
+            f"`{CACHE_NAME}` to `generate` of the installed transformers."
+        )
+    return past_key_values if cache is None else cache
 
 
 def _without_fused_attentions(kwargs: dict[str, Any], backbone: PreTrainedModel) -> dict[str, Any]:

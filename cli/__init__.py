@@ -252,9 +252,9 @@ def _ask(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from .convert import ConversionError, convert
 
-    _silence_transformers()
+    _silence_transformers(show_progress=True)
     try:
-        done = convert(options.source, options.output, vision_config=options.vision_config, progress=True)
+        done = convert(options.source, options.output, vision_config=options.vision_config)
     except (ConversionError, OSError) as error:
         raise CommandError(error) from error
     sys.stdout.write(
@@ -388,7 +388,7 @@ def check_model(source: str) -> None:
         CommandError: If it is not a FlashSloth, is incomplete, or does not exist.
     """
     from ..configuration_flashsloth import is_flashsloth_config
-    from .weight_files import check_json_files, find_weight_files
+    from .repository import check_json_files, find_weight_files
 
     config = _read_config(source)
     if not is_flashsloth_config(config):
@@ -405,7 +405,7 @@ def check_model(source: str) -> None:
 def _read_config(source: str) -> dict:
     from transformers.configuration_utils import PreTrainedConfig
 
-    from .weight_files import read_json
+    from .repository import read_json
 
     file = Path(source, "config.json")
     try:
@@ -447,13 +447,14 @@ def _build_streamer(tokenizer: Any) -> Any:
     return AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _silence_transformers() -> None:
+def _silence_transformers(*, show_progress: bool = False) -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not show_progress:
+        logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

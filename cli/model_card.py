@@ -1,4 +1,4 @@
-"""Model card of a FlashSloth checkpoint."""
+"""Model cards of FlashSloth checkpoints."""
 
 import math
 from pathlib import Path
@@ -7,18 +7,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_flashsloth import FlashSlothConfig
 from ..image_processing_flashsloth import NUM_HD_TILES
-from .weight_files import read_json
+from .repository import read_json
 
 PHI_2_ID = "microsoft/phi-2"
 SIGLIP_ID = "google/siglip-so400m-patch14-384"
 TASK = "image-text-to-text"
+TAGS = ["custom_code", "conversational", "flashsloth", "vision-language"]
 DRAWN_SCENES = "drawn-scenes"
 
-CONVERTED = "The weights are those of the original release, converted by `flashsloth convert`; no number was changed."
+CONVERTED = "These are the weights of the original release, converted by `flashsloth convert` without changing a value."
 
-INITIALISED = """Made by `flashsloth init` from the pretrained {tower} and {decoder}, whose weights are unchanged, but
-for {num_new_rows} rows that were added to the vocabulary. Pooling, projector, query tokens and Embedded Query module
-are freshly initialised: **train it before you use it.** The licences of both models apply."""
+INITIALISED = """Built by `flashsloth init` from the pretrained {tower} and {decoder}. Their weights are unchanged; the
+vocabulary has {num_new_rows} added rows. The pooling, the projector, the query tokens and the Embedded Query module are
+newly initialised: **train the model before you use it.** The licences of both base models apply."""
 
 CARD = """---
 {metadata}
@@ -26,23 +27,23 @@ CARD = """---
 
 # {name}
 
-FlashSloth (arXiv [2412.04317](https://arxiv.org/abs/2412.04317)): a vision-language model whose decoder sees an image
-as {num_image_tokens} tokens, and looks back at its {num_patches} patches when it is asked.
+FlashSloth ([arXiv 2412.04317](https://arxiv.org/abs/2412.04317)) is a vision-language model. An image enters its
+decoder as {num_image_tokens} tokens; query tokens after each question read the image's {num_patches} patches again.
 
 | | |
 |---|---|
 | Parameters | {num_parameters:,} |
-| Decoder | {text_type}, {num_layers} layers of width {hidden_size} |
+| Decoder | {text_type}, {num_layers} layers, hidden size {hidden_size} |
 | Vision tower | {vision_type}, {num_vision_layers} layers, {image_size} px |
-| Tiles of an image | {num_tiles}{variant} |
-| Type of the weights | {dtype} |
+| Tiles per image | {num_tiles}{variant} |
+| Data type | {dtype} |
 
 {origin}
 {results}
 ## Use
 
-The code lies in this repository, so nothing beside transformers (5.17 or later) is needed. `trust_remote_code=True`
-runs it; with `revision="COMMIT"` what runs is what was read at that commit:
+You need only transformers, 5.17 or later: the model's code is in this repository, and `trust_remote_code=True` runs it.
+Pass `revision="COMMIT"` to run exactly the code that you have reviewed.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -51,7 +52,7 @@ model_id = "{name}"  # this repository's folder or Hub id
 processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=True)
 
-content = [{{"type": "image", "path": "image.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+content = [{{"type": "image", "path": "image.jpg"}}, {{"type": "text", "text": "What is in the image?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True,
@@ -59,14 +60,14 @@ inputs = processor.apply_chat_template(
     return_dict=True,
     return_tensors="pt",
 ).to(model.device, model.dtype)
-answer = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].shape[1] :]
-sentence = processor.post_process_image_text_to_text(answer)[0]
+output = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].shape[1] :]
+answer = processor.post_process_image_text_to_text(output)[0]
 ```
 
-With the package `flashsloth` installed, leave `trust_remote_code` out, or ask from the shell:
+If the package `flashsloth` is installed, you do not need `trust_remote_code`, and can ask from the shell:
 
 ```sh
-flashsloth ask image.jpg "What is in the picture?" --model {name}
+flashsloth ask image.jpg "What is in the image?" --model {name}
 ```
 """
 
@@ -84,26 +85,26 @@ def build_model_card(
     results: list[EvalResult] | None = None,
     examples: list[tuple[str, str]] | None = None,
 ) -> ModelCard:
-    """Write the model card of a checkpoint.
+    """Build the model card of a checkpoint.
 
     Args:
         config: The checkpoint's config.
-        name: What the card calls the model.
-        dtype: Type of the weights, such as `float16`.
+        name: The model's name, which is also its id in the code example.
+        dtype: Data type of the weights, such as `float16`.
         num_parameters: Number of parameters.
-        do_image_splitting: Whether images are cut into five tiles.
-        origin: Where the weights come from, in a sentence.
-        base_models: Hub ids of the models that this one grew from. Default: as far as the sizes tell.
-        license_id: The weights' licence, by the name that the Hub has for it; `None`: not known.
-        results: What `read_results` read.
-        examples: Images, as paths in the repository or URLs, and questions for the Hub's widget.
+        do_image_splitting: Whether the processor cuts an image into five tiles.
+        origin: A sentence on where the weights come from.
+        base_models: Hub ids of the base models. Default: inferred from the config's sizes.
+        license_id: Hub identifier of the weights' licence, or `None` if it is unknown.
+        results: Evaluation results, as `read_results` returns them.
+        examples: Pairs of an image (a path in the repository or a URL) and a question, for the Hub's widget.
     """
     text, vision = config.text_config, config.vision_config
     metadata = ModelCardData(
         license=license_id,
         library_name="transformers",
         pipeline_tag=TASK,
-        tags=["custom_code", "flashsloth"],
+        tags=TAGS,
         base_model=_base_models(config) if base_models is None else base_models or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -133,45 +134,48 @@ def build_model_card(
 
 
 def read_results(file: Path) -> list[EvalResult]:
-    """Evaluation results, from what `examples/tiny/score.py` or lmms-eval wrote.
+    """Read evaluation results written by `examples/tiny/score.py` or lmms-eval.
 
     Args:
-        file: A JSON file: counts of `asked` and `right` for every kind of question, or lmms-eval's `results`.
+        file: A JSON file with the counts `asked` and `right` of every kind of question, or with lmms-eval's `results`.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the file has neither form.
     """
     content = read_json(file)
     try:
         if "results" in content:
             results = [
-                (task, None, task, name.partition(",")[0], value)
+                (task, task, name.partition(",")[0], None, value)
                 for task, metrics in content["results"].items()
                 for name, value in metrics.items()
                 if isinstance(value, (int, float)) and "_stderr" not in name and math.isfinite(value)
             ]
         else:
             results = [
-                (DRAWN_SCENES, kind, f"{DRAWN_SCENES}: {kind}", "exact_match", counts["right"] / counts["asked"])
+                (DRAWN_SCENES, DRAWN_SCENES, "exact_match", f"exact match: {kind}", counts["right"] / counts["asked"])
                 for kind, counts in content.items()
             ]
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{file} should hold lmms-eval's `results`, or `asked` and `right` for every kind of question."
+            f"{file} should hold lmms-eval's `results`, or `asked` and `right` of every kind of question."
         ) from error
-    fields = ("dataset_type", "dataset_config", "dataset_name", "metric_type", "metric_value")
+    fields = ("dataset_type", "dataset_name", "metric_type", "metric_name", "metric_value")
     return [EvalResult(task_type=TASK, **dict(zip(fields, result, strict=True))) for result in results]
 
 
 def _results_table(results: list[EvalResult]) -> str:
     if not results:
         return ""
-    rows = [f"| {result.dataset_name} | {result.metric_type} | {result.metric_value:.4g} |" for result in results]
+    rows = [
+        f"| {result.dataset_name} | {result.metric_name or result.metric_type} | {result.metric_value:.4g} |"
+        for result in results
+    ]
     return "\n".join(["", "## Results", "", "| data set | metric | value |", "|---|---|---:|", *rows, ""])
 
 
 def _base_models(config: FlashSlothConfig) -> list[str] | None:
-    """Models that this one grew from, as far as their sizes tell."""
+    """The released base models whose sizes the config has."""
     released, text, vision = FlashSlothConfig(), config.text_config, config.vision_config
     bases = []
     fields = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")

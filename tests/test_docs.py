@@ -1,8 +1,8 @@
-"""What the pages of docs/ show is what happens: every block that can run here does, on its own, in a fresh clone.
+"""The pages of docs/ are true: each block runs on its own in a fresh clone, unless it needs a network, a GPU or hours.
 
-A page says in words, and to these tests in a comment right before a block, what a block needs besides a clone:
-`<!-- setup -->` marks the one block that runs before each of the others, `<!-- continues -->` a block that goes on in
-the folder that the block before it left. Python's names are never handed on.
+A comment right before a block tells these tests what the block needs in addition to a clone, as the page does in words:
+`<!-- setup -->` marks the one block that runs before each of the others, and `<!-- continues -->` a block that runs in
+the folder of the block before it. Blocks share no Python names.
 """
 
 import ast
@@ -31,18 +31,18 @@ TASK = re.compile(r"^(?:task|group): *[\"']?([\w-]+)", flags=re.MULTILINE)
 
 
 def blocks(page, language):
-    """Language and content of a page's blocks in the languages of a pattern."""
+    """Language and content of the blocks of a page whose language matches a pattern."""
     return [(language, block) for _, language, block in marked_blocks(page, language)]
 
 
 def marked_blocks(page, language):
-    """Mark (or ""), language and content of a page's blocks in the languages of a pattern."""
+    """Mark (or ""), language and content of the blocks of a page whose language matches a pattern."""
     pattern = rf"(?:^<!-- (setup|continues) -->\n)?^```({language})\n(.*?)^```"
     return re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def runs(page):
-    """What is run of a page, each in a folder of its own: lists of blocks, as language and content."""
+    """The runs of a page, each in a separate folder: lists of blocks, as language and content."""
     setup, found = [], []
     for mark, *block in marked_blocks(page, "sh|python"):
         if mark == "setup":
@@ -64,7 +64,7 @@ RUNS = [pytest.param(page, run, id=f"{page.stem}-{i}") for page in PAGES for i, 
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A folder with everything of the repository, where nothing is left behind."""
+    """A folder with everything in the repository, whose new files are easy to find."""
     for entry in ROOT.iterdir():
         if entry.name not in {".git", "build", "runs", "data"}:
             (tmp_path / entry.name).symlink_to(entry)
@@ -75,7 +75,7 @@ def clone(tmp_path, monkeypatch):
 
 
 def run(command, monkeypatch):
-    """Run a command; Python's in this process, which has imported everything."""
+    """Run a command: one of Python in this process, which has already imported everything."""
     if command[0] == "flashsloth":
         assert flashsloth(command[1:]) == 0, command
     elif command[0] == "python":
@@ -104,12 +104,12 @@ def test_every_block_of_a_page_runs_on_its_own(page, shown, clone, monkeypatch):
 
 
 def new_entries(clone):
-    """What was written into a clone, which begins as symbolic links."""
+    """The files written into a clone, which starts as symbolic links."""
     return [entry for entry in clone.iterdir() if not entry.is_symlink()]
 
 
 def not_ignored(paths):
-    """Those of some paths from the root that git would show as new; none where this is no git checkout."""
+    """The paths, relative to the root, that git would show as new; none if this is not a git checkout."""
     if not (ROOT / ".git").exists():
         return []
     paths = list(paths)
@@ -120,7 +120,7 @@ def not_ignored(paths):
 
 
 def undefined_names(code):
-    """Names that code reads and never sets: what a block that is copied alone would miss."""
+    """Names that code reads but never sets, which are missing when a reader copies only this block."""
     read, known = set(), set(dir(builtins))
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Name):
@@ -143,7 +143,7 @@ def test_no_block_reads_names_of_another(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_marks_stand_where_they_are_read(page):
+def test_marks_precede_a_block_that_runs(page):
     text = page.read_text(encoding="utf-8")
     marks = [mark for mark, *_ in marked_blocks(page, "sh|python") if mark]
     assert re.findall(r"<!-- (setup|continues)\b", text) == marks
@@ -160,7 +160,7 @@ def test_what_a_page_names_is_there(page):
 
 
 def anchors(page):
-    """Where a link into a page may lead, as GitHub and the Hub name its headings."""
+    """The anchors of a page, as GitHub and the Hub derive them from its headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -173,12 +173,12 @@ def test_links_into_pages_lead_to_headings(page):
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_extras_are_those_of_the_clone(page):
-    """No package index has a `flashsloth` to install."""
+    """No package index has `flashsloth`."""
     assert re.findall(r"pip install [^&`\n]*flashsloth\b.*", page.read_text(encoding="utf-8")) == []
 
 
 def shown_commands():
-    """The commands for a network, a GPU or hours, of every page and the README."""
+    """The commands of all pages and the README that need a network, a GPU or hours."""
     for page in (ROOT / "README.md", *PAGES):
         for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", "").splitlines():
@@ -192,7 +192,7 @@ OUTPUT = re.compile(r"--(?:output|output_dir|output_path|use_cache|local-dir)[ =
 
 
 def test_what_shown_commands_write_into_a_clone_is_ignored():
-    """Those that run here are checked where they run; these are the others, and those of the examples' docstrings."""
+    """For the commands that the tests do not run, and those in the docstrings of the examples."""
     outputs = []
     for words in (param.values[0] for param in shown_commands()):
         if words[0] == "flashsloth":
@@ -212,7 +212,7 @@ def test_nothing_that_belongs_to_the_repository_is_ignored():
 
 
 def script_and_arguments(words):
-    """What a launcher, whose own parser reads its options, would run: a script or a module, and its arguments."""
+    """The script or module that a command runs, and its arguments, as the launcher's own parser reads them."""
     if words[0] == "python":
         return words[1], words[2:]
     if words[0] == "torchrun":
@@ -223,7 +223,7 @@ def script_and_arguments(words):
 
 
 @pytest.mark.parametrize("words", shown_commands())
-def test_commands_that_cannot_run_here_are_ones_that_their_programs_take(words, monkeypatch, capsys):
+def test_programs_accept_the_commands_that_cannot_run_here(words, monkeypatch, capsys):
     match words:
         case ["hf" | "transformers", *_] | ["pytest", *_]:
             pass  # test_hub_client.py and test_serve.py run them, and this is pytest
@@ -245,7 +245,7 @@ def test_commands_that_cannot_run_here_are_ones_that_their_programs_take(words, 
 
 
 def check_options(script, arguments, monkeypatch, capsys):
-    """A script's or a module's help knows all options."""
+    """Check that the help of a script or module lists all options."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
     if script == "lmms_eval":

@@ -142,18 +142,22 @@ def test_the_card_says_what_is_known(run, trained, tmp_path):
     assert run(trained, tmp_path / "out", *options)[0] == 0
     data = card_of(tmp_path / "out")
     assert (data.pipeline_tag, data.library_name, data.license) == ("image-text-to-text", "transformers", "mit")
-    assert "custom_code" in data.tags
+    assert {"custom_code", "conversational"} <= set(data.tags)
     assert data.base_model == ["microsoft/phi-2"]
     assert data.widget == [
         {"text": "What is top left?", "src": "examples/shapes.png"},
         {"text": "Why?", "src": "https://example.org/a.png"},
     ]
     assert (tmp_path / "out" / "examples" / "shapes.png").read_bytes() == SHAPES.read_bytes()
-    values = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
+    values = {
+        (result.dataset_name, result.metric_name or result.metric_type): result.metric_value
+        for result in data.eval_results
+    }
     counts = json.loads((ROOT / "examples/tiny/evaluation.json").read_text())["all"]
     assert values["mme", "mme_score"] == 1502.5
-    assert values["drawn-scenes: all", "exact_match"] == counts["right"] / counts["asked"]
-    assert {metric for _, metric in values} == {"mme_score", "exact_match"}  # no standard error, nothing that is NaN
+    assert values["drawn-scenes", "exact match: all"] == counts["right"] / counts["asked"]
+    metrics = {metric.partition(":")[0] for _, metric in values}
+    assert metrics == {"mme_score", "exact match"}  # no standard error, nothing that is NaN
     assert not (tmp_path / "out" / "LICENSE").exists()  # ours is not the MIT licence
 
 
@@ -213,8 +217,8 @@ def test_an_original_release_is_exported_and_an_adapter_for_one_is_merged(run, t
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[]", "should hold a JSON object"),
-        ("{", "is not a JSON file"),
+        ("[]", "must contain a JSON object"),
+        ("{", "is not a readable JSON file"),
         ("{}", "does not name a base model"),
         ('{"base_model_name_or_path": 3}', "does not name a base model"),
         ('{"base_model_name_or_path": ""}', "does not name a base model"),
@@ -264,16 +268,16 @@ BROKEN = {
     "there is no such folder": shutil.rmtree,
     "it has no config.json": remove("config.json"),
     "its model_type is 'phi'": change_json("config.json", model_type="phi"),
-    "holds no weights": remove("model.safetensors"),
-    "1 tensors are missing in its weights, such as model.query_tokens": change_tensors(
+    "contains no weights": remove("model.safetensors"),
+    "tensors are missing from its weights: 1, such as model.query_tokens": change_tensors(
         lambda tensors: tensors.pop("model.query_tokens")
     ),
-    "tensors that the model would not use, such as model.extra": change_tensors(
+    "its weights hold unexpected tensors: 1, such as model.extra": change_tensors(
         lambda tensors: tensors.update({"model.extra": torch.zeros(1)})
     ),
     "cannot be exported: ": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),
     "name one with --processor": remove("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    "its number of query tokens is 5, but the model's 4": change_json("processor_config.json", num_query_tokens=5),
+    "its number of query tokens is 5, but the model's is 4": change_json("processor_config.json", num_query_tokens=5),
     "`asked` and `right`": lambda folder: (folder / "evaluation.json").write_text('{"colour": 1}'),
 }
 

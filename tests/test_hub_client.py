@@ -78,6 +78,16 @@ def test_a_question_is_answered_by_a_hub_id(run, published):
     assert said.splitlines()[-1].startswith("flashsloth: error: no such model: USER/nothing")
 
 
+def test_the_readme_is_right_for_a_hub_id(run, hub, published, tmp_path):
+    """Without a clone, and without importing the package."""
+    code = block("README.md", "from transformers import")
+    assert f'"{published[0]}"' in code
+    (tmp_path / "ask.py").write_text(code)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "scene.png").symlink_to(SCENE)
+    assert run(sys.executable, "ask.py").splitlines() == re.findall("^# (.*)$", code, flags=re.MULTILINE)
+
+
 ASK = """
 {loading}
 content = [{{"type": "image", "path": {scene!r}}}, {{"type": "text", "text": "Read the sign."}}]

@@ -183,7 +183,7 @@ def test_patch_features_of_another_shape_or_next_to_pixels_are_refused(model, as
         model(**inputs, patch_features=features)
     del inputs["pixel_values"]
     for wrong in (features[0], features[:, 1:], features[..., 1:]):
-        with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\) and stand in the place of `pixel_values`, but"):
+        with pytest.raises(ValueError, match=r"\(num_tiles, 16, 32\) and replace `pixel_values`, but"):
             model(**inputs, patch_features=wrong)
 
 

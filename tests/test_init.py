@@ -466,7 +466,7 @@ def test_the_card_says_what_is_pretrained_and_what_is_not(built):
     assert card.data.base_model is None  # folders are no Hub ids
     assert card.data.license is None
     assert "clip" in card.text
-    assert "train it before you use it" in card.text
+    assert "train the model before you use it" in card.text
     card = build_model_card(
         built["phi"][0].config,
         name="mine",

@@ -1,4 +1,4 @@
-"""What the README shows is what happens: its code is run, and prints what the comments behind it say."""
+"""The README is true: its code runs, and prints what its comments say."""
 
 import contextlib
 import io
@@ -12,9 +12,12 @@ from huggingface_hub import ModelCard
 from score import as_table
 
 from flashsloth.cli import main
+from flashsloth.cli.model_card import TAGS, read_results
 
 ROOT = Path(__file__).parents[1]
+EVALUATION = ROOT / "examples" / "tiny" / "evaluation.json"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB_ID = "USER/tiny-sloth"  # test_hub_client.py runs the code by this id; here `.`, the id in a clone, replaces it
 SHOWN = re.compile(r"^# (.*)$", flags=re.MULTILINE)
 
 
@@ -29,6 +32,8 @@ def in_a_clone(monkeypatch):
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_each_block_of_python_prints_what_it_says(code):
+    assert f'"{HUB_ID}"' in code
+    code = code.replace(HUB_ID, ".")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
@@ -49,12 +54,36 @@ def test_the_commands_print_what_they_say(capsys):
 def test_it_is_a_valid_model_card():
     data = ModelCard(README).data
     assert (data.pipeline_tag, data.library_name, data.license) == ("image-text-to-text", "transformers", "apache-2.0")
-    assert "custom_code" in data.tags
+    assert data.tags == TAGS
+    assert HUB_ID.endswith(f"/{data.model_name}")
 
 
 def test_its_figures_are_the_measured_ones():
-    result = json.loads((ROOT / "examples" / "tiny" / "evaluation.json").read_text())
-    assert as_table(result) in README
+    assert as_table(json.loads(EVALUATION.read_text())) in README
+
+
+def test_its_metadata_has_the_measured_figures():
+    expected = read_results(EVALUATION)
+    for result in expected:
+        result.metric_value = round(result.metric_value, 4)
+    assert len(expected) == 10
+    assert ModelCard(README).data.eval_results == expected
+
+
+def test_its_metadata_is_in_the_form_that_the_hub_writes():
+    assert README.startswith(f"---\n{ModelCard(README).data.to_yaml()}\n---\n")
+
+
+def test_what_it_names_in_the_code_is_there():
+    """A renaming must not outdate the tables."""
+    table = README[README.index("## Develop") :]
+    code = (ROOT / "modeling_flashsloth.py").read_text(encoding="utf-8")
+    names = re.findall(r"`(\w+(?:\.forward)?)`", table.partition("| file or folder")[0].partition("| to read")[2])
+    assert {"SpatialAttentionPooling", "EmbeddedQuery", "build_decoder", "scale_logits"} <= set(names)
+    defined = re.findall(r"^(?:class|def) (\w+)", code, flags=re.MULTILINE)
+    missing = [name for name in names if name.partition(".")[0] not in defined]
+    files = re.findall(r"`(\w+\.py|\w+/)`", table)
+    assert missing + [file for file in files if not (ROOT / file).exists()] == []
 
 
 def test_its_links_lead_somewhere():

@@ -9,11 +9,14 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..configuration_flashsloth import check_transformers
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from .data import row_lengths
 from .sampler import ModalityLengthSampler
 
 logger = logging.getLogger(__name__)
+
+check_transformers("trainer.Trainer")
 
 
 def freeze_for_stage(
