@@ -27,7 +27,7 @@ MAX_SIDE = 1024
 ANIMATIONS = ("GIF", "PNG", "WEBP")
 
 # For longer videos, seeking is faster than decoding every frame, in formats that store the time of each frame.
-LONG_FILM = 500
+LONG_VIDEO = 500
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
@@ -95,7 +95,7 @@ def _sampled_from_path(path: str, num_frames: int) -> Iterator[Any]:
         animation = None if is_url else Image.open(path, formats=ANIMATIONS)
     except IMAGE_ERRORS:
         animation = None
-    yield from _film(path, num_frames) if animation is None else _animation(animation, path, num_frames)
+    yield from _container(path, num_frames) if animation is None else _animation(animation, path, num_frames)
 
 
 def _frame_files(folder: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def _animation(image: Image.Image, path: str, num_frames: int) -> Iterator[Image
         raise _broken(path, error) from error
 
 
-def _film(path: str, num_frames: int) -> Iterator[Image.Image]:
+def _container(path: str, num_frames: int) -> Iterator[Image.Image]:
     try:
         import av
     except ImportError as error:
@@ -128,39 +128,41 @@ def _film(path: str, num_frames: int) -> Iterator[Image.Image]:
             "and folders of images, and GIFs, can be read without it."
         ) from error
     try:
-        for frame in _film_frames(av.open, path, num_frames):
+        for frame in _container_frames(av.open, path, num_frames):
             yield frame.to_image().rotate(frame.rotation, expand=True)  # phones store portrait videos as landscape
     except (av.FFmpegError, OSError, IndexError) as error:
         raise _broken(path, error) from error
 
 
-def _film_frames(open_film: Callable, path: str, num_frames: int) -> Iterator[Any]:
-    with open_film(path) as film:
-        if film.format.name in TIMED_FORMATS:
+def _container_frames(open_container: Callable, path: str, num_frames: int) -> Iterator[Any]:
+    with open_container(path) as container:
+        if container.format.name in TIMED_FORMATS:
             packets = [
                 _Packet(packet.pts, packet.dts, packet.is_keyframe)
-                for packet in film.demux(video=0)
+                for packet in container.demux(video=0)
                 if not packet.is_discard
             ]
             packets = sorted(packet for packet in packets if packet.shown is not None)
-            if len(packets) >= LONG_FILM:
-                yield from _sought(film, packets, num_frames)
+            if len(packets) >= LONG_VIDEO:
+                yield from _sought(container, packets, num_frames)
                 return
     # Only decoding counts frames reliably: in some formats, packets hold half a frame, or one that is never shown.
-    with open_film(path) as film:
-        wanted = set(_spread(sum(1 for _ in film.decode(video=0)), num_frames))
-    with open_film(path) as film:
-        yield from (frame for index, frame in enumerate(film.decode(video=0)) if index in wanted)
+    with open_container(path) as container:
+        wanted = set(_spread(sum(1 for _ in container.decode(video=0)), num_frames))
+    with open_container(path) as container:
+        yield from (frame for index, frame in enumerate(container.decode(video=0)) if index in wanted)
 
 
-def _sought(film: Any, packets: list["_Packet"], num_frames: int) -> Iterator[Any]:
+def _sought(container: Any, packets: list["_Packet"], num_frames: int) -> Iterator[Any]:
     """Frames of a long video, each decoded from the key frame before it."""
-    film.streams.video[0].thread_type = "AUTO"
+    container.streams.video[0].thread_type = "AUTO"
     keys = [packet for packet in packets if packet.is_key]
     for time in [packets[index].shown for index in _spread(len(packets), num_frames)]:
         key = keys[max(0, bisect_right([key.shown for key in keys], time) - 1)]
-        film.seek(key.shown if key.decoded is None else min(key.shown, key.decoded), stream=film.streams.video[0])
-        frame = next((frame for frame in film.decode(video=0) if frame.pts >= time), None)
+        container.seek(
+            key.shown if key.decoded is None else min(key.shown, key.decoded), stream=container.streams.video[0]
+        )
+        frame = next((frame for frame in container.decode(video=0) if frame.pts >= time), None)
         if frame is None:
             raise EOFError(f"the video ends before the frame at {time}")
         yield frame
