@@ -1,4 +1,4 @@
-"""An exported repository is complete, loads without the package, and holds nothing that nobody asked for."""
+"""An exported repository is complete, loads without the package, and holds no unrelated files of the checkpoint."""
 
 import json
 import os
