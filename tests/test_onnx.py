@@ -1,4 +1,4 @@
-"""ONNX graphs give what the model gives, for any number of rows, tiles and tokens."""
+"""ONNX graphs match the model for any number of rows, tiles and tokens."""
 
 import copy
 import os
@@ -44,7 +44,7 @@ def onnx_model(exported):
 
 @pytest.fixture
 def batches(images, ask):
-    """Other numbers of rows, tiles and tokens than the graphs were traced with."""
+    """Batches of other sizes than the graphs were traced with."""
     return [
         ask([(images[:1], "What is it?")]),
         ask([(images[:1], "Which?")], [(images[1:4], "And these three?")], [([], "Who are you?")]),
@@ -107,13 +107,13 @@ def test_not_a_number_is_a_difference():
 
 
 class ReadsValues(nn.Module):
-    """What no exporter can carry: which way it goes depends on the numbers."""
+    """Cannot be exported: its control flow depends on values."""
 
     def forward(self, states):
         return states if states.sum() > 0 else -states
 
 
-def test_what_the_exporter_cannot_carry_is_refused(model, processor, tmp_path):
+def test_a_model_that_cannot_be_exported_is_refused(model, processor, tmp_path):
     other = copy.deepcopy(model)
     other.model.multi_modal_projector.act = ReadsValues()
     with pytest.raises(RepositoryError, match=r"torch\.onnx cannot export this model"):
