@@ -506,9 +506,6 @@ TRANSFORMERS_HOOKS = {
         "prepare_inputs_for_generation",
     ),
     "image_processing_backends.PilBackend": (
-        "_prepare_images_structure",
-        "_preprocess_image_like_inputs",
-        "_validate_preprocess_kwargs",
         "fetch_images",
         "preprocess",
         "process_image",
@@ -531,7 +528,6 @@ TRANSFORMERS_HOOKS = {
     ),
     "processing_utils.ProcessorMixin": (
         "_check_special_mm_tokens",
-        "_merge_kwargs",
         "get_text_with_replacements",
         "post_process_image_text_to_text",
         "prepare_inputs_layout",

@@ -1,13 +1,14 @@
-"""Answers requests of Hugging Face Inference Endpoints, which look for this file next to the weights.
+"""Handler for Hugging Face Inference Endpoints, which load this file from the model repository.
 
     {"inputs": {"image": IMAGE, "text": "What is it?"}, "parameters": {"max_new_tokens": 50}}
     {"inputs": {"messages": [{"role": "user", "content": [{"type": "image", "image": IMAGE}, ...]}]}}
 
-`IMAGE` is base64, a `data:` or an http(s) URL, never a file; `images` takes several. Messages may be OpenAI's, too.
-The answer is `[{"generated_text": "..."}]`; what is wrong with a request is a `ValueError`, which the endpoint reports.
+`IMAGE` is base64, a `data:` URL or an http(s) URL, never a file; `images` takes a list. OpenAI's message format is
+accepted, too. The response is `[{"generated_text": "..."}]`. A bad request raises a `ValueError`, which the endpoint
+reports.
 
-Requests may come from strangers. A URL is fetched only from hosts with a public address, unless the environment has
-`FLASHSLOTH_ALLOW_PRIVATE_URLS=1`; `LIMITS` says how much a request may ask for.
+Requests are not trusted. URLs are fetched only from hosts with a public address, unless the environment has
+`FLASHSLOTH_ALLOW_PRIVATE_URLS=1`, and `LIMITS` bounds what a request may use.
 """
 
 import base64
@@ -20,20 +21,20 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 URL_PREFIXES = ("http://", "https://")
-URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"  # what stands for itself in a URL
+URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"  # not escaped in a URL
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 5
 CHUNK = 2**16  # bytes read at a time
-PROGRAMS = ("EPS",)  # formats of which Pillow has another program make an image
+PROGRAMS = ("EPS",)  # formats that Pillow renders with another program
 IMAGE_TYPES = ("image", "image_url")
 IMAGE_KEYS = ("image", "url", "base64", "image_url")
 DEFAULTS = {"max_new_tokens": 512}
@@ -48,25 +49,25 @@ PARAMETERS = {
     "top_k": int,
     "top_p": float,
 }
-"""What a request may set: of `generate`, and `do_image_splitting`, which reads images as five tiles."""
+"""Parameters of a request: those of `generate`, and `do_image_splitting`, which splits images into five tiles."""
 
 CAPPED = {"max_new_tokens": "max_new_tokens", "min_new_tokens": "max_new_tokens", "num_beams": "max_num_beams"}
-"""Parameters that `LIMITS` has something to say about."""
+"""Parameters with an upper bound, and its name in `LIMITS`."""
 
 MAX_NUMBER = 2**31
-KINDS = {bool: "true or false", int: "a whole number from 0", float: "a number from 0"}
+KINDS = {bool: "true or false", int: "a whole number of at least 0", float: "a number of at least 0"}
 
 LIMITS = {
     "max_messages": 64,
-    "max_text_length": 100_000,  # characters, of all messages
+    "max_text_length": 100_000,  # characters in all messages
     "max_images": 16,
-    "max_bytes": 2**25,  # of all image files
-    "max_pixels": 2**27,  # of all images: 0.4 GB as RGB
+    "max_bytes": 2**25,  # in all image files
+    "max_pixels": 2**27,  # in all images: 0.4 GB as RGB
     "max_seconds": 30,  # for all downloads
     "max_new_tokens": 2048,
     "max_num_beams": 8,
 }
-"""How much a request may ask for; the environment's `FLASHSLOTH_MAX_IMAGES` and so on change it."""
+"""Limits of one request; environment variables such as `FLASHSLOTH_MAX_IMAGES` override them."""
 
 PRIVATE_URLS_VARIABLE = "FLASHSLOTH_ALLOW_PRIVATE_URLS"
 
@@ -75,102 +76,97 @@ SPECIAL_NETWORKS = tuple(
     map(
         ipaddress.ip_network,
         (
-            "192.0.0.0/24",  # IETF's own, and Oracle's metadata service
+            "192.0.0.0/24",  # IETF protocol assignments, and Oracle's metadata service
             "192.88.99.0/24",  # 6to4
             "168.63.129.16/32",  # Azure's metadata service
-            "2001::/23",  # IETF's own, and Teredo, which carries another address
+            "2001::/23",  # IETF protocol assignments, and Teredo, which embeds another address
             "2001:db8::/32",  # documentation
-            "2002::/16",  # 6to4, which carries another address
+            "2002::/16",  # 6to4, which embeds another address
             "3fff::/20",  # documentation
         ),
     )
 )
-"""Networks of addresses that look public and lead elsewhere."""
+"""Networks with addresses that look public, but are not."""
 
 
 class EndpointHandler:
-    """Loads the model once, and answers one request at a time.
+    """Loads the model once and answers one request at a time.
 
     Args:
-        path: The repository's folder. Its code is run.
+        path: Folder of the model repository, whose code is run.
     """
 
     def __init__(self, path: str = "") -> None:
         self.limits = _read_limits()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        # `default_device` of flashsloth.cli.devices, repeated: the package is not installed on an endpoint
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         self.model = model.to(device).eval()
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, str]]:
         """Answer a request.
 
         Args:
-            data: The request's body: `inputs` or `messages`, and `parameters`.
+            data: Body of the request: `inputs` or `messages`, and `parameters`.
 
         Returns:
             `[{"generated_text": ANSWER}]`.
 
         Raises:
-            ValueError: If the request cannot be answered; says why.
+            ValueError: If the request cannot be answered, with the reason.
         """
         if not isinstance(data, dict):
             raise ValueError(f"a request should be an object with `inputs`, but is {_show(data)}.")
         parameters = DEFAULTS | _read_parameters(data.get("parameters"), self.limits)
         images_kwargs = {"do_image_splitting": parameters.pop("do_image_splitting", None)}
-        messages = _read_messages(data, _Images(self.limits))
+        messages = _read_messages(data, _Images(self.limits, self.processor.image_processor.fetch_images))
         try:
-            inputs = self.processor.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"images_kwargs": images_kwargs},
-            ).to(self.model.device, self.model.dtype)
+            inputs = self.processor.encode_conversations(messages, images_kwargs=images_kwargs)
+            inputs = inputs.to(self.model.device, self.model.dtype)
             parameters["max_new_tokens"] = min(parameters["max_new_tokens"], self._room(inputs))
             generated = self.model.generate(**inputs, **parameters)
-        except (ArithmeticError, RuntimeError, TypeError) as error:  # such as no beams, or more than memory holds
+        except (ArithmeticError, RuntimeError, TypeError) as error:  # such as `num_beams` of 0, or out of memory
             raise ValueError(f"the request cannot be answered: {error}") from error
         answers = self.processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])
         return [{"generated_text": answer} for answer in answers]
 
     def _room(self, inputs: Any) -> int:
-        """Tokens that are left for the answer."""
+        """Number of tokens left for the answer."""
         num_tokens, longest = inputs["input_ids"].shape[1], self.processor.tokenizer.model_max_length
         if num_tokens >= longest:
             raise ValueError(
-                f"the prompt has {num_tokens} tokens, but the model was made for {longest}, with the answer; shorten "
-                "the conversation, or send fewer images."
+                f"the prompt has {num_tokens} tokens, but the model was made for {longest}, including the answer; "
+                "shorten the conversation, or send fewer images."
             )
         return longest - num_tokens
 
 
 def _read_limits() -> dict[str, int]:
-    """`LIMITS`, as the environment changes them.
+    """`LIMITS`, with the overrides in the environment.
 
     Raises:
-        ValueError: If the environment has one that is no whole number.
+        ValueError: If an override is not a whole number.
     """
     limits = {}
     for name, default in LIMITS.items():
         variable = f"FLASHSLOTH_{name.upper()}"
         text = os.environ.get(variable) or str(default)
         if not text.isdecimal():
-            raise ValueError(f"the environment's {variable} should be a whole number, but is {text!r}.")
+            raise ValueError(f"the environment variable {variable} should be a whole number, but is {text!r}.")
         limits[name] = int(text)
     return limits
 
 
 class _RefusedError(ValueError):
-    """A request asks for what it may not have."""
+    """A request exceeds a limit, or has an image in a format that is not allowed."""
 
 
 def _check_limit(limits: dict[str, int], name: str, found: int, what: str) -> None:
     if found > limits[name]:
         raise _RefusedError(
-            f"a request may have {limits[name]} {what}, but has {found}; send less, or whoever runs this endpoint may "
-            f"set FLASHSLOTH_{name.upper()}."
+            f"a request may have {limits[name]} {what}, but has {found}; send less, or ask the operator of this "
+            f"endpoint to set FLASHSLOTH_{name.upper()}."
         )
 
 
@@ -179,32 +175,33 @@ class _Images:
 
     Args:
         limits: As `LIMITS`.
+        fetch_images: Method of the image processor that opens `{"bytes": bytes}`.
     """
 
-    def __init__(self, limits: dict[str, int]) -> None:
-        self.limits = limits
+    def __init__(self, limits: dict[str, int], fetch_images: Callable[[dict[str, bytes]], Image.Image]) -> None:
+        self.limits, self.fetch_images = limits, fetch_images
         self.num_images = self.num_bytes = self.num_pixels = 0
         self.seconds = float(limits["max_seconds"])
 
     def open(self, source: Any) -> Image.Image:
-        """Open base64, a `data:` or an http(s) URL, or take an image that is open.
+        """Open base64, a `data:` URL or an http(s) URL; return PIL images unchanged.
 
         Raises:
-            ValueError: If it cannot be read, or asks for more than the limits.
+            ValueError: If the image cannot be read or exceeds the limits.
         """
         self.num_images += 1
         self._check("max_images", self.num_images, "images")
         if isinstance(source, Image.Image):
             return source
         if not isinstance(source, str):
-            raise ValueError(f"an image should be base64 or a URL, but is {_show(source)}.")
+            raise ValueError(f"an image should be a base64 string or a URL, but is {_show(source)}.")
         is_url = source[:8].lower().startswith(URL_PREFIXES)
         content = self._fetch(source) if is_url else self._decode(source)
         self.num_bytes += len(content)
         return self._read(content, source)
 
     def _decode(self, source: str) -> bytes:
-        """Decode base64 in either alphabet, with or without padding, alone or in a `data:` URL."""
+        """Decode base64 in either alphabet, with or without padding, or a `data:` URL."""
         is_url = source[:5].lower() == "data:"
         header, _, encoded = source.partition(",") if is_url else (";base64", "", source)
         self._check("max_bytes", self.num_bytes + len(encoded) * 3 // 4, "bytes of images")
@@ -223,26 +220,26 @@ class _Images:
             return _fetch(url, self.limits["max_bytes"] - self.num_bytes, self.seconds)
         except _TooMuchError as error:
             raise ValueError(
-                f"{_show(url)} {error}; a request may take {self.limits['max_bytes']} bytes of images, and "
-                f"{self.limits['max_seconds']} seconds to load them."
+                f"{_show(url)} {error}; a request may have {self.limits['max_bytes']} bytes of images and take "
+                f"{self.limits['max_seconds']} seconds to download them."
             ) from error
-        except (OSError, http.client.HTTPException) as error:  # those of sockets, TLS and the protocol
-            raise ValueError(f"{_show(url)} cannot be loaded: {type(error).__name__}.") from error
+        except (OSError, http.client.HTTPException) as error:  # of sockets, TLS and HTTP
+            raise ValueError(f"{_show(url)} cannot be downloaded: {type(error).__name__}.") from error
         finally:
             self.seconds -= time.monotonic() - start
 
     def _read(self, content: bytes, source: str) -> Image.Image:
-        """Decode an image in its own mode, as the image processor does with a file."""
+        """Check the size and the format of an image file, then let the image processor open it."""
         try:
-            with Image.open(io.BytesIO(content)) as image:  # reads its size alone
+            with Image.open(io.BytesIO(content)) as image:  # reads only the header
                 self.num_pixels += image.width * image.height
                 self._check("max_pixels", self.num_pixels, "pixels of images")
                 if image.format in PROGRAMS:
-                    raise _RefusedError(f"{_show(source)} is a program in {image.format}; send what it draws, as PNG.")
-                return ImageOps.exif_transpose(image)
+                    raise _RefusedError(f"{_show(source)} is a program in {image.format}; send the image as PNG.")
+            return self.fetch_images({"bytes": content})
         except _RefusedError:
             raise
-        except Exception as error:  # Pillow raises a dozen kinds
+        except Exception as error:  # Pillow raises many types
             raise _unreadable(source, error) from error
 
     def _check(self, name: str, found: int, what: str) -> None:
@@ -251,18 +248,18 @@ class _Images:
 
 def _unreadable(source: str, error: BaseException) -> ValueError:
     return ValueError(
-        f"the image {_show(source)} is neither base64 nor a URL of an image that can be read: {type(error).__name__}."
+        f"the image {_show(source)} is neither base64 nor the URL of an image that can be read: {type(error).__name__}."
     )
 
 
 class _TooMuchError(Exception):
-    """A download takes more time or bytes than are left."""
+    """A download exceeds the time or the bytes that a request has left."""
 
 
 class _PinnedConnection(http.client.HTTPConnection):
-    """A connection to one of the addresses that a host had when they were checked.
+    """A connection to one of the checked addresses of a host, without another look-up.
 
-    It ends at a deadline, however slowly the other side goes on: a socket's own limit is for one read.
+    It is closed at a deadline even if the server keeps sending: the timeout of a socket is for a single read.
     """
 
     def __init__(self, url: SplitResult, addresses: list[str], deadline: float) -> None:
@@ -270,11 +267,11 @@ class _PinnedConnection(http.client.HTTPConnection):
         self.default_port = http.client.HTTPS_PORT if self.is_secure else http.client.HTTP_PORT
         super().__init__(_ascii_host(url), url.port or self.default_port)
         self.addresses, self.deadline = addresses, deadline
-        self.held: socket.socket | None = None  # `self.sock` is given up as soon as the answer begins
+        self.held: socket.socket | None = None  # `self.sock` is released as soon as the response begins
         self.alarm = threading.Timer(max(0, deadline - time.monotonic()), self._hang_up)
 
     def connect(self) -> None:
-        """Connect; the certificate must be the host's."""
+        """Connect, and verify the certificate of the host."""
         self._keep(self._first_socket())
         if self.is_secure:
             context, host = ssl.create_default_context(), self.host.rstrip(".")
@@ -291,11 +288,11 @@ class _PinnedConnection(http.client.HTTPConnection):
 
     def _keep(self, connected: socket.socket) -> None:
         self.sock = self.held = connected
-        if time.monotonic() >= self.deadline:  # the alarm may have come before there was a socket
+        if time.monotonic() >= self.deadline:  # the alarm may have gone off before there was a socket
             raise TimeoutError
 
     def _hang_up(self) -> None:
-        with contextlib.suppress(OSError, TypeError):  # it is closed, or not open yet
+        with contextlib.suppress(OSError, TypeError):  # closed, or not open yet
             socket.socket.shutdown(self.held, socket.SHUT_RDWR)
 
     def __enter__(self) -> "_PinnedConnection":
@@ -311,13 +308,13 @@ class _PinnedConnection(http.client.HTTPConnection):
 
 
 def _fetch(url: str, max_bytes: int, seconds: float) -> bytes:
-    """Load what a URL leads to, in at most `seconds` and `max_bytes`.
+    """Download a URL in at most `seconds`, and at most `max_bytes`.
 
     Raises:
-        ValueError: If the URL, or one that it redirects to, is not http(s), is refused, or answers anything but 200.
-        _TooMuchError: If it takes more time or bytes.
-        OSError: As sockets raise it.
-        HTTPException: If the other side does not speak HTTP.
+        ValueError: If the URL, or one it redirects to, is not http(s), has no public address, or does not answer 200.
+        _TooMuchError: If the download exceeds a limit.
+        OSError: If a socket fails.
+        HTTPException: If the server does not speak HTTP.
     """
     deadline = time.monotonic() + seconds
     for _ in range(1 + MAX_REDIRECTS):
@@ -325,11 +322,11 @@ def _fetch(url: str, max_bytes: int, seconds: float) -> bytes:
         if location is None:
             return content
         url = location
-    raise ValueError(f"{_show(url)} comes after more than {MAX_REDIRECTS} redirects.")
+    raise ValueError(f"{_show(url)} was reached after more than {MAX_REDIRECTS} redirects.")
 
 
 def _fetch_once(url: str, max_bytes: int, deadline: float) -> tuple[str | None, bytes]:
-    """Where a URL redirects to, if it does, and else what it leads to."""
+    """The target of a redirect, or `None` and the content."""
     parts = _split(url)
     target = quote(parts._replace(scheme="", netloc="", fragment="").geturl() or "/", safe=URL_CHARACTERS)
     with _PinnedConnection(parts, _resolve(parts), deadline) as connection:
@@ -360,40 +357,40 @@ def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # such as a port that is no number
+    except ValueError:  # such as a port that is not a number
         is_good = False
     if not is_good:
-        raise ValueError(f"an image's URL should be http://HOST/... or https://HOST/..., but is {_show(url)}.")
+        raise ValueError(f"the URL of an image should be http://HOST/... or https://HOST/..., but is {_show(url)}.")
     return parts
 
 
 def _join(url: str, location: str) -> str:
     try:
-        return urljoin(url, location.encode("latin-1").decode())  # headers come as Latin-1, whatever they are
+        return urljoin(url, location.encode("latin-1").decode())  # `http.client` decodes all headers as Latin-1
     except ValueError as error:
-        raise ValueError(f"{_show(url)} redirects to {_show(location)}, which is no URL.") from error
+        raise ValueError(f"{_show(url)} redirects to {_show(location)}, which is not a URL.") from error
 
 
 def _ascii_host(parts: SplitResult) -> str:
     try:
         return parts.hostname.encode("idna").decode()
     except UnicodeError as error:
-        raise ValueError(f"{_show(parts.hostname)} is no name of a host.") from error
+        raise ValueError(f"{_show(parts.hostname)} is not a host name.") from error
 
 
 def _resolve(parts: SplitResult) -> list[str]:
-    """Addresses of a URL's host that may be asked; names and odd spellings are read by the system, once."""
+    """Allowed addresses of a URL's host, resolved by the system in one look-up, whatever their spelling."""
     host = _ascii_host(parts)
     try:
         found = socket.getaddrinfo(host, parts.port or parts.scheme, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ValueError(f"{_show(host)} is no host that is known here.") from error
+        raise ValueError(f"the host {_show(host)} cannot be resolved.") from error
     addresses = [str(address[0]) for *_, address in found]
     allowed = addresses if _private_urls_allowed() else list(filter(_is_public, addresses))
     if not allowed:
         raise ValueError(
-            f"{_show(host)} has no public address, so no image is loaded from it. Send the image as base64; or whoever "
-            f"runs this endpoint may set {PRIVATE_URLS_VARIABLE}=1."
+            f"{_show(host)} has no public address, so images are not downloaded from it. Send the image as base64, or "
+            f"ask the operator of this endpoint to set {PRIVATE_URLS_VARIABLE}=1."
         )
     return allowed
 
@@ -403,7 +400,7 @@ def _private_urls_allowed() -> bool:
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address is one of the open Internet; one that carries another, such as NAT64's, is not."""
+    """Whether an address is public; addresses that embed another one, such as NAT64's, are not."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if any(ip in network for network in SPECIAL_NETWORKS):
         return False
@@ -418,8 +415,7 @@ def _read_parameters(parameters: Any, limits: dict[str, int]) -> dict[str, Any]:
         raise ValueError(f"`parameters` should be an object, but is {_show(parameters)}.")
     if unknown := set(parameters) - set(PARAMETERS):
         raise ValueError(
-            f"`parameters` has {', '.join(sorted(unknown))}, which nothing reads; it may have "
-            f"{', '.join(sorted(PARAMETERS))}."
+            f"`parameters` has unknown names: {', '.join(sorted(unknown))}; known are {', '.join(sorted(PARAMETERS))}."
         )
     given = {name: _read_parameter(name, value) for name, value in parameters.items() if value is not None}
     for name, limit in CAPPED.items():
@@ -428,7 +424,7 @@ def _read_parameters(parameters: Any, limits: dict[str, int]) -> dict[str, Any]:
 
 
 def _read_parameter(name: str, value: Any) -> Any:
-    """A parameter in the type that `generate` wants; JSON may write 2.0 as 2."""
+    """Convert a parameter to the type that `generate` expects; JSON may write 2.0 as 2."""
     kind = PARAMETERS[name]
     if kind is bool:
         fits = isinstance(value, bool)
@@ -441,7 +437,7 @@ def _read_parameter(name: str, value: Any) -> Any:
 
 
 def _read_messages(data: dict[str, Any], images: _Images) -> list[dict[str, Any]]:
-    """The conversation of a request, with opened images."""
+    """The conversation of a request, with its images opened."""
     inputs = data.get("inputs", data)
     if isinstance(inputs, str):
         inputs = {"text": inputs}
@@ -463,11 +459,11 @@ def _texts(message: dict[str, Any]) -> list[str]:
 
 
 def _read_question(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The only message of a request with `image` or `images`, and `text`."""
+    """The user message of a request with `text`, and `image` or `images`."""
     images, text = inputs.get("images", inputs.get("image")), inputs.get("text")
     if not isinstance(text, str):
         raise ValueError(
-            "`inputs` should be a question, or have `messages`, or `text` and maybe `image` or `images`, but "
+            "`inputs` should be a question, or have `messages`, or have `text` and optionally `image` or `images`, but "
             f"{'there is no `text`' if text is None else f'`text` is {_show(text)}'}."
         )
     images = images if isinstance(images, list) else [] if images is None else [images]
@@ -478,7 +474,9 @@ def _read_question(inputs: dict[str, Any]) -> dict[str, Any]:
 def _read_message(message: Any, images: _Images) -> dict[str, Any]:
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, (str, list)) or not isinstance(message.get("role"), str):
-        raise ValueError(f"a message should have a `role`, and as `content` text or parts, but is {_show(message)}.")
+        raise ValueError(
+            f"a message should have a `role`, and `content` that is text or a list of parts, but is {_show(message)}."
+        )
     if isinstance(content, str):
         return message
     return message | {"content": [_read_part(part, images) for part in content]}
@@ -489,11 +487,11 @@ def _read_part(part: Any, images: _Images) -> dict[str, Any]:
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     source = next((part[key] for key in IMAGE_KEYS if key in part), None) if kind in IMAGE_TYPES else None
-    if isinstance(source, dict):  # OpenAI's
+    if isinstance(source, dict):  # OpenAI's form
         source = source.get("url")
     if source is None:
         raise ValueError(
-            f"a part of a message should be a text or an image, with `image`, `url` or `base64`, but is {_show(part)}."
+            f"a part of a message should be text, or an image with `image`, `url` or `base64`, but is {_show(part)}."
         )
     return {"type": "image", "image": images.open(source)}
 

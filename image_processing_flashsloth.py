@@ -1,11 +1,11 @@
-"""Image processor of FlashSloth: images in, the tiles that the vision tower sees out.
+"""Image processor of FlashSloth: turns images into the tiles that the vision tower reads.
 
 Paper: *FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression*, arXiv 2412.04317.
 
     image, any mode or layout ─ uint8 RGB, alpha dropped ─ Pillow's bicubic ─ ÷255, mean 0.5, std 0.5 ─ pixel_values
-    FlashSloth:     1 tile an image, the whole image squashed          (num_images, 3, height, width)
-    FlashSloth-HD:  5 tiles an image (`do_image_splitting=True`)         (num_images * 5, 3, height, width)
-                    the whole image squashed, then the image padded to a square, resized to
+    FlashSloth:     1 tile per image, the whole image resized            (num_images, 3, height, width)
+    FlashSloth-HD:  5 tiles per image (`do_image_splitting=True`)        (num_images * 5, 3, height, width)
+                    the whole image resized, then the image padded to a square, resized to
                     (2 * height, 2 * width) and cut into 2x2 tiles, row by row
 """
 
@@ -18,12 +18,13 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -36,77 +37,79 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     get_image_type,
-    httpx,  # which of its two versions depends on that of huggingface_hub
+    httpx,  # the package under this name depends on the version of huggingface_hub
     is_valid_image,
+    validate_preprocess_arguments,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Tiles along one side of the enlarged image in FlashSloth-HD, and all tiles of an image there.
+# FlashSloth-HD: tiles along one side of the enlarged image, and all tiles of an image.
 TILES_PER_SIDE = 2
 NUM_HD_TILES = 1 + TILES_PER_SIDE**2
 
-# Accepted channel counts, the likeliest first: this order decides when both ends of a shape could be the channels.
+# Accepted channel counts, most likely first: the order decides when both ends of a shape could be the channels.
 CHANNEL_COUNTS = (3, 4, 1)
 
-# JPEG's own limit. The padded image is as long as the longer side: a strip of a million pixels, which passes Pillow's
+# JPEG's limit. The padded square has the longer side of the image: a strip of a million pixels, which passes Pillow's
 # check for decompression bombs, would take gigabytes.
 MAX_SIDE = 65_535
 
-# Floats with fractions and a maximum between 1 and this are taken for neither 0..1 nor 0..255: they may be 0..1 that
-# overshot in a resize, or linear light, and reading them as nearly black would be a silent mistake.
+# Fractional floats with a maximum between 1 and this value are rejected: they may be 0..1 values that overshot in a
+# resize, or linear light, and reading them as 0..255 would silently give a nearly black image.
 DARKEST_WHITE = 16
 
-# Pixels of padded image that are held at a time when a tall image is padded to a square.
+# Pixels of the padded square held in memory at a time.
 STRIP_PIXELS = 2**20
 
-# From so many times the image's own pixels in a row or column on, padding is not resized, but known.
+# If the padded side is more than this many times the image's, the result for pure padding is computed, not resized.
 LONG_PADDING = 8
 
-# Pillow's weight 1 when it resizes images of 8 bits.
+# The weight 1 in the fixed-point arithmetic of Pillow's resize.
 WEIGHT_ONE = 2**22
 
-# Seconds that the server of an image's URL may be silent.
+# Seconds to wait for a server that sends nothing, and the client's name: some servers reject a library's default one.
 DOWNLOAD_TIMEOUT = 30
+USER_AGENT = "FlashSloth"
 
 # What Pillow raises for files that are truncated, corrupt, not images, or decompression bombs.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
-# Bookkeeping of transformers in saved files, which the constructor has to let through.
+# Keys that transformers adds to saved files; the constructor accepts them.
 FILE_KEYS = frozenset({"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"})
 
-# Arguments that every image processor of transformers accepts and that have no meaning here.
+# Arguments that every image processor of transformers accepts, but that have no meaning for FlashSloth.
 UNUSED_ARGUMENTS = ("do_center_crop", "crop_size", "do_pad", "pad_size", "image_seq_length")
 
 
 class FlashSlothImageProcessorKwargs(ImagesKwargs, total=False):
-    """Keyword arguments of `FlashSlothImageProcessor`: those of transformers and one more.
+    """Keyword arguments of `FlashSlothImageProcessor`: those of transformers, and `do_image_splitting`.
 
     Attributes:
-        do_image_splitting: Whether an image becomes five tiles (FlashSloth-HD) instead of one.
+        do_image_splitting: Whether to split an image into five tiles (FlashSloth-HD) instead of one.
     """
 
     do_image_splitting: bool | None
 
 
 class FlashSlothImageProcessor(PilBackend):
-    """Turns images into `pixel_values` with Pillow, equal to the original FlashSloth to the last bit.
+    """Turns images into `pixel_values` with Pillow, bit-identical to the original FlashSloth.
 
-    Images are PIL images of every mode, numpy or torch arrays, or strings (path, URL, base64): one, a list, or a
-    list per row of the batch. How they are read:
+    Accepts PIL images of every mode, numpy or torch arrays, and strings (path, URL, base64): one image, a list, or
+    one list per row of the batch. How images are read:
 
-    - **Alpha** is dropped, as the original does: the colour stored under a transparent pixel shows.
-    - **16-bit** images (modes `I;16*`, dtype uint16) are scaled, 65535 being white. Mode `I` and wider integers are
-      taken as 8-bit when no value exceeds 255, else as 16-bit.
-    - **Floats** (arrays, and mode `F`) within 0..1 have white at 1, whatever `do_rescale` says; beyond that they are
-      rounded levels within 0..255; what fits neither scale raises. An array of only 0.0 and 1.0 is black and white.
+    - **Alpha** is dropped, as in the original: the colour stored under a transparent pixel shows.
+    - **16-bit** images (modes `I;16*`, dtype uint16) are scaled so that 65535 is white. Mode `I` and wider integers
+      are read as 8-bit if no value exceeds 255, else as 16-bit.
+    - **Floats** (arrays, and mode `F`) within 0..1 have white at 1, whatever `do_rescale` says. Floats within 0..255
+      are rounded. Anything else raises. An array that holds only 0.0 and 1.0 is black and white.
     - **Booleans** are black and white.
-    - **Layouts**: `(height, width)`, and 1, 3 or 4 channels first or last. Where both ends could be the channels,
-      3 wins over 4 over 1, then first over last, with a warning; `input_data_format` settles it.
-    - **EXIF rotation** is applied to strings, which are loaded here, and not to PIL images, as everywhere in
-      transformers. Of an animation, the current frame is taken: the first one of a file.
+    - **Layouts**: `(height, width)`, or 1, 3 or 4 channels first or last. If both ends could be the channels, 3 is
+      preferred over 4 over 1, then first over last, with a warning; pass `input_data_format` to decide.
+    - **EXIF rotation** is applied to strings, which are loaded here, but not to PIL images, as everywhere in
+      transformers. From an animation, the current frame is read, which in a file is the first.
     """
 
     valid_kwargs = FlashSlothImageProcessorKwargs
@@ -124,23 +127,23 @@ class FlashSlothImageProcessor(PilBackend):
     do_image_splitting = False
 
     def __init__(self, **kwargs: Unpack[FlashSlothImageProcessorKwargs]) -> None:
-        """Sets the defaults of every later call; an argument that is `None` keeps the class's default.
+        """Sets the defaults for later calls; an argument that is `None` keeps the class's default.
 
         Raises:
-            TypeError: An argument is unknown, or `do_image_splitting` is no bool.
-            ValueError: An argument has a value that FlashSloth has no use for.
+            TypeError: If an argument is unknown, or `do_image_splitting` is not a bool.
+            ValueError: If FlashSloth does not support an argument's value.
         """
         _check_names(kwargs, self._argument_names(), FILE_KEYS)
         _check_flag(kwargs.get("do_image_splitting"))
         super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
-        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._argument_names()})
+        _check_settings(**{name: getattr(self, name) for name in self._argument_names()})
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "FlashSlothImageProcessor":
-        """Builds the processor from a saved file's content; keys that other versions wrote are left out, and logged."""
+        """Builds the processor from the content of a saved file; unknown keys are ignored with a warning."""
         known = {*cls._argument_names(), *FILE_KEYS}
         if unknown := sorted(set(image_processor_dict) - known):
-            logger.warning(f"{cls.__name__}: the saved configuration has unknown keys {unknown}, which are ignored.")
+            logger.warning(f"{cls.__name__}: ignoring unknown keys {unknown} in the saved configuration.")
         return super().from_dict({key: value for key, value in image_processor_dict.items() if key in known}, **kwargs)
 
     @classmethod
@@ -148,12 +151,12 @@ class FlashSlothImageProcessor(PilBackend):
         return tuple(cls.valid_kwargs.__annotations__)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Number of tiles that an image of this size becomes.
+        """Number of tiles an image is turned into.
 
         Args:
-            height: Height of the image in pixels; every size gives the same number.
+            height: Height of the image in pixels; the number is the same for every size.
             width: Width of the image in pixels.
-            images_kwargs: Keyword arguments of the call that override this processor's defaults.
+            images_kwargs: Keyword arguments of the call, which override this processor's defaults.
 
         Returns:
             1, or 5 with `do_image_splitting`.
@@ -164,14 +167,14 @@ class FlashSlothImageProcessor(PilBackend):
         return NUM_HD_TILES if do_image_splitting else 1
 
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
-        """Loads the strings and paths in an image or a nested list of images, and keeps everything else.
+        """Loads the paths, URLs and base64 strings in a nested list of images, or a single one; others are returned.
 
-        A row that is `None` in a list of rows has no images, as TRL says it: `[None, [image]]`, or `[None, None]`. An
-        encoded image, `{"bytes": ..., "path": ...}`, as `datasets` gives it from nested columns, is opened.
+        In a list of rows, `None` is a row without images, as TRL passes it: `[None, [image]]`, or `[None, None]`.
+        Encoded images, `{"bytes": ..., "path": ...}`, as `datasets` returns them for nested columns, are opened.
 
         Raises:
-            TypeError: Something is no image at all.
-            ValueError: An image cannot be read, or an array has a number of axes that no image has.
+            TypeError: If something is not an image.
+            ValueError: If an image cannot be read, or an array does not have 2, 3 or 4 axes.
         """
         return self._fetch(_fill_rows(image_url_or_urls))
 
@@ -185,17 +188,17 @@ class FlashSlothImageProcessor(PilBackend):
         if not is_valid_image(images):
             raise TypeError(
                 "Expected an image as a PIL image, numpy array, torch tensor, path, URL or base64 string, "
-                f"found {type(images).__name__}; open it with `PIL.Image.open` first, and give rows without an image "
-                "as `[]` among the lists of the others."
+                f"found {type(images).__name__}; open it with `PIL.Image.open` first. If a row has no images, pass "
+                "`[]` for it."
             )
         if get_image_type(images) == ImageType.PIL:
             return images
         if images.ndim not in (2, 3, 4):
             raise ValueError(
-                "Expected an array (height, width), one with channels first or last, or a batch of those with a "
-                f"leading axis, found shape {tuple(images.shape)}; pass several images as a list."
+                "Expected an array (height, width), one with channels first or last, or a batch of those, found shape "
+                f"{tuple(images.shape)}; pass several images as a list."
             )
-        # transformers counts images as arrays of three axes, which a grey one without channels has not.
+        # transformers counts arrays of three axes as images; a grey array has only two.
         return _grey_to_pil(_to_numpy(images)) if images.ndim == 2 else images
 
     def preprocess(
@@ -205,7 +208,8 @@ class FlashSlothImageProcessor(PilBackend):
 
         Args:
             images: An image, a list of images, or a list of lists.
-            crop_to_patches: Whether to say how many tiles each image became; the tiles are the same. TRL asks so.
+            crop_to_patches: Whether to also return the number of tiles of each image, which TRL asks for; the tiles
+                are the same.
             **kwargs: Overrides of this processor's defaults for this call; `None` keeps a default.
 
         Returns:
@@ -213,48 +217,29 @@ class FlashSlothImageProcessor(PilBackend):
             with `return_tensors="pt"`, else a numpy array. With `crop_to_patches`, also `num_patches` (num_images,).
 
         Raises:
-            TypeError: An argument is unknown, or something is no image.
-            ValueError: An image cannot be read or interpreted, or an argument has an impossible value.
+            TypeError: If an argument is unknown, or something is not an image.
+            ValueError: If an image cannot be read, or an argument has an unsupported value.
         """
         _check_names(kwargs, self._argument_names())
         _check_flag(kwargs.get("do_image_splitting"))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        features = super().preprocess(images, **kwargs)
+        validate_typed_dict(self.valid_kwargs, kwargs)
+        settings = {name: getattr(self, name, None) for name in self._argument_names()}
+        settings = self._standardize_kwargs(**(settings | kwargs))
+        _check_settings(**settings)
+
+        device, return_tensors = settings.pop("device"), settings.pop("return_tensors")
+        tiles = self._tiles(list(_flatten(self.fetch_images(images))), **settings)
+        features = {"pixel_values": tiles.reshape(-1, *tiles.shape[2:])}
         if crop_to_patches:
-            num_tiles = self.get_number_of_image_patches(0, 0, kwargs)
-            counts = np.full(len(features["pixel_values"]) // num_tiles, num_tiles)
-            features |= BatchFeature({"num_patches": counts}, tensor_type=kwargs.get("return_tensors"))
-        return features
+            features["num_patches"] = np.full(*tiles.shape[:2])
+        features = BatchFeature(features, tensor_type=return_tensors)
+        return features if device is None else _to_device(features, device)
 
-    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
-        return list(_flatten(self.fetch_images(images), expected_ndims))
-
-    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
-        unused = [name for name in UNUSED_ARGUMENTS if kwargs.get(name)]
-        if unused:
-            raise ValueError(
-                f"Expected no cropping, padding or token count, found {unused}: FlashSloth sees the whole image and "
-                "counts its tokens itself; leave these arguments out."
-            )
-        if kwargs.get("data_format") not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
-            raise ValueError(
-                f"Expected `data_format` 'channels_first', which the model reads, found {kwargs['data_format']!r}; "
-                "permute `pixel_values` afterwards, or pass `input_data_format` to describe the input."
-            )
-        _check_settings(**kwargs)
-        super()._validate_preprocess_kwargs(**kwargs)
-
-    def _preprocess_image_like_inputs(
-        self,
-        images: ImageInput,
-        *,
-        size: SizeDict,
-        do_image_splitting: bool,
-        device: Any = None,
-        return_tensors: Any = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        images = self._prepare_images_structure(images)
+    def _tiles(
+        self, images: list[ImageInput], *, size: SizeDict, do_image_splitting: bool, **kwargs: Any
+    ) -> np.ndarray:
+        """Tiles of images, `(num_images, tiles_per_image, 3, height, width)`."""
         options = {"do_image_splitting": do_image_splitting}
         tiles_per_image = self.get_number_of_image_patches(size.height, size.width, options)
         tiles = np.empty((len(images), tiles_per_image, 3, size.height, size.width), dtype=np.float32)
@@ -267,8 +252,7 @@ class FlashSlothImageProcessor(PilBackend):
                 _write(tile, levels, target)
 
         _for_each(write, images)
-        features = BatchFeature({"pixel_values": tiles.reshape(-1, *tiles.shape[2:])}, tensor_type=return_tensors)
-        return features if device is None else _to_device(features, device)
+        return tiles
 
     def process_image(
         self,
@@ -279,17 +263,17 @@ class FlashSlothImageProcessor(PilBackend):
         name: str = "the image",
         **kwargs: Any,
     ) -> Image.Image:
-        """Converts one image to RGB with 8 bits a channel.
+        """Converts one image to RGB with 8 bits per channel.
 
         Args:
             image: The image.
-            do_convert_rgb: `False` refuses images that are not RGB instead of converting them.
-            input_data_format: Where an array has its channels.
-            name: How error messages call the image.
+            do_convert_rgb: `False` raises for images that are not RGB instead of converting them.
+            input_data_format: Whether an array has its channels first or last.
+            name: Name of the image in error messages.
             **kwargs: Ignored.
 
         Returns:
-            The image as a PIL image, which Pillow resizes without another copy.
+            A PIL image, which Pillow resizes without another copy.
         """
         if get_image_type(image) != ImageType.PIL:
             image = _array_to_pil(_to_numpy(image), input_data_format, name)
@@ -328,9 +312,9 @@ class FlashSlothImageProcessor(PilBackend):
 
 
 def _for_each(work: Callable[[int, ImageInput], None], images: list) -> None:
-    """Calls `work` with the number of every image and the image, in as many threads as torch may use.
+    """Calls `work` with the index of every image and the image, on `torch.get_num_threads()` threads.
 
-    Pillow and numpy let go of Python's lock.
+    Pillow and numpy release the GIL.
     """
     num_threads = min(len(images), torch.get_num_threads())
     if num_threads < 2:
@@ -357,18 +341,35 @@ def _check_flag(do_image_splitting: bool | None) -> None:
         )
 
 
-def _check_settings(
+def _check_settings(**kwargs: Any) -> None:
+    unused = [name for name in UNUSED_ARGUMENTS if kwargs.get(name)]
+    if unused:
+        raise ValueError(
+            f"Expected no cropping, padding or token count, found {unused}: FlashSloth reads the whole image and "
+            "counts its tokens itself; remove these arguments."
+        )
+    if kwargs["data_format"] not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
+        raise ValueError(
+            f"Expected `data_format` 'channels_first', which the model reads, found {kwargs['data_format']!r}; "
+            "permute `pixel_values` afterwards, or pass `input_data_format` to describe the input."
+        )
+    _check_values(**kwargs)
+    names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_resize", "size", "resample")
+    validate_preprocess_arguments(**{name: kwargs[name] for name in names})
+
+
+def _check_values(
     size: SizeDict, image_mean: float | Iterable[float], image_std: float | Iterable[float], **kwargs: Any
 ) -> None:
     if not (size.height and size.width and size.height > 0 and size.width > 0):
         raise ValueError(
-            f"Expected `size` with a positive height and width, found {dict(size)}; pass the pixels that the model's "
-            "vision tower was built for, such as {'height': 384, 'width': 384}."
+            f"Expected `size` with a positive height and width, found {dict(size)}; pass the size in pixels that the "
+            "vision tower reads, such as {'height': 384, 'width': 384}."
         )
     for name, value in (("image_mean", image_mean), ("image_std", image_std)):
         if np.shape(value) not in ((), (3,)):
             raise ValueError(
-                f"Expected `{name}` as one number or one for each of R, G and B, found {value}; give 1 or 3."
+                f"Expected `{name}` as one number, or one for each of R, G and B, found {value}; pass 1 or 3 numbers."
             )
     if not np.all(image_std):
         raise ValueError(f"Expected a non-zero `image_std`, found {image_std}; set `do_normalize=False` to skip it.")
@@ -380,42 +381,51 @@ def _name(index: int, image: ImageInput) -> str:
 
 
 def _fill_rows(images: Any) -> Any:
-    """Makes the rows without images, `None` among lists or alone, empty lists."""
+    """Replaces rows that are `None` by empty lists."""
     is_rows = isinstance(images, list | tuple) and all(row is None or isinstance(row, list | tuple) for row in images)
     return [[] if row is None else row for row in images] if is_rows else images
 
 
-def _flatten(images: ImageInput | list, expected_ndims: int) -> Iterator[ImageInput]:
-    is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == expected_ndims + 1
+def _flatten(images: ImageInput | list) -> Iterator[ImageInput]:
+    is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
     if is_batch:
         for image in images:
-            yield from _flatten(image, expected_ndims)
+            yield from _flatten(image)
     else:
         yield images
 
 
-def _load(source: str) -> Image.Image:
-    """Opens a path, URL or base64 string; the image keeps its mode, for Pillow's way to RGB clips 16 bits to white.
+def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """Opens an image file in its own mode, with its EXIF rotation applied.
 
-    That is why transformers' `load_image`, which returns RGB, is not called.
+    Args:
+        file: Path, or an open file.
+    """
+    with Image.open(file) as image:
+        return ImageOps.exif_transpose(image)
+
+
+def _load(source: str) -> Image.Image:
+    """Opens a path, URL or base64 string in the image's own mode.
+
+    transformers' `load_image` converts to RGB, which clips 16-bit images to white.
     """
     path = url2pathname(urlsplit(source).path) if source.startswith("file://") else source
-    # Not `Path.is_file`: it raises for a base64 string, which is too long for a name.
+    # Not `Path.is_file`: it raises for base64 strings, which are longer than a file name may be.
     is_file = os.path.isfile(path)  # noqa: PTH113
     try:
-        with Image.open(path if is_file else io.BytesIO(_fetch(source))) as image:
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # those of Pillow, and of the HTTP client that this transformers uses
+        return open_image(path if is_file else io.BytesIO(_fetch(source)))
+    except Exception as error:  # Pillow's, and those of the installed HTTP client
         shown = source if len(source) <= 80 else f"{source[:40]}…{source[-40:]}"
         if is_file:
             found = "a file that Pillow cannot read"
         elif _is_web_address(source):
-            found = "a URL that gives no image"
+            found = "a URL that does not give an image"
         else:
-            found = "no file, and as a URL or base64 no image to Pillow"
+            found = "neither a file nor the URL or base64 string of an image"
         raise ValueError(
             f"Expected the path, URL or base64 string of a complete image, found {shown!r}: {found} "
-            f"({_describe(error)}); correct the path, save the image again, or leave it out."
+            f"({_describe(error)}); correct the path, save the image again, or remove it."
         ) from error
 
 
@@ -424,14 +434,15 @@ def _is_web_address(source: str) -> bool:
 
 
 def _fetch(source: str) -> bytes:
-    """What an http(s) URL gives, or a `data:` URL or a base64 string holds.
+    """Content of an http(s) or `data:` URL, or of a base64 string.
 
     Raises:
-        OSError: The server answered with an error.
-        ValueError: The text is no base64.
+        OSError: If the server answers with an error.
+        ValueError: If the text is not base64.
     """
     if _is_web_address(source):
-        response = httpx.get(source, timeout=DOWNLOAD_TIMEOUT, follow_redirects=True)
+        headers = {"User-Agent": USER_AGENT}
+        response = httpx.get(source, headers=headers, timeout=DOWNLOAD_TIMEOUT, follow_redirects=True)
         if response.is_error:
             raise OSError(f"the server answered {response.status_code} {response.reason_phrase}")
         return response.content
@@ -443,26 +454,25 @@ def _fetch(source: str) -> bytes:
 
 
 def _decode_base64(text: str) -> bytes:
-    """Decodes base64 in either alphabet, with line breaks, and with or without its padding."""
+    """Decodes base64 in either alphabet, with or without line breaks and padding."""
     text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _open_encoded(encoded: bytes) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return ImageOps.exif_transpose(image)
+        return open_image(io.BytesIO(encoded))
     except IMAGE_ERRORS as error:
         raise ValueError(
             f"Expected the bytes of a complete image file, found {len(encoded)} bytes that Pillow cannot read "
-            f"({_describe(error)}); save the image again, or leave it out."
+            f"({_describe(error)}); save the image again, or remove it."
         ) from error
 
 
 def _describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {str(error)[:200]}"
     if isinstance(error, Image.DecompressionBombError):
-        text += " If you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`"
+        text += " If you trust the image's source, raise `PIL.Image.MAX_IMAGE_PIXELS`"
     return text
 
 
@@ -475,7 +485,7 @@ def _to_numpy(array: Any) -> np.ndarray:
 
 
 def _grey_to_pil(values: np.ndarray) -> Image.Image:
-    """Keeps a grey image's values, in the mode that `_convert_to_rgb` reads in the way the array would be read."""
+    """A PIL image with the array's values, in a mode that `_convert_to_rgb` reads as it would read the array."""
     name = "an array of grey values"
     _check_sides(*values.shape, name)
     if values.dtype == np.uint16:
@@ -488,17 +498,18 @@ def _grey_to_pil(values: np.ndarray) -> Image.Image:
 def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Converts an image of any mode to RGB, without its alpha."""
     try:
-        # Reads the rest of a file that was only opened, which threads that share the image cannot do at once.
+        # Threads may share an image whose file is open but not yet read, and Pillow cannot load it twice at once. The
+        # lock is kept on the image: images are not hashable, and one lock for all would load them one at a time.
         with vars(image).setdefault("_loading", threading.Lock()):
             image.load()
         if image.mode != "F" and not image.mode.startswith("I"):
             return _convert_shallow(image)
-        # Pillow clips these modes to 0..255, which turns all but the darkest 16-bit pixels white.
+        # Pillow clips these modes to 0..255, which turns nearly all 16-bit pixels white.
         values = np.asarray(image)
     except IMAGE_ERRORS as error:
         raise ValueError(
             f"Expected a complete image that Pillow can convert to RGB, found mode {image.mode} in {name}, which it "
-            f"cannot ({_describe(error)}); save it again as RGB, or leave it out."
+            f"cannot ({_describe(error)}); save it again as RGB, or remove it."
         ) from error
     return Image.fromarray(_to_uint8(values, name)).convert("RGB")
 
@@ -509,7 +520,7 @@ def _convert_shallow(image: Image.Image) -> Image.Image:
     if image.mode == "La":
         image = image.convert("LA")
     if isinstance(image.info.get("transparency"), bytes):
-        # Pillow warns when such a palette loses its alpha in one step; the colours are the same.
+        # Pillow warns if such a palette is converted to RGB directly; the colours are the same.
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -525,7 +536,7 @@ def _array_to_pil(array: np.ndarray, input_data_format: str | ChannelDimension |
     if array.ndim != 3 or array.shape[-1] not in CHANNEL_COUNTS:
         raise ValueError(
             f"Expected 1, 3 or 4 channels, first or last, in {name}, found shape {shape} and "
-            f"input_data_format={input_data_format}; select the channels to show, or correct `input_data_format`."
+            f"input_data_format={input_data_format}; select 1, 3 or 4 channels, or correct `input_data_format`."
         )
     _check_sides(*array.shape[:2], name)
     array = _to_uint8(array, name)
@@ -539,7 +550,7 @@ def _infer_layout(shape: tuple[int, ...]) -> ChannelDimension:
         layout = min(possible, key=lambda layout: CHANNEL_COUNTS.index(counts[layout]))
         logger.warning_once(
             f"Both ends of the shape {shape} could be an image's channels; reading it as {layout.value}. Pass "
-            "`input_data_format` ('channels_first' or 'channels_last') to settle it."
+            "`input_data_format` ('channels_first' or 'channels_last') to decide."
         )
         return layout
     return possible[0] if possible else ChannelDimension.LAST
@@ -549,7 +560,7 @@ def _check_sides(height: int, width: int, name: str) -> None:
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         raise ValueError(
             f"Expected sides of 1 to {MAX_SIDE} pixels in {name}, found {width}x{height} (width x height); check the "
-            "crop or file that it comes from, shrink it, or leave it out."
+            "crop or file, resize it, or remove it."
         )
 
 
@@ -571,7 +582,7 @@ def _floats_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(
             f"Expected finite pixels in {name}, found {np.count_nonzero(~np.isfinite(values))} that are NaN or "
-            "infinite; repair the array, e.g. with `numpy.nan_to_num`."
+            "infinite; replace these values, e.g. with `numpy.nan_to_num`."
         )
     if low >= 0 and high <= 1:
         return np.rint(values * np.float32(255)).astype(np.uint8)
@@ -579,8 +590,8 @@ def _floats_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
     if low >= 0 and high <= 255 and (high >= DARKEST_WHITE or np.array_equal(levels, values)):
         return levels.astype(np.uint8)
     raise ValueError(
-        f"Expected float pixels within 0..1 or 0..255 in {name}, found {low} to {high}, which fits neither scale; undo "
-        "an earlier normalisation, clip an overshoot to 0..1, or convert to uint8."
+        f"Expected float pixels within 0..1 or 0..255 in {name}, found {low} to {high}, which fits neither; undo an "
+        "earlier normalisation, clip to 0..1, or convert to uint8."
     )
 
 
@@ -592,13 +603,13 @@ def _integers_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
             "them to 0..255 and convert to uint8."
         )
     if high > 255 or values.dtype.kind + str(values.dtype.itemsize) == "u2":
-        # 65535 = 257 * 255: the nearest 8-bit level.
+        # 65535 = 257 * 255, so this rounds to the nearest 8-bit level.
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return values.astype(np.uint8)
 
 
 def _is_unit_range(image: ImageInput) -> bool:
-    """Whether an image is given in floats within 0..1."""
+    """Whether an image has floats within 0..1."""
     values = np.asarray(image) if get_image_type(image) == ImageType.PIL else _to_numpy(image)
     return values.dtype.kind == "f" and values.max() <= 1
 
@@ -612,8 +623,8 @@ def _levels(
     image_std: float | Iterable[float],
     **kwargs: Any,
 ) -> np.ndarray:
-    """The 256 float32 values, per channel, that the 256 levels of an 8-bit image become: (3, 256)."""
-    # Without rescaling, an image keeps the scale that it came in.
+    """Lookup table from the 256 levels of an 8-bit image to float32, per channel: (3, 256)."""
+    # Without rescaling, an image keeps the scale it was passed in.
     own_scale = 1 / 255 if not do_rescale and _is_unit_range(image) else 1.0
     scale = rescale_factor if do_rescale else own_scale
     levels = np.broadcast_to(np.arange(256) * scale, (3, 256))
@@ -632,8 +643,8 @@ def _write(tile: Image.Image, levels: np.ndarray, target: np.ndarray) -> None:
 def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     """Resizes to `size` (width, height) one axis at a time, in the order that Pillow 13 chooses.
 
-    Pillow rounds to 8 bits between its two passes, so their order shows in the last bits. Up to Pillow 12 rows always
-    came first; spelling the order out makes the result the same on every version.
+    Pillow rounds to 8 bits between its two passes, so their order changes the last bits. Up to Pillow 12, rows always
+    came first; choosing the order here gives the same result with every version.
     """
     width, height = size
     excess = image.height - height
@@ -645,12 +656,12 @@ def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.I
 def _pad_and_resize(
     image: Image.Image, size: tuple[int, int], resample: int, background: tuple[int, ...]
 ) -> Image.Image:
-    """Pads to a centred square and resizes it to `size` (width, height), without ever holding that square.
+    """Pads to a centred square and resizes it to `size` (width, height), without building the whole square.
 
-    From square to square, every Pillow resizes rows first; a row depends on no other row, and padding stays padding.
-    So the image's own rows are resized, and only then the rows above and below are added: the same bits. Where most
-    of a row or column is padding, only what sees the image is computed: time and memory grow with the image's
-    pixels, not with the square's.
+    From square to square, every version of Pillow resizes rows first, and rows are independent. So only the image's
+    own rows are resized, and the padding above and below is added afterwards: the result is the same to the bit. If
+    most of a row or column is padding, only the output that depends on the image is computed, so time and memory grow
+    with the pixels of the image, not of the square.
     """
     width, height = size
     side = max(image.size)
@@ -673,7 +684,7 @@ def _pad_and_resize(
 def _pad_and_resize_rows(
     image: Image.Image, side: int, width: int, resample: int, background: tuple[int, ...]
 ) -> Image.Image:
-    """Pads the rows of an image to `side` pixels and resizes them to `width`, some at a time."""
+    """Pads the rows of an image to `side` pixels and resizes them to `width`, a strip of rows at a time."""
     if image.width == side:
         return image.resize((width, image.height), resample)
     rows = Image.new("RGB", (width, image.height))
@@ -689,22 +700,21 @@ def _pad_and_resize_rows(
 def _resize_between_padding(
     image: Image.Image, side: int, width: int, background: tuple[int, ...]
 ) -> tuple[int, Image.Image]:
-    """Resizes rows that are centred in padding, computing only the columns that see more than padding.
+    """Resizes rows that are centred in padding; computes only the columns that depend on the image.
 
-    Pillow adds up whole numbers, pixels times weights, so the sums here are the same in any order, and exact in
-    float64.
+    Pillow sums integers (pixels times weights), so the sums are the same in any order, and exact in float64.
 
     Args:
         image: The image.
-        side: Pixels of a row with its padding.
-        width: Pixels that a row gets.
+        side: Length of a padded row, in pixels.
+        width: Length of a resized row, in pixels.
         background: Colour of the padding.
 
     Returns:
-        The first column that was computed, and those columns.
+        The index of the first computed column, and the computed columns.
     """
     first, weights, rest = _columns_that_see(image.width, side, width)
-    # (columns, 3): what the padding gives, and the half that Pillow adds to round
+    # (columns, 3): the contribution of the padding, and the half that Pillow adds to round
     constant = rest[:, None] * np.array(background, np.float64) + WEIGHT_ONE / 2
     resized = np.empty((image.height, len(weights), 3), np.uint8)
     num_rows = max(1, STRIP_PIXELS // image.width)
@@ -717,14 +727,14 @@ def _resize_between_padding(
 
 
 def _columns_that_see(num_pixels: int, side: int, width: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """How `num_pixels` pixels in the middle of `side` weigh in those of `width` columns that they reach.
+    """Resampling weights of the `num_pixels` pixels in the middle of `side`, for the output columns they contribute to.
 
-    The arithmetic, in its order, of `precompute_coeffs` and `normalize_coeffs_8bpc`:
+    Repeats the arithmetic of Pillow's `precompute_coeffs` and `normalize_coeffs_8bpc` in the same order:
     https://github.com/python-pillow/Pillow/blob/12.0.0/src/libImaging/Resample.c
 
     Returns:
-        The first such column; the weights of the pixels, `(columns, num_pixels)`; and, `(columns,)`, the sum of the
-        padding's weights; all in whole numbers, of which `WEIGHT_ONE` is one.
+        The index of the first such column; the weights of the pixels, `(columns, num_pixels)`; and the sum of the
+        padding's weights, `(columns,)`. Weights are integers, in units of 1 / `WEIGHT_ONE`.
     """
     left, scale = (side - num_pixels) // 2, side / width
     stretch = max(scale, 1.0)
@@ -736,7 +746,7 @@ def _columns_that_see(num_pixels: int, side: int, width: int) -> tuple[int, np.n
     for row, column in enumerate(columns):
         pixels = np.arange(starts[column], ends[column])
         kernel = _bicubic((pixels - centers[column] + 0.5) * (1.0 / stretch))
-        kernel /= np.cumsum(kernel)[-1]  # in this order, not in pairs as `sum`
+        kernel /= np.cumsum(kernel)[-1]  # sums in order, as Pillow does; `sum` adds pairwise
         kernel = np.trunc(kernel * WEIGHT_ONE + np.copysign(0.5, kernel))
         is_seen = (pixels >= left) & (pixels < left + num_pixels)
         weights[row, pixels[is_seen] - left] = kernel[is_seen]
@@ -753,21 +763,21 @@ def _bicubic(distance: np.ndarray) -> np.ndarray:
 
 
 def tile_boxes(height: int, width: int, num_tiles: int) -> list[tuple[float, float, float, float]]:
-    """Where the tiles of an image lie in it, in the order of `pixel_values`.
+    """Bounding boxes of the tiles in their image, in the order of `pixel_values`.
 
     Args:
         height: Height of the image in pixels.
         width: Width of the image in pixels.
-        num_tiles: 1, or 5 in high definition.
+        num_tiles: 1, or 5 with `do_image_splitting`.
 
     Returns:
-        Left, top, right and bottom of every tile, in pixels of the image. What lies beyond its edges is padding.
+        Left, top, right and bottom of every tile, in pixels of the image. Parts outside the image are padding.
 
     Raises:
-        ValueError: If no image has so many tiles.
+        ValueError: If `num_tiles` is neither 1 nor 5.
     """
     if num_tiles not in (1, NUM_HD_TILES):
-        raise ValueError(f"Expected 1 tile of an image, or {NUM_HD_TILES}, found {num_tiles}; pass all of it.")
+        raise ValueError(f"Expected 1 or {NUM_HD_TILES} tiles of an image, found {num_tiles}; pass all of its tiles.")
     side = max(height, width)
     left, top, step = (side - width) // 2, (side - height) // 2, side / TILES_PER_SIDE
     corners = [
@@ -780,7 +790,7 @@ def _to_device(features: BatchFeature, device: Any) -> BatchFeature:
     if isinstance(features["pixel_values"], np.ndarray):
         if str(device) == "cpu":
             return features
-        raise ValueError(f"Expected `return_tensors='pt'` with device={device}, found numpy output; pass it as well.")
+        raise ValueError(f"Expected `return_tensors='pt'` with device={device}, found numpy output; pass both.")
     return features.to(device)
 
 

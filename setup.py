@@ -16,32 +16,36 @@ CHECKPOINT = [
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
-DEMO = ["gradio>=6"]
+# Lower bounds are the oldest releases that the tests have run with.
+DEMO = ["gradio>=6.31"]
 FILELOCK = "filelock<4"  # lmms-eval 0.7.3 imports a module that 4 no longer has
 EVALUATION = ["Levenshtein", FILELOCK, "lmms-eval>=0.7.3"]
 # What lmms-eval needs to run without its torchvision, which is not built for a CPU's torch: see .ci/run.
 EVALUATION_TESTS = ["evaluate", FILELOCK, "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"]
-ONNX = ["onnx", "onnxruntime", "onnxscript"]
-QUANTIZATION = ["bitsandbytes", "torchao>=0.18"]
-SERVING = ["accelerate", "fastapi", "openai>=1.98", "requests", "uvicorn"]
+ACCELERATE = "accelerate>=1.15"
+BITSANDBYTES = "bitsandbytes>=0.50"
+LINT = ["mypy==2.4.1", "ruff==0.17.6"]  # as in .pre-commit-config.yaml
+ONNX = ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"]
+QUANTIZATION = [BITSANDBYTES, "torchao>=0.18"]
+SERVING = [ACCELERATE, "fastapi>=0.165", "openai>=3.57", "requests", "uvicorn>=0.54"]
 TRAINING = [
-    "accelerate",
-    "bitsandbytes",
-    "datasets>=4",
-    "matplotlib",
-    "peft",
+    ACCELERATE,
+    BITSANDBYTES,
+    "datasets>=5.2",
+    "matplotlib>=3.11",
+    "peft>=0.21",
     "pyyaml",
     "tensorboard",
     "trl>=1.16",
 ]
-VIDEO = ["av>=14.2"]
+VIDEO = ["av>=18.1"]
 
 
 class BuildModules(build_py):
-    """Leaves this file out of the package, though it lies beside the modules."""
+    """Keeps this file out of the package, although it is in the package's folder."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        """Modules of the package, as setuptools finds them, without `setup`."""
+        """The modules that setuptools finds, without `setup`."""
         return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
 
 
@@ -52,15 +56,25 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
     install_requires=[
         "huggingface_hub",
-        "jinja2",
-        "numpy",
-        "pillow",
+        "jinja2>=3.1",
+        "numpy>=2",
+        "pillow>=12",
         "safetensors",
         "tokenizers",
-        "torch>=2.6",
+        "torch>=2.11",
         "tqdm",
         "transformers>=5.17,<6",
     ],
@@ -68,12 +82,14 @@ setup(
         "demo": DEMO,
         "eval": EVALUATION,
         "flash-attn": ["flash-attn"],
+        "lint": LINT,
         "onnx": ONNX,
         "quantization": QUANTIZATION,
         "serve": SERVING,
         "test": [
             *DEMO,
             *EVALUATION_TESTS,
+            *LINT,
             *ONNX,
             *QUANTIZATION,
             *SERVING,
@@ -82,7 +98,6 @@ setup(
             "optimum-quanto",
             "pytest",
             "pytest-xdist",
-            "ruff",
             "selenium",
         ],
         "train": TRAINING,
@@ -90,7 +105,7 @@ setup(
     },
     packages=["flashsloth", "flashsloth.cli", "flashsloth.evaluation", "flashsloth.training"],
     package_dir={"flashsloth": "."},
-    package_data={"flashsloth": [*CHECKPOINT, "LICENSE"]},
+    package_data={"flashsloth": [*CHECKPOINT, "LICENSE", "py.typed"]},
     cmdclass={"build_py": BuildModules},
     entry_points={
         "console_scripts": ["flashsloth = flashsloth.cli:main"],

@@ -1,26 +1,27 @@
-"""Speed of FlashSloth beside what its users would pick instead.
+"""Speed of FlashSloth compared with the models that its users would pick instead.
 
     python benchmarks/latency.py --counts-only --output benchmarks/results/counts
     python benchmarks/latency.py --output benchmarks/results/latency_cpu
 
-All models of `peers.py` are built from config, with random weights in bfloat16. Each answers a question of 40 tokens
-about an image with a fixed number of tokens, by `generate` as its users call it: greedy, with the default cache, on
-one device. It writes OUTPUT.md, OUTPUT.json and OUTPUT.png, and every finished case to a file in the folder OUTPUT: a
-run that was stopped goes on where it was, and a case with the same settings, hardware and versions is not measured
-again; remove the folder after a change of the models.
+All models of `peers.py` are built from their configs, with random weights in bfloat16. Each answers a question of 40
+tokens about an image by `generate` with its usual settings (greedy, default cache, one device), with a fixed number of
+new tokens. The script writes OUTPUT.md, OUTPUT.json and OUTPUT.png, and every finished case to a file in the folder
+OUTPUT. An interrupted run resumes there: a case with the same settings, hardware and versions is not measured again.
+Delete the folder after changing the models.
 
-- Counts need no running. FLOPs are those of the matrix products, attention and convolutions that a prompt passes
-  through, by `torch.utils.flop_counter`; attention counts as if it were not causal. Vision is all outside the decoder;
-  prefill is the decoder and the head; a token is one step after the prompt. KV is what the cache holds for all of the
-  prompt but the question: image, marks around it, queries.
-- Times are medians of rounds in which the peer and FlashSloth-3.2B take turns in one process; ratios are to that
-  FlashSloth. Time to first token starts with the inputs on the device, so preprocessing is not in it.
-- Peak memory is that of `generate` above what was there before, and the weights. On a CPU it is resident memory, which
-  Linux reports; what an earlier run gave back to the allocator but not to the system is missing.
-- The roofline is, for each of vision, prefill and a token, the longer of FLOPs at the measured rate of a large matrix
-  product and bytes of weights (and, for a token, of cache) at the measured bandwidth of a copy.
+- Counts are computed without running the models. FLOPs are those of the matrix products, attention and convolutions of
+  a prompt, by `torch.utils.flop_counter`, which counts attention as if it were not causal. Vision is everything outside
+  the decoder, prefill is decoder and head, and a token is one decoding step after the prompt. KV is the cache of the
+  whole prompt except the question: image, marks around it, queries.
+- Times are medians over rounds in which the peer and FlashSloth-3.2B take turns in one process; ratios are to that
+  FlashSloth. Time to first token starts with the inputs on the device and excludes preprocessing.
+- Peak memory is the increase during `generate` plus the weights. On a CPU it is the resident memory that Linux reports,
+  without memory that an earlier run returned to the allocator but not to the system.
+- The roofline is, for each of vision, prefill and a token, the longer of two times: FLOPs at the measured rate of a
+  large matrix product, and bytes of weights (for a token, also of the KV cache) at the measured bandwidth of a copy.
 
-The row that goes into the head is made contiguous for all models: on a CPU, torch copies the whole matrix otherwise.
+For all models, the hidden state that the head reads is made contiguous; otherwise torch copies the head's whole matrix
+on a CPU.
 """
 
 import argparse
@@ -29,18 +30,26 @@ import inspect
 import itertools
 import json
 import logging
-import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from peers import PEERS, QUESTION_TOKENS, Peer
 from PIL import Image
+from report import (
+    add_device_option,
+    build_parser,
+    describe_machine,
+    describe_rounds,
+    describe_versions,
+    markdown_table,
+    write_report,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +59,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.initialization import no_init_weights
 
-from flashsloth.cli.devices import has_bfloat16
 from flashsloth.generation_flashsloth import CACHE_NAME
 
 logger = logging.getLogger(__name__)
@@ -59,14 +67,14 @@ IMAGES = (1344, 336)
 BATCH_SIZES = (1, 8, 32)
 NEW_TOKENS = 64
 ROUNDS = 5
-BLOCK_SIZE = 2**24 + 1  # random numbers that fill the weights; 34 MB, more than a cache holds
-MARGIN_BYTES = 2 * 10**9  # activations and code, beside weights and cache
+BLOCK_SIZE = 2**24 + 1  # random numbers that fill the weights; 34 MB, more than a CPU's cache holds
+MARGIN_BYTES = 2 * 10**9  # activations and code, in addition to weights and KV cache
 CEILING_SIZES = {"cpu": (2048, 2**28), "cuda": (8192, 2**30)}  # side of a matrix; bytes of a copy
 META = torch.device("meta")
 
 
 class Settings(NamedTuple):
-    """What a measured case depends on, beside model, image and batch."""
+    """What a measured case depends on, in addition to model, image and batch size."""
 
     device: str
     new_tokens: int
@@ -75,17 +83,17 @@ class Settings(NamedTuple):
 
 
 class RealIntegers(TorchDispatchMode):
-    """Runs a model whose floating-point tensors have shapes but no data, while whole numbers have values.
+    """Runs a model with floating-point tensors on the meta device (shapes only) and integers with real values.
 
-    Models read whole numbers on the way: sizes of images, where image tokens stand. So those stay on the CPU,
-    whatever device is asked for; what is computed from a tensor on the meta device is on the meta device. Numbers
-    without data are taken to be random: they equal nothing.
+    Models branch on integers, such as image sizes and positions of image tokens, so integer tensors stay on the CPU
+    regardless of the requested device. Results computed from a meta tensor are on the meta device. A comparison with a
+    meta tensor assumes random values: nothing is equal.
     """
 
     COMPARISONS = {torch.ops.aten.eq: torch.zeros, torch.ops.aten.ne: torch.ones}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run an operation where its data are."""
+        """Run an operation on the device of its data."""
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if any(tensor.is_meta for tensor in tensors):
@@ -109,7 +117,7 @@ class RealIntegers(TorchDispatchMode):
 
 
 def _as_positions(indices: list) -> list:
-    """Indices whose masks are lists of positions, so that the size of what they select is known."""
+    """Replace boolean masks with positions, so that the size of the selection is known."""
     positions = []
     for index in indices:
         is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
@@ -118,7 +126,7 @@ def _as_positions(indices: list) -> list:
 
 
 def count(peer: Peer, side: int) -> dict[str, Any]:
-    """Everything about a model and an image that needs no running; for one row.
+    """Count what one row costs, without running the model.
 
     Args:
         peer: The model.
@@ -126,8 +134,8 @@ def count(peer: Peer, side: int) -> dict[str, Any]:
 
     Returns:
         `visual_tokens`, `prompt_tokens`, `parameters`; `vision_flops`, `prefill_flops`, `token_flops`;
-        `vision_bytes` and `decoder_bytes` of the weights that vision and a step of the decoder read; `kv_token_bytes`
-        and `kv_image_bytes` of the cache.
+        `vision_bytes` and `decoder_bytes` of the weights that vision and a decoding step read; `kv_token_bytes` and
+        `kv_image_bytes` of the KV cache.
     """
     with META:
         model = peer.build_model()
@@ -159,7 +167,7 @@ def weight_bytes(peer: Peer) -> int:
 
 
 def _count_flops(model: PreTrainedModel, **inputs: Any) -> tuple[int, int, Any]:
-    """FLOPs of decoder and head, FLOPs of all, and the cache."""
+    """FLOPs of decoder and head, FLOPs of the whole model, and the KV cache."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
     with torch.no_grad(), RealIntegers(), FlopCounterMode(display=False) as counter:
@@ -171,13 +179,13 @@ def _count_flops(model: PreTrainedModel, **inputs: Any) -> tuple[int, int, Any]:
 
 
 def _cache_bytes(cache: Any, length: int) -> int:
-    """Bytes of keys and values; a state that does not grow with the prompt is not one of them."""
+    """Bytes of keys and values; states whose size does not grow with the prompt do not count."""
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(part.nbytes for part in tensors if isinstance(part, torch.Tensor) and part.shape[-2] == length)
 
 
 def _weight_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Bytes that vision and a step of the decoder read; of an input table that is not the head, a step reads a row."""
+    """Bytes that vision and a decoding step read. Of input embeddings not tied to the head, a step reads one row."""
     head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     parts = (model.get_decoder(), model.get_output_embeddings())
     decoder = {id(weight): weight for part in parts for weight in part.parameters()}
@@ -187,7 +195,7 @@ def _weight_bytes(model: PreTrainedModel) -> dict[str, int]:
 
 
 def build_filled(peer: Peer, device: str) -> PreTrainedModel:
-    """A model with random weights, no two of which share memory, ready for `generate` to run to its last token."""
+    """Build a model with random weights, each in its own memory, whose `generate` runs to the last token."""
     with torch.device(device), no_init_weights():
         model = peer.build_model()
     block = (torch.randn(BLOCK_SIZE, device=device) * 0.02).to(model.dtype)
@@ -208,13 +216,13 @@ def _make_contiguous(_head: torch.nn.Module, args: tuple) -> tuple:
 
 
 class TokenClock(BaseStreamer):
-    """Notes when `generate` hands over the prompt, and then each token of all rows, on the CPU."""
+    """Records when `generate` passes on the prompt, and then each token of all rows, on the CPU."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Note the time."""
+        """Record the time."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -222,7 +230,7 @@ class TokenClock(BaseStreamer):
 
 
 class PeakMemory:
-    """Most bytes that were in use while it was active, above those in use before; `above` is `None` if unknown."""
+    """Measures the peak memory while it is active, above the memory in use before; `above` is `None` if unknown."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -233,7 +241,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         elif (reset := Path("/proc/self/clear_refs")).exists():
-            reset.write_text("5")  # the peak becomes what is in use now
+            reset.write_text("5")  # resets the peak to the current use
             self.before = kernel_bytes("/proc/self/status", "VmRSS")
         return self
 
@@ -245,7 +253,7 @@ class PeakMemory:
 
 
 def kernel_bytes(file: str, field: str) -> int | None:
-    """A field of a file in which Linux reports memory, in bytes."""
+    """Read a field of a file in which Linux reports memory, in bytes."""
     if not Path(file).exists():
         return None
     found = re.search(rf"^{field}:\s*(\d+) kB", Path(file).read_text(), re.MULTILINE)
@@ -253,11 +261,11 @@ def kernel_bytes(file: str, field: str) -> int | None:
 
 
 def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float | None]:
-    """Let a model answer once.
+    """Measure one answer of a model.
 
     Returns:
-        `first_token_s`; `token_s`, the median time between two tokens, `None` if there is one only; `tokens_per_s` of
-        all rows, from the beginning; `peak_bytes`.
+        `first_token_s`; `token_s`, the median time between two tokens, `None` if there is only one; `tokens_per_s` of
+        all rows, including the prefill; `peak_bytes`.
     """
     clock, device = TokenClock(), model.device.type
     if device == "cuda":
@@ -265,9 +273,12 @@ def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: 
     with PeakMemory(device) as memory:
         start = time.perf_counter()
         model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock)
-    tokens = clock.times[1:]  # behind the prompt
+    tokens = clock.times[1:]  # without the prompt
     if len(tokens) != new_tokens:
-        raise RuntimeError(f"{new_tokens} tokens were expected, but `generate` made {len(tokens)}; was there an end?")
+        raise RuntimeError(
+            f"expected {new_tokens} tokens, but `generate` made {len(tokens)}; remove the end token from the "
+            "generation config."
+        )
     steps = [after - before for before, after in itertools.pairwise(tokens)]
     weights = sum(weight.nbytes for weight in model.parameters())
     return {
@@ -279,55 +290,70 @@ def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: 
 
 
 class Candidate(NamedTuple):
-    """A model that is loaded."""
+    """A model in memory."""
 
     peer: Peer
     model: PreTrainedModel
 
     def inputs(self, side: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Inputs on the model's device; numbers in its precision."""
+        """Inputs on the model's device, floating-point tensors in its data type."""
         parts = self.peer.build_inputs(self.model.config, side, batch_size)
         precision = {name: self.model.dtype for name, part in parts.items() if part.is_floating_point()}
         return {name: part.to(self.model.device, precision.get(name)) for name, part in parts.items()}
 
 
-def measure_in_turns(
-    candidates: list[Candidate], side: int, batch_size: int, settings: Settings
-) -> list[dict[str, float | None]]:
-    """Let candidates answer in turns; of each the medians of what `answer` says, after a round that is not counted."""
-    inputs = [candidate.inputs(side, batch_size) for candidate in candidates]
-    runs: list[list[dict]] = [[] for _ in candidates]
-    for turn in range(settings.rounds + 1):
-        for candidate, own, done in zip(candidates, inputs, runs, strict=True):
-            run = answer(candidate.model, own, settings.new_tokens if turn else min(2, settings.new_tokens))
-            if turn:
-                done.append(run)
-    return [{name: _median(run[name] for run in done) for name in done[0]} for done in runs]
+def medians_in_turns(works: Mapping[Any, Callable[[bool], dict[str, float | None]]], rounds: int) -> dict[Any, dict]:
+    """Call functions in turns for a warm-up round and several measured ones.
 
+    Args:
+        works: Functions by name; each takes whether this is the warm-up round, and returns its figures.
+        rounds: Number of measured rounds.
 
-def preprocessing_in_turns(candidates: list[Peer], side: int, rounds: int) -> list[float | None]:
-    """Median seconds that each one's image processor takes for an image; `None` if there is none here."""
-    generator = torch.Generator().manual_seed(0)
-    image = Image.fromarray(torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8).numpy())
-    processors = [peer.build_image_processor() for peer in candidates]
-    times: list[list[float | None]] = [[] for _ in candidates]
+    Returns:
+        The medians of every function's figures.
+    """
+    runs: dict[Any, list[dict]] = {name: [] for name in works}
     for turn in range(rounds + 1):
-        for processor, done in zip(processors, times, strict=True):
-            start = time.perf_counter()
-            if processor is not None:
-                processor(image, return_tensors="pt")
-            if turn:
-                done.append(None if processor is None else time.perf_counter() - start)
-    return [_median(done) for done in times]
+        for name, work in works.items():
+            run = work(turn == 0)
+            runs[name] += [run] if turn else []
+    return {name: {figure: _median(run[figure] for run in done) for figure in done[0]} for name, done in runs.items()}
 
 
-def _median(values: Any) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     values = list(values)
     return None if None in values else statistics.median(values)
 
 
+def answers_in_turns(candidates: list[Candidate], side: int, batch_size: int, settings: Settings) -> dict[str, dict]:
+    """Medians of `answer` by the models' names."""
+
+    def work(candidate: Candidate, inputs: dict[str, torch.Tensor], is_warmup: bool) -> dict[str, float | None]:
+        return answer(candidate.model, inputs, min(2, settings.new_tokens) if is_warmup else settings.new_tokens)
+
+    works = {
+        candidate.peer.name: partial(work, candidate, candidate.inputs(side, batch_size)) for candidate in candidates
+    }
+    return medians_in_turns(works, settings.rounds)
+
+
+def preprocessing_in_turns(candidates: list[Candidate], side: int, rounds: int) -> dict[str, dict]:
+    """Median `preprocessing_s` of an image by the models' names; `None` where the image processor is not available."""
+    generator = torch.Generator().manual_seed(0)
+    image = Image.fromarray(torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8).numpy())
+
+    def work(processor: Callable | None, _is_warmup: bool) -> dict[str, float | None]:
+        start = time.perf_counter()
+        if processor is not None:
+            processor(image, return_tensors="pt")
+        return {"preprocessing_s": None if processor is None else time.perf_counter() - start}
+
+    works = {candidate.peer.name: partial(work, candidate.peer.build_image_processor()) for candidate in candidates}
+    return medians_in_turns(works, rounds)
+
+
 def measure_ceilings(device: str) -> dict[str, float]:
-    """What the device reaches: `flops_per_s` of a bfloat16 matrix product, `bytes_per_s` read and written by a copy."""
+    """Measure `flops_per_s` of a bfloat16 matrix product, and `bytes_per_s` that a copy reads and writes."""
     side, size = CEILING_SIZES[device]
     matrix = torch.randn(side, side, device=device).bfloat16()
     source = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -350,7 +376,7 @@ def _shortest(work: Callable, device: str, repeats: int = 10) -> float:
 
 
 def roofline(counts: dict, batch_size: int, new_tokens: int, ceilings: dict[str, float]) -> dict[str, float]:
-    """Least seconds to the first token, and of a token, at the ceilings; the cache is as long as half-way."""
+    """Least seconds to the first token and per token at the ceilings, with the KV cache of half the new tokens."""
 
     def least(flops: float, num_bytes: float) -> float:
         return max(flops / ceilings["flops_per_s"], num_bytes / ceilings["bytes_per_s"])
@@ -365,12 +391,12 @@ def roofline(counts: dict, batch_size: int, new_tokens: int, ceilings: dict[str,
 
 
 class Benchmark:
-    """Counts and measures what is not yet in its folder.
+    """Counts and measures the cases that are not in its folder yet.
 
     Args:
-        folder: Where finished cases are.
-        peers: Models, the first of which stands beside all others.
-        settings: What measuring depends on; `None`: nothing is measured.
+        folder: Folder of finished cases.
+        peers: Models; all are compared with the first.
+        settings: What measuring depends on; `None` to count only.
     """
 
     def __init__(self, folder: Path, peers: tuple[Peer, ...], settings: Settings | None) -> None:
@@ -384,8 +410,9 @@ class Benchmark:
         """Count and measure.
 
         Yields:
-            One case for each model, image and batch: `model`, `side`, `batch_size`, `counts`, and if measured
-            `settings`, `ceilings`, `measured` and, of the first model beside it, `reference`; or `skipped`, the reason.
+            One case for each model, image and batch size: `model`, `side`, `batch_size`, `counts`, and if measured
+            `settings`, `ceilings`, `roofline`, `measured` and `reference` (the first model, measured in turns with
+            this one); or `skipped`, the reason.
         """
         for peer in chosen:
             for side in images:
@@ -396,7 +423,7 @@ class Benchmark:
                 torch.cuda.empty_cache()
 
     def case(self, peer: Peer, side: int, batch_size: int) -> dict:
-        """One case, from its file if it is finished."""
+        """Return one case, from its file if it is finished."""
         file = self.folder / f"{_slug(peer.name)}_{side}_{batch_size}.json"
         known = json.loads(file.read_text()) if file.exists() else {}
         wanted = self.settings._asdict() if self.settings else known.get("settings")
@@ -424,15 +451,15 @@ class Benchmark:
         self._check_memory(peer, batch_size, counts)
         reference = self._load(self.peers[0])
         candidates = [reference] if peer is self.peers[0] else [reference, self._load(peer)]
-        measured = measure_in_turns(candidates, side, batch_size, self.settings)
-        times = preprocessing_in_turns([candidate.peer for candidate in candidates], side, self.settings.rounds)
-        measured = [run | {"preprocessing_s": seconds} for run, seconds in zip(measured, times, strict=True)]
+        answers = answers_in_turns(candidates, side, batch_size, self.settings)
+        preprocessing = preprocessing_in_turns(candidates, side, self.settings.rounds)
+        measured = {name: answers[name] | preprocessing[name] for name in answers}
         return {
             "settings": self.settings._asdict(),
             "ceilings": self.ceilings,
             "roofline": roofline(counts, batch_size, self.settings.new_tokens, self.ceilings),
-            "reference": measured[0],
-            "measured": measured[-1],
+            "reference": measured[reference.peer.name],
+            "measured": measured[peer.name],
         }
 
     def _load(self, peer: Peer) -> Candidate:
@@ -447,7 +474,7 @@ class Benchmark:
         needed += sum(weight_bytes(other) for other in missing.values())
         free = _free_bytes(self.settings.device)
         if free is not None and free < needed:
-            raise MemoryError(f"needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
+            raise MemoryError(f"needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
 
 
 def _free_bytes(device: str) -> int | None:
@@ -459,7 +486,7 @@ def _slug(name: str) -> str:
 
 
 def as_markdown(cases: list[dict], peers: tuple[Peer, ...] = PEERS) -> str:
-    """Tables of models, counts, and of what was measured for every image and batch."""
+    """Format models, counts, and the measurements of every image and batch size."""
     parts = [_models_table(cases, peers), _counts_table(cases, peers)]
     measured = [case for case in cases if "measured" in case]
     for side, batch_size in dict.fromkeys((case["side"], case["batch_size"]) for case in measured):
@@ -476,7 +503,8 @@ def as_markdown(cases: list[dict], peers: tuple[Peer, ...] = PEERS) -> str:
 def _models_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
     parameters = {case["model"]: case["counts"]["parameters"] for case in cases if "counts" in case}
     rows = [(peer.name, f"{parameters[peer.name] / 1e9:.2f}", peer.source) for peer in peers if peer.name in parameters]
-    return "### Models\n\n" + _table(("model", "parameters, billions", "dimensions from"), rows, num_left=1)
+    head = ("model", "parameters, billions", "dimensions from")
+    return "### Models\n\n" + markdown_table(head, rows, text_columns=(0, 2))
 
 
 def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
@@ -500,9 +528,9 @@ def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
         rows.append(
             (
                 name,
-                str(side),
-                str(counts["visual_tokens"]),
-                str(counts["prompt_tokens"]),
+                side,
+                counts["visual_tokens"],
+                counts["prompt_tokens"],
                 f"{counts['vision_flops'] / 1e12:.2f}",
                 f"{counts['prefill_flops'] / 1e12:.2f}",
                 f"{total / 1e12:.2f}",
@@ -511,7 +539,7 @@ def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
                 f"{counts['kv_image_bytes'] / 1e6:.1f}",
             )
         )
-    return "### Counts, for one row\n\n" + _table(head, rows)
+    return "### Counts, for one row\n\n" + markdown_table(head, rows)
 
 
 def _measured_table(cases: list[dict]) -> str:
@@ -534,21 +562,15 @@ def _measured_table(cases: list[dict]) -> str:
         for name in ("first_token_s", "token_s"):
             row.append(_figure(case["measured"][name], 1 / case["roofline"][name]) if is_own else "–")
         rows.append(row)
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _figure(value: float | None, factor: float) -> str:
     return "n/a" if value is None else f"{value * factor:.3g}"
 
 
-def _table(head: Any, rows: Any, num_left: int = 0) -> str:
-    """Markdown; the first column, and the last `num_left`, are text."""
-    alignment = ["---"] + ["---:"] * (len(head) - 1 - num_left) + ["---"] * num_left
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, alignment, *rows))
-
-
 def plot(cases: list[dict], file: Path) -> None:
-    """Draw time to first token against visual tokens, at the smallest batch; FLOPs if nothing was measured."""
+    """Plot time to first token against visual tokens, at the smallest batch; FLOPs if nothing was measured."""
     from matplotlib.figure import Figure
 
     measured = [case for case in cases if "measured" in case]
@@ -579,58 +601,36 @@ def _height(case: dict) -> float:
 
 
 def describe(settings: Settings | None, ceilings: dict[str, float]) -> str:
-    """Hardware, versions and settings, for the head of the tables."""
+    """Hardware, versions and settings, for the first line of the report."""
     if settings is None:
-        return f"Counted on the meta device; {versions()}."
+        return f"Counted on the meta device; {describe_versions()}."
     return (
-        f"{settings.hardware}; {settings.new_tokens} tokens, {count_rounds(settings.rounds)}. Measured ceilings: "
+        f"{settings.hardware}; {settings.new_tokens} tokens, {describe_rounds(settings.rounds)}. Measured ceilings: "
         f"{ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s, {ceilings['bytes_per_s'] / 1e9:.3g} GB/s. "
-        "Ratios: to FlashSloth-3.2B, measured again beside each."
+        "Ratios: to FlashSloth-3.2B, measured again next to each."
     )
-
-
-def count_rounds(rounds: int) -> str:
-    """How often it was measured, in words."""
-    return "one round" if rounds == 1 else f"medians of {rounds} rounds"
-
-
-def versions() -> str:
-    """Versions of what computes."""
-    return f"torch {torch.__version__}, transformers {transformers.__version__}; bfloat16"
-
-
-def hardware(device: str) -> str:
-    """What the benchmark runs on."""
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}; {versions()}"
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    name = found[1] if found else platform.processor()
-    lacks = "" if has_bfloat16("cpu") else ", without bfloat16 instructions"
-    return f"{name}{lacks}, {torch.get_num_threads()} threads; {versions()}"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = build_parser(__doc__, "path without a suffix (default: %(default)s)", default_output=Path("latency"))
     names = [peer.name for peer in PEERS]
-    parser.add_argument("--output", type=Path, default=Path(f"latency_{device}"), help="path without its ending")
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--images", nargs="+", type=int, choices=IMAGES, default=IMAGES, help="sides, in pixels")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--counts-only", action="store_true", help="only what needs no running")
+    add_device_option(parser)
+    parser.add_argument("--counts-only", action="store_true", help="count, and measure nothing")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) -> None:
-    """Count and measure, and write tables and plot."""
+    """Count and measure, and write tables and a plot."""
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = None if args.counts_only else Settings(args.device, args.new_tokens, args.rounds, hardware(args.device))
+    hardware = describe_machine(args.device)
+    settings = None if args.counts_only else Settings(args.device, args.new_tokens, args.rounds, hardware)
     batch_sizes = [1] if args.counts_only else args.batch_sizes
     chosen = [peer for peer in peers if peer.name in args.models]
     benchmark = Benchmark(args.output, peers, settings)
@@ -638,11 +638,9 @@ def main(arguments: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) ->
     with logging_redirect_tqdm():
         cases = list(tqdm(benchmark.run(chosen, args.images, batch_sizes), total=total, unit="case"))
     title = describe(settings, benchmark.ceilings)
-    text = f"{title}\n\n{as_markdown(cases, peers)}"
     args.output.with_suffix(".json").write_text(json.dumps({"machine": title, "cases": cases}, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    write_report(args.output.with_suffix(".md"), title, as_markdown(cases, peers))
     plot(cases, args.output.with_suffix(".png"))
-    logger.info("%s", text)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Do the maps of docs/inference.md show what a question is about? And what does the Embedded Query module do?
+"""Whether the maps of docs/inference.md show the object of a question, and what the Embedded Query module contributes.
 
     python benchmarks/maps.py --output benchmarks/results/maps.md --image docs/saliency.png
 
-The small checkpoint answers questions that are about one thing, in scenes of two to four things, which training never
-saw, of `examples/tiny`.
+The small checkpoint answers questions about one object in scenes of two to four objects, which are drawn by
+`examples/tiny` and were not used in training.
 
-- A thing holds most of a map if the sum of the map over its box is greater than over any other thing's. *By chance* is
-  what a map would reach that has nothing to do with scene and question.
-- The queries' map once more: which kind of thing holds most of it, of the scenes that have such a thing.
-- The image shows `examples/scene.png`, and what the answer to "Read the sign." depends on, where its queries looked,
-  and how its patches were pooled.
+- An object has the largest share of a map if the map's sum over its box is larger than over any other object's box.
+  *By chance* is the expected number of hits of a map that is independent of scene and question.
+- The second table shows how often each kind of object has the largest share of the queries' map, among the scenes with
+  such an object.
+- The image shows `examples/scene.png` with three maps for "Read the sign.": the patches that the answer depends on,
+  those that the queries attended to, and the weights of the pooling.
 - With the Embedded Query module switched off, queries pass through it unchanged; the questions are those of
   `examples/tiny/score.py`, each asked alone.
 """
 
-import argparse
 import logging
 import sys
 from collections import Counter
@@ -25,8 +25,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from latency import hardware
 from PIL import Image
+from report import build_parser, describe_machine, markdown_table, write_report
 from tqdm import tqdm
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -37,14 +37,10 @@ sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 from scenes import SHAPES, Scene, Thing, draw, scene_at  # noqa: E402
 from score import IMAGE_SIZE, SPLIT, Question, build_inputs, evaluate  # noqa: E402
 
-logger = logging.getLogger(__name__)
-
 SCENES, IMAGES, BATCH_SIZE = 180, 500, 30
 PANEL_SIDE, PANEL_GAP = 192, 8  # pixels
-
-
-# A question, the attribute of a thing that goes into it, and the things that it may be about, if no other shape has the
-# same attribute.
+# A question, the object's attribute that it names, and the names of the objects that it may be about, as long as no
+# other shape shares the attribute.
 QUESTIONS = (
     ("How many shapes are {}?", "colour", SHAPES),
     ("Which shape is {}?", "colour", SHAPES),
@@ -58,7 +54,7 @@ KINDS = {"a shape": SHAPES, "the sign": ("sign",), "the number": ("number",)}
 
 
 class Asked(NamedTuple):
-    """A question about one thing of a scene."""
+    """A question about one object of a scene."""
 
     scene: Scene
     thing: Thing
@@ -66,7 +62,7 @@ class Asked(NamedTuple):
 
 
 def questions_about_one_thing(wording: str, attribute: str, names: tuple[str, ...]) -> Iterator[Asked]:
-    """One of `QUESTIONS` about every scene of several things that has such a thing, without end."""
+    """Ask one of `QUESTIONS` about every scene with several objects, one of them fitting; never ends."""
     for index in count():
         scene = scene_at(SPLIT, index)
         values = Counter(getattr(thing, attribute) for thing in scene.things if thing.name in SHAPES)
@@ -77,7 +73,7 @@ def questions_about_one_thing(wording: str, attribute: str, names: tuple[str, ..
 
 
 def most_of(heat: torch.Tensor, scene: Scene) -> Thing:
-    """The thing that holds most of a map, `(height, width)`."""
+    """The object with the largest share of a map, `(height, width)`."""
     height, width = heat.shape
 
     def sum_over(thing: Thing) -> float:
@@ -91,7 +87,7 @@ def most_of(heat: torch.Tensor, scene: Scene) -> Thing:
 def maps_of(
     model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, asked: list[Asked]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each question where its queries looked, and what the answer depends on, both `(height, width)`."""
+    """For each question, the maps of its queries and of its answer, both `(height, width)`."""
     for start in range(0, len(asked), BATCH_SIZE):
         batch = asked[start : start + BATCH_SIZE]
         images = [draw(question.scene, IMAGE_SIZE) for question in batch]
@@ -108,9 +104,12 @@ def maps_of(
 def maps_tables(
     model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, num_scenes: int
 ) -> tuple[str, str]:
-    """Markdown: how often the thing that was asked for holds most; and what holds most of the queries' map."""
-    hits = ["| question | by chance | queries | answer |", "|---|---:|---:|---:|"]
-    held = [f"| question | {' | '.join(KINDS)} |", f"|---{'|---:' * len(KINDS)}|"]
+    """Count which objects have the largest share of the maps.
+
+    Returns:
+        Two tables: how often it is the object of the question; and of which kind it is in the queries' map.
+    """
+    hits, held = [], []
     for wording, attribute, names in tqdm(QUESTIONS):
         asked = list(islice(questions_about_one_thing(wording, attribute, names), num_scenes))
         most = [
@@ -123,7 +122,7 @@ def maps_tables(
             sum(thing is one.thing for thing, one in zip(column, asked, strict=True))
             for column in zip(*most, strict=True)
         )
-        hits.append(f"| {name} | {chance:.0f} | {queries} | {answers} of {len(asked)} |")
+        hits.append((name, f"{chance:.0f}", queries, f"{answers} of {len(asked)}"))
         cells = []
         for kind in KINDS.values():
             there = [
@@ -132,14 +131,15 @@ def maps_tables(
                 if any(other.name in kind for other in one.scene.things)
             ]
             cells.append(f"{sum(there)} of {len(there)}")
-        held.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(hits), "\n".join(held)
+        held.append((name, *cells))
+    hits_table = markdown_table(("question", "by chance", "queries", "answer"), hits)
+    return hits_table, markdown_table(("question", *KINDS), held)
 
 
 def panels(
     model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, image: Image.Image, text: str
 ) -> Image.Image:
-    """An image beside its maps: of the answer to a question, of the question's queries, of pooling."""
+    """An image next to its maps: of the answer to a question, of the question's queries, of pooling."""
     inputs = build_inputs(processor, [Question("", image, text, "", False, ("", ""))])
     output = model.generate(**inputs, max_new_tokens=20, output_attentions=True, return_dict_in_generate=True)
     sizes = [(image.height, image.width)]
@@ -153,27 +153,22 @@ def panels(
 
 
 def ablation_table(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, num_images: int) -> str:
-    """Markdown: exact answers with the Embedded Query module, and without."""
+    """Count exact answers with and without the Embedded Query module."""
     module = model.model.embedded_query
     whole = evaluate(model, processor, num_images, with_second_turns=False)
     with mock.patch.object(module, "forward", lambda hidden_states, *args, **kwargs: hidden_states):
         without = evaluate(model, processor, num_images, with_second_turns=False)
-    lines = ["| kind | questions | right | right without the module |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {kind} | {counts['asked']} | {counts['right']} | {without[kind]['right']} |"
-        for kind, counts in whole.items()
-    ]
-    return "\n".join(lines)
+    rows = [(kind, counts["asked"], counts["right"], without[kind]["right"]) for kind, counts in whole.items()]
+    return markdown_table(("kind", "questions", "right", "right without the module"), rows)
 
 
 def main() -> None:
-    """Compare maps and scenes, and write tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--model", default=str(ROOT), help="a tiny checkpoint's folder (default: the one in the root)")
-    parser.add_argument("--image", type=Path, help="image to write")
-    parser.add_argument("--scenes", type=int, default=SCENES, help="for each question")
-    parser.add_argument("--images", type=int, default=IMAGES, help="with about seven questions each")
+    """Compare maps with scenes, and write tables."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--model", default=str(ROOT), help="folder of a tiny checkpoint (default: the shipped one)")
+    parser.add_argument("--image", type=Path, help="image file to write")
+    parser.add_argument("--scenes", type=int, default=SCENES, help="scenes for each question")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images, with about seven questions each")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -181,18 +176,16 @@ def main() -> None:
     if args.image:
         panels(model, processor, Image.open(ROOT / "examples" / "scene.png"), "Read the sign.").save(args.image)
     hits, held = maps_tables(model, processor, args.scenes)
-    parts = [
-        f"{hardware('cpu').replace('bfloat16', 'float32')}; made by benchmarks/maps.py.",
-        "## How often the thing that was asked for holds most of the map",
+    write_report(
+        args.output,
+        f"{describe_machine(dtype='float32')}; made by benchmarks/maps.py.",
+        "## How often the object of the question has the largest share of the map",
         hits,
-        "## What holds most of the queries' map",
+        "## What has the largest share of the queries' map",
         held,
         f"## Exact answers, {args.images} images",
         ablation_table(model, processor, args.images),
-    ]
-    text = "\n\n".join(parts)
-    logger.info("%s", text)
-    args.output.write_text(text + "\n", encoding="utf-8")
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""What FlashSloth-3.2B needs beside its weights for many images, and what loading it reads.
+"""Memory of a prefill of FlashSloth-3.2B with many images, and time and memory of loading it.
 
     python benchmarks/memory.py --output benchmarks/results/memory_cpu.md
 
-- Prefill: bytes of all tensors that are alive at once, beside weights and inputs, in bfloat16 without gradients. They
-  are counted on fake tensors, which have shapes but no data; what kernels need inside is not in it. The columns are the
-  vision tower's own pass; what comes behind it, on patches that are there already; both in one call; and keys and
-  values, which are a part of the two before and stay.
-- Loading: random weights of that size are written to a folder (6.4 GB), and new processes load it, one after another;
-  medians. The system has the files in its cache then. Memory of a process's own is what is no mapped file; what it has
-  read are the pages of mapped files that it has touched.
+- Prefill: peak bytes of all live tensors except weights and inputs, in bfloat16 without gradients. They are counted on
+  fake tensors, which have shapes but no data; temporary memory inside kernels does not count. The columns are the
+  vision tower's pass; the rest of the model, given the tower's patch features; both in one call; and keys and values,
+  which are part of the two columns before and remain afterwards.
+- Loading: random weights of the released size (6.4 GB) are written to a folder, and new processes load it one after
+  another; figures are medians, with the files in the system's page cache. Private memory of a process is all that is
+  not a mapped file; the bytes it has read are the pages of mapped files that it has touched.
 """
 
-import argparse
 import json
 import logging
 import statistics
@@ -20,14 +19,16 @@ import sys
 import tempfile
 import time
 import weakref
+from argparse import SUPPRESS
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from latency import Candidate, build_filled, hardware, kernel_bytes
+from latency import Candidate, build_filled, kernel_bytes
 from peers import PEERS
+from report import build_parser, describe_machine, markdown_table, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,16 +43,16 @@ logger = logging.getLogger(__name__)
 QUESTION_TOKENS, MARK_ID, TEXT_ID = 40, 198, 1000
 ROUNDS = 3
 SIDE = 384
-SECONDS = {"imports": "imports_s", "loading": "loading_s", "first token": "first_token_s", "all": "total_s"}
+SECONDS = {"imports": "imports_s", "loading": "loading_s", "first token": "first_token_s", "total": "total_s"}
 
 
 class Prompts(NamedTuple):
     """Rows of one call.
 
     Attributes:
-        name: What the table calls them.
-        num_rows: How many.
-        tiles_per_row: Tiles that each of them has, 5 for an image in high definition.
+        name: Name in the table.
+        num_rows: Number of rows.
+        tiles_per_row: Tiles of each row; a split image has 5.
     """
 
     name: str
@@ -76,19 +77,19 @@ PROMPTS = (
 
 
 class CountedMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is active, and are alive at the same time.
+    """Counts the live bytes of all tensors that are created while it is active, and their peak.
 
     Args:
-        beside: Tensors of which views are not counted.
+        excluded: Existing tensors; their views do not count.
     """
 
-    def __init__(self, beside: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, excluded: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self.storages = weakref.WeakSet(tensor.untyped_storage() for tensor in beside)
+        self.storages = weakref.WeakSet(tensor.untyped_storage() for tensor in excluded)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run an operation, and count what it made."""
+        """Run an operation, and count its results."""
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
@@ -109,7 +110,7 @@ class CountedMemory(TorchDispatchMode):
 
 
 def build_inputs(prompts: Prompts, config: Any) -> dict[str, torch.Tensor]:
-    """Images, a question, and its queries."""
+    """Build rows of images, a question, and its queries."""
     row = [config.image_token_id] * (config.image_seq_length * prompts.tiles_per_row)
     row += [MARK_ID, *[TEXT_ID] * QUESTION_TOKENS, *[config.query_token_id] * config.num_query_tokens]
     pixels = torch.zeros(prompts.num_tiles, 3, *config.tile_size, dtype=torch.bfloat16)
@@ -120,11 +121,11 @@ def count_prefill(model: FlashSlothForConditionalGeneration, prompts: Prompts) -
     """Count the bytes of a prefill.
 
     Args:
-        model: With fake weights, in an active `FakeTensorMode`.
-        prompts: What is read.
+        model: A model with fake weights, in an active `FakeTensorMode`.
+        prompts: The rows.
 
     Returns:
-        `tower`, `behind` and `peak`: most bytes that are alive at once; `kept`: keys and values.
+        Peak bytes of the vision `tower`, of the `rest` of the model and of `both`; and `kept`, keys and values.
     """
     inputs = build_inputs(prompts, model.config)
     bounds = (prompts.tiles_per_row, model.config.num_query_tokens)
@@ -132,46 +133,43 @@ def count_prefill(model: FlashSlothForConditionalGeneration, prompts: Prompts) -
     with torch.no_grad(), mock.patch.object(PromptSpans, "bounds", return_value=bounds):
         with CountedMemory(given) as tower:
             patches = model.get_image_features(inputs["pixel_values"]).last_hidden_state
-        with CountedMemory([*given, patches]) as behind:
+        with CountedMemory([*given, patches]) as rest:
             model(input_ids=inputs["input_ids"], patch_features=patches, logits_to_keep=1)
-        with CountedMemory(given) as whole:
+        with CountedMemory(given) as both:
             cache = model(**inputs, logits_to_keep=1)[CACHE_NAME]
     kept = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
-    return {"tower": tower.peak, "behind": behind.peak, "peak": whole.peak, "kept": kept}
+    return {"tower": tower.peak, "rest": rest.peak, "both": both.peak, "kept": kept}
 
 
 def prefill_table() -> str:
-    """Markdown."""
-    lines = [
-        "| prompt | tiles | vision tower, GB | behind it, GB | both in one call, GB | keys and values, GB |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    """Count the prefill of all `PROMPTS`, as Markdown."""
+    rows = []
     with FakeTensorMode(), no_init_weights():
         model = PEERS[0].build_model().eval()
         for prompts in PROMPTS:
             counted = count_prefill(model, prompts)
-            cells = [prompts.name, str(prompts.num_tiles), *(f"{value / 1e9:.3f}" for value in counted.values())]
-            lines.append(f"| {' | '.join(cells)} |")
-            logger.info("%s", lines[-1])
-    return "\n".join(lines)
+            rows.append([prompts.name, prompts.num_tiles, *(f"{value / 1e9:.3f}" for value in counted.values())])
+            logger.info("%s", rows[-1])
+    head = ("prompt", "tiles", "vision tower, GB", "rest, GB", "both in one call, GB", "keys and values, GB")
+    return markdown_table(head, rows)
 
 
 def probe(folder: Path, started: float) -> dict[str, float]:
     """Load the model in this process, and answer with one token.
 
     Args:
-        folder: The weights.
-        started: When the process was started, `time.time()`.
+        folder: Folder of the weights.
+        started: When the process was started, as `time.time()`.
 
     Returns:
-        Seconds until the imports were done, of loading, of the first token, and in all; bytes of their own that loading
-        took, and bytes of the files that were read by then and after the first token.
+        Seconds of the imports, of loading, of the first token, and in total; private bytes that loading took; bytes of
+        the files that were read by loading, and until the first token.
     """
     imported = time.time()
-    own, read = _own_and_read()
+    private, read = _private_and_read()
     model = FlashSlothForConditionalGeneration.from_pretrained(folder).eval()
     loaded = time.time()
-    own_after, read_after = _own_and_read()
+    private_after, read_after = _private_and_read()
     inputs = Candidate(PEERS[0], model).inputs(SIDE, 1)
     ready = time.time()
     model.generate(**inputs, max_new_tokens=1)
@@ -181,21 +179,21 @@ def probe(folder: Path, started: float) -> dict[str, float]:
         "loading_s": loaded - imported,
         "first_token_s": answered - ready,
         "total_s": answered - started,
-        "own_bytes": own_after - own,
+        "private_bytes": private_after - private,
         "read_by_loading_bytes": read_after - read,
-        "read_bytes": _own_and_read()[1] - read,
+        "read_bytes": _private_and_read()[1] - read,
     }
 
 
-def _own_and_read() -> tuple[int, int]:
-    own, read = (kernel_bytes("/proc/self/status", name) for name in ("RssAnon", "RssFile"))
-    if own is None or read is None:
-        raise RuntimeError("What a process reads is told by Linux only.")
-    return own, read
+def _private_and_read() -> tuple[int, int]:
+    private, read = (kernel_bytes("/proc/self/status", name) for name in ("RssAnon", "RssFile"))
+    if private is None or read is None:
+        raise RuntimeError("The memory of a process can be read from Linux only; run this benchmark on Linux.")
+    return private, read
 
 
 def loading_table(folder: Path, rounds: int) -> str:
-    """Markdown; medians of new processes."""
+    """Load the model in new processes; return the medians as Markdown."""
     if not (folder / "config.json").exists():
         build_filled(PEERS[0], "cpu").save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -209,20 +207,19 @@ def loading_table(folder: Path, rounds: int) -> str:
     rows = {
         "size of the files": f"{size / 1e9:.2f} GB",
         **{f"seconds: {name}": f"{median[figure]:.2f}" for name, figure in SECONDS.items()},
-        "memory of its own that loading takes": f"{median['own_bytes'] / 1e6:.1f} MB",
+        "private memory of loading": f"{median['private_bytes'] / 1e6:.1f} MB",
         "read by loading": f"{median['read_by_loading_bytes'] / 1e6:.1f} MB",
         "read until the first token": f"{median['read_bytes'] / 1e9:.2f} GB",
     }
-    return "\n".join(["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return markdown_table(("", ""), rows.items())
 
 
 def main() -> None:
     """Count and measure, and write tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--folder", type=Path, help="for the weights, which stay there (default: a temporary one)")
+    parser = build_parser(__doc__)
+    parser.add_argument("--folder", type=Path, help="folder to write the weights to (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--probe", nargs=2, help=SUPPRESS)
     args = parser.parse_args()
     if args.probe:
         folder, started = args.probe
@@ -231,13 +228,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as temporary:
         parts = [
-            f"{hardware('cpu')}; made by benchmarks/memory.py.",
-            "## Prefill of FlashSloth-3.2B, beside weights and inputs",
+            f"{describe_machine()}; made by benchmarks/memory.py.",
+            "## Prefill of FlashSloth-3.2B, without weights and inputs",
             prefill_table(),
             f"## Loading FlashSloth-3.2B in a new process, medians of {args.rounds}",
             loading_table(args.folder or Path(temporary), args.rounds),
         ]
-    args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_report(args.output, *parts)
 
 
 if __name__ == "__main__":

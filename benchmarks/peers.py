@@ -1,12 +1,12 @@
-"""The models that `latency.py` measures: their dimensions, and what they make of a square image.
+"""The models that `latency.py` measures: their dimensions, and the inputs that they make from a square image.
 
-All are built from config, with random weights. No hub is asked: dimensions are class defaults of transformers where
-`Peer.source` says so, and otherwise those of the named release's `config.json`, from memory; `latency.py` prints the
-number of parameters that follows, to be held against that of the release.
+All are built from their configs, with random weights and without access to the Hub. Dimensions are class defaults of
+transformers where `Peer.source` says so, and otherwise those of the named release's `config.json`, from memory.
+`latency.py` prints the resulting number of parameters, to be compared with that of the release.
 
-Inputs are built without tokenizers and processors. A row is: marks, image, marks, 40 tokens of question, and for
-FlashSloth its 9 queries. Marks are what a model's own processor puts around images and tiles, one token each. System
-prompts and role names are left out for all models.
+Inputs are built without tokenizers and processors. A row consists of marks, image, marks, a question of 40 tokens, and
+for FlashSloth its 9 queries. Marks are the tokens that a model's own processor puts around images and tiles. All models
+do without system prompt and role names.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import flashsloth
 from flashsloth.configuration_flashsloth import PHI_2, SIGLIP_SO400M_384
 
 QUESTION_TOKENS = 40
-QUESTION_IDS = (1000, 9000)  # in every vocabulary ordinary text
+QUESTION_IDS = (1000, 9000)  # ordinary text in every vocabulary
 
 QWEN3_1_7B = {
     "model_type": "qwen3",
@@ -47,13 +47,13 @@ SIGLIP_SO400M = SIGLIP_SO400M_384 | {"vision_use_head": False}
 
 
 class Layout(NamedTuple):
-    """What a model makes of one image.
+    """The tokens and inputs of one image.
 
     Attributes:
         num_image_tokens: Tokens of the image in the prompt.
         num_marks: Other tokens that the model's processor puts around them.
-        images: Model inputs of one row: the shape of one with floating-point numbers, or a list of whole numbers.
-        joined_last: Names of the inputs whose rows are joined along the last axis, not the first.
+        images: Model inputs of one row: shape of a floating-point input, or values of an integer input.
+        joined_last: Names of the inputs whose rows are concatenated along the last axis, not the first.
     """
 
     num_image_tokens: int
@@ -66,10 +66,10 @@ class Peer(NamedTuple):
     """A model to measure.
 
     Attributes:
-        name: What tables call it.
-        architecture: Class in transformers; FlashSloth's own otherwise.
+        name: Name in the tables.
+        architecture: Class in transformers or, for FlashSloth, in this package.
         config: Fields of its config.
-        layout: What it makes of a square image, from config and side in pixels.
+        layout: Layout of a square image, from config and side in pixels.
         source: Where the dimensions come from.
         image_processor: Class in transformers, and arguments that differ from its defaults.
     """
@@ -83,22 +83,22 @@ class Peer(NamedTuple):
 
     @property
     def is_flashsloth(self) -> bool:
-        """Whether it is a FlashSloth, of whatever decoder."""
+        """Whether it is a FlashSloth, with any decoder."""
         return self.architecture.startswith("FlashSloth")
 
     def build_config(self) -> PreTrainedConfig:
-        """Its config."""
+        """Build its config."""
         if self.is_flashsloth:
             return flashsloth.FlashSlothConfig(**self.config)
         fields = dict(self.config)
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
     def build_model(self, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-        """The model, on the default device; its weights are as `torch.nn` initialises them."""
+        """Build the model on the default device, with weights as `torch.nn` initializes them."""
         return self._find(self.architecture)._from_config(self.build_config(), dtype=dtype).eval()
 
     def build_image_processor(self) -> Callable | None:
-        """The model's own image processor; `None` if it needs torchvision, and that is not installed."""
+        """Build the model's own image processor; `None` if it needs torchvision, which is not installed."""
         name, arguments = self.image_processor
         try:
             return self._find(name)(**arguments)
@@ -109,12 +109,12 @@ class Peer(NamedTuple):
         return getattr(flashsloth if self.is_flashsloth else transformers, name)
 
     def build_inputs(self, config: PreTrainedConfig, side: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Model inputs for `batch_size` rows of one square image and a question, on the CPU.
+        """Build inputs of one square image and a question per row, on the CPU.
 
         Args:
             config: The model's config.
             side: Side of the image, in pixels.
-            batch_size: Rows; they hold the same.
+            batch_size: Number of rows; all are the same.
         """
         layout = self.layout(config, side)
         generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ class Peer(NamedTuple):
         if config.model_type in ("qwen2_vl", "qwen3_vl"):
             inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
         if config.model_type == "paligemma":
-            inputs["token_type_ids"] = torch.zeros_like(ids)  # all of it is prefix
+            inputs["token_type_ids"] = torch.zeros_like(ids)  # the whole prompt is prefix
         return inputs
 
 
@@ -162,7 +162,7 @@ def _one_tile(num_tokens: int, tile: int, num_marks: int = 0) -> Callable[[PreTr
 
 
 def _qwen_vl(config: PreTrainedConfig, side: int) -> Layout:
-    """The image in its own size, rounded to whole tokens; both images are inside the smallest and largest size."""
+    """Native resolution, rounded to whole tokens; both images are within the size limits."""
     vision = config.vision_config
     tokens = round(side / (vision.patch_size * vision.spatial_merge_size))
     patches = tokens * vision.spatial_merge_size
@@ -180,7 +180,7 @@ def _internvl(config: PreTrainedConfig, side: int) -> Layout:
 
 
 def _smolvlm(config: PreTrainedConfig, side: int) -> Layout:
-    """The longer side becomes 1536 px, whatever it was: 16 tiles and a global one, two marks each, and 5 newlines."""
+    """The longer side is always resized to 1536 px: 16 tiles and a global one, two marks each, and 5 newlines."""
     vision = config.vision_config
     grid = 4
     tiles = grid**2 + 1
@@ -190,7 +190,7 @@ def _smolvlm(config: PreTrainedConfig, side: int) -> Layout:
 
 
 def _lfm2_vl(config: PreTrainedConfig, side: int) -> Layout:
-    """Up to 256 tokens as it is, rounded to whole tokens; above twice that, at most 10 tiles and a thumbnail."""
+    """Native resolution up to 256 tokens, rounded to whole ones; above twice that, at most 10 tiles and a thumbnail."""
     vision, tile_tokens = config.vision_config, 16
     token_size = vision.patch_size * config.downsample_factor
     tokens = round(side / token_size)
@@ -207,7 +207,7 @@ def _lfm2_vl(config: PreTrainedConfig, side: int) -> Layout:
 
 
 def _minicpm(config: PreTrainedConfig, side: int) -> Layout:
-    """An overview of 448 px and, above that size, at most 9 slices; patches of all of them stand side by side."""
+    """An overview of 448 px and, above that size, at most 9 slices; the patches of all of them are concatenated."""
     patch, scale = config.vision_config.patch_size, 448
     grid = 0 if side <= scale else min(round(side / scale), 3)
     slices = grid**2
@@ -223,7 +223,7 @@ def _minicpm(config: PreTrainedConfig, side: int) -> Layout:
 
 
 def _flashsloth_with(decoder: dict[str, Any]) -> dict[str, Any]:
-    """As `flashsloth init` builds it; the ids of special tokens stand for any others of the vocabulary."""
+    """Config as `flashsloth init` builds it, except the ids of the special tokens, which do not matter here."""
     return {"text_config": decoder, "query_layer_idx": round(decoder["num_hidden_layers"] * 7 / 32)}
 
 

@@ -1,26 +1,24 @@
-"""Speed of FlashSloth's image processor beside transformers' own for SigLIP, both on Pillow.
+"""Speed of FlashSloth's image processor, compared with transformers' SigLIP processor; both use Pillow.
 
     python benchmarks/preprocessing.py --output benchmarks/results/preprocessing_cpu.md
 
-Medians of rounds in which the processors take turns on the same images, in one process; ratios are to SigLIP's, which
-makes one tile of 384×384 pixels of every image. Images are RGB already, but for the photo, which is decoded from a
-JPEG by whoever gets it. Batches are worked on in as many threads as torch may use.
+The processors take turns on the same images in one process; times are medians over rounds, and ratios are to SigLIP's,
+which makes one tile of 384×384 pixels from every image. Images are already RGB, except the photo: it is a JPEG file
+that each processor decodes anew. Batches are processed with as many threads as torch may use.
 """
 
-import argparse
 import io
 import logging
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 import transformers
-from latency import hardware
 from PIL import Image
+from report import build_parser, cpu_name, markdown_table, write_report
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from flashsloth import FlashSlothImageProcessor
@@ -28,7 +26,7 @@ from flashsloth import FlashSlothImageProcessor
 logger = logging.getLogger(__name__)
 
 ROUNDS = 9
-CELL = 32  # pixels between the random colours of an image; smooth in between, as photos are
+CELL = 32  # pixels between the random colours of an image; smooth in between, like a photo
 CASES = {  # width, height, number of images, whether they are JPEG files
     "336×336": (336, 336, 1, False),
     "1344×1344": (1344, 1344, 1, False),
@@ -38,13 +36,13 @@ CASES = {  # width, height, number of images, whether they are JPEG files
 
 
 def draw(width: int, height: int, generator: np.random.Generator) -> Image.Image:
-    """A smooth image of random colours."""
+    """Draw a smooth image of random colours."""
     colours = generator.integers(0, 256, (height // CELL, width // CELL, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def opener(width: int, height: int, number: int, is_file: bool) -> Callable[[], list[Image.Image]]:
-    """What opens the images of a case afresh."""
+    """Return a function that opens the images of a case anew."""
     generator = np.random.default_rng(0)
     images = [draw(width, height, generator) for _ in range(number)]
     if not is_file:
@@ -73,33 +71,32 @@ def measure(open_images: Callable[[], list[Image.Image]], rounds: int) -> dict[s
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """The report, in Markdown."""
-    lines = [
-        f"{hardware('cpu').partition(',')[0]}, {torch.get_num_threads()} threads, "
-        f"transformers {transformers.__version__}, Pillow {PIL.__version__}; made by benchmarks/preprocessing.py.",
-        "",
-        "| images | SigLIP, ms | FlashSloth | ratio | FlashSloth-HD, 5 tiles | ratio |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, (siglip, plain, high) in ((name, times.values()) for name, times in results.items()):
+def as_table(results: dict[str, dict[str, float]]) -> str:
+    """Format the times of all cases as Markdown."""
+    rows = []
+    for name, times in results.items():
+        siglip, plain, high = times.values()
         figures = (f"{1e3 * siglip:.1f}", f"{1e3 * plain:.1f}", f"{plain / siglip:.2f}", f"{1e3 * high:.1f}")
-        lines.append(f"| {' | '.join((name, *figures, f'{high / siglip:.2f}'))} |")
-    return "\n".join(lines) + "\n"
+        rows.append((name, *figures, f"{high / siglip:.2f}"))
+    head = ("images", "SigLIP, ms", "FlashSloth", "ratio", "FlashSloth-HD, 5 tiles", "ratio")
+    return markdown_table(head, rows)
 
 
 def main() -> None:
-    """Measure all cases and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="file to write the table to")
+    """Measure all cases, and write a table."""
+    parser = build_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results = {}
     for name, case in CASES.items():
-        results[name] = measure(opener(*case), arguments.rounds)
+        results[name] = measure(opener(*case), args.rounds)
         logger.info("%s: %s", name, results[name])
-    arguments.output.write_text(table(results), encoding="utf-8")
+    title = (
+        f"{cpu_name()}, {torch.get_num_threads()} threads, transformers {transformers.__version__}, Pillow "
+        f"{PIL.__version__}; made by benchmarks/preprocessing.py."
+    )
+    write_report(args.output, title, as_table(results))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,32 @@
-"""What eight and four bits do to the answers, and they, float32 and threads to the speed, on a CPU.
+"""Accuracy in 8 and 4 bits, and speed of these precisions, float32 and several threads, on a CPU.
 
     python benchmarks/quantization.py --output benchmarks/results/quantization_cpu.md
     python benchmarks/quantization.py --images 0 --precisions bfloat16 float32 --output float32_cpu.md
 
-The decoder's layers are quantised as docs/converting.md does.
+The decoder's layers are quantized as in docs/converting.md.
 
-- Answers: the checkpoint in the root answers the questions of `examples/tiny/score.py`. Beside it, logits of the
-  checkpoint that tests/golden/ was recorded on (synthetic weights) are compared with those of the original
-  implementation in float32: root of the mean squared difference, as a share of that of the logits.
+- Accuracy: the shipped checkpoint answers the questions of `examples/tiny/score.py`. In addition, logits of the
+  synthetic checkpoint behind tests/golden/ are compared with those of the original implementation in float32: root mean
+  square of the difference, relative to that of the logits.
 - Speed: FlashSloth-3.2B with random weights answers a question of 40 tokens about one image by `generate`. Precisions
-  take turns, at every number of threads, after a round that is not counted. Figures are medians; ratios are to bfloat16
-  with as many threads, and to one thread at the same precision. All of them are in memory at once: 6.4 GB in bfloat16,
-  12.8 GB in float32, which is compared only if it is asked for.
+  take turns at every number of threads, after one warm-up round. Figures are medians; ratios are to bfloat16 with the
+  same number of threads, and to the fewest threads at the same precision. All precisions are in memory at once:
+  bfloat16 takes 6.4 GB, and float32, which is measured only on request, 12.8 GB.
 """
 
-import argparse
 import logging
 import re
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from latency import Candidate, answer, build_filled, hardware
+from latency import Candidate, answer, build_filled, medians_in_turns
 from peers import PEERS, Peer
+from report import build_parser, describe_machine, markdown_table, write_report
 from safetensors.torch import load_file
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -62,7 +62,7 @@ FIGURES = ("first_token_s", "token_s")
 
 
 class Answers(NamedTuple):
-    """What a recipe does to answers and memory."""
+    """Accuracy and memory of a recipe."""
 
     recipe: str
     num_right: int
@@ -82,7 +82,7 @@ class Times(NamedTuple):
 
 
 def compare_answers(num_images: int) -> Iterator[Answers]:
-    """Answer the questions, and compute the golden logits, with every recipe."""
+    """Answer the questions and compute the golden logits with every recipe."""
     plain = load(ROOT, None)
     names = [name for name, _ in plain.named_parameters()]
     layers = [name for name in names if re.fullmatch(LORA_TARGET_MODULES, name.rpartition(".")[0])]
@@ -97,13 +97,13 @@ def compare_answers(num_images: int) -> Iterator[Answers]:
 
 
 def load(folder: Path, recipe: Any) -> FlashSlothForConditionalGeneration:
-    """A checkpoint with a recipe."""
+    """Load a checkpoint, quantized by a recipe if there is one."""
     quantization = {} if recipe is None else {"quantization_config": recipe}
     return FlashSlothForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, **quantization).eval()
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Memory of a tensor, or of the parts that a quantised one is made of."""
+    """Memory of a tensor, or of the parts of a quantized one."""
     if not hasattr(tensor, "__tensor_flatten__") or type(tensor) is torch.nn.Parameter:
         return tensor.nbytes
     return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
@@ -111,7 +111,7 @@ def bytes_of(tensor: torch.Tensor) -> int:
 
 @torch.no_grad()
 def golden_difference(recipe: Any) -> float:
-    """How far the logits of all golden cases are from the recorded ones."""
+    """Relative difference between the logits of all golden cases and the recorded ones."""
     with tempfile.TemporaryDirectory() as folder:
         model = load(write_golden_checkpoint(Path(folder) / "golden"), recipe)
     squares = torch.zeros(2, dtype=torch.float64)
@@ -125,7 +125,7 @@ def golden_difference(recipe: Any) -> float:
 
 
 def build(peer: Peer, precision: str) -> Candidate:
-    """The model with random weights: all in float32, or its decoder's layers in another precision than bfloat16."""
+    """Build a model with random weights, all in float32, or in bfloat16 with the decoder's layers quantized."""
     candidate = Candidate(peer, build_filled(peer, "cpu"))
     if precision == "float32":
         candidate.model.float()
@@ -137,26 +137,26 @@ def build(peer: Peer, precision: str) -> Candidate:
 def compare_times(
     peer: Peer, threads: list[int], new_tokens: int, rounds: int, precisions: Sequence[str] = PRECISIONS
 ) -> Iterator[Times]:
-    """Let precisions, of which one is bfloat16, answer in turns."""
+    """Let all precisions, which must include bfloat16, answer in turns."""
     candidates = {precision: build(peer, precision) for precision in precisions}
     inputs = candidates["bfloat16"].inputs(SIDE, batch_size=1)
+
+    def work(candidate: Candidate, is_warmup: bool) -> dict[str, float | None]:
+        return answer(candidate.model, inputs, 2 if is_warmup else new_tokens)
+
     before = torch.get_num_threads()
     try:
         for num_threads in threads:
             torch.set_num_threads(num_threads)
-            runs: dict[str, list[dict[str, Any]]] = {precision: [] for precision in candidates}
-            for turn in range(rounds + 1):
-                for precision, candidate in candidates.items():
-                    run = answer(candidate.model, inputs, new_tokens if turn else 2)
-                    runs[precision] += [run] if turn else []
-            for precision, done in runs.items():
-                yield Times(precision, num_threads, *(statistics.median(run[name] for run in done) for name in FIGURES))
+            works = {precision: partial(work, candidate) for precision, candidate in candidates.items()}
+            for precision, figures in medians_in_turns(works, rounds).items():
+                yield Times(precision, num_threads, *(figures[name] for name in FIGURES))
     finally:
         torch.set_num_threads(before)
 
 
 def answers_table(rows: list[Answers]) -> str:
-    """Markdown; memory of the decoder's layers is a share of the first row's."""
+    """Format accuracy and memory; that of the decoder's layers is relative to the first row."""
     head = ["", "exact match", "memory of all weights", "of the decoder's layers", "golden logits differ by"]
     cells = [
         [
@@ -168,11 +168,11 @@ def answers_table(rows: list[Answers]) -> str:
         ]
         for row in rows
     ]
-    return _table(head, cells)
+    return markdown_table(head, cells)
 
 
 def times_table(rows: list[Times]) -> str:
-    """Markdown, with ratios."""
+    """Format times and ratios."""
     known = {(row.precision, row.num_threads): row for row in rows}
     fewest = min(row.num_threads for row in rows)
     ratios = ("to bfloat16", f"to {fewest} thread{'s' * (fewest > 1)}")
@@ -181,20 +181,15 @@ def times_table(rows: list[Times]) -> str:
         head += [f"{name}, ms", *ratios]
     cells = []
     for row in rows:
-        cells.append([row.precision, str(row.num_threads)])
+        cells.append([row.precision, row.num_threads])
         for name in FIGURES:
             own = getattr(row, name)
             others = known["bfloat16", row.num_threads], known[row.precision, fewest]
             cells[-1] += [f"{own * 1e3:.0f}", *(f"{own / getattr(other, name):.2f}" for other in others)]
-    return _table(head, cells)
+    return markdown_table(head, cells)
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = (head, ["---", *["---:"] * (len(head) - 1)], *rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _logged(rows: Iterable[Any]) -> Iterator[Any]:
+def _log_rows(rows: Iterable[Any]) -> Iterator[Any]:
     for row in rows:
         logger.info("%s", row)
         yield row
@@ -202,36 +197,35 @@ def _logged(rows: Iterable[Any]) -> Iterator[Any]:
 
 def main() -> None:
     """Compare answers and times, and write tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--images", type=int, default=IMAGES, help="with about seven questions each; 0: no answers")
+    parser = build_parser(__doc__)
+    parser.add_argument("--images", type=int, default=IMAGES, help="images for the accuracy; 0: speed only")
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=(*PRECISIONS, "float32"),
         default=PRECISIONS,
-        help="of the speed's comparison",
+        help="precisions for the speed",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the speed's comparison; 0: no speed")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds for the speed; 0: accuracy only")
     args = parser.parse_args()
     if "bfloat16" not in args.precisions:
-        parser.error("the others are compared with bfloat16; name it among the --precisions")
+        parser.error("--precisions must include bfloat16, which the others are compared with")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parts = [f"{hardware('cpu')}; made by benchmarks/quantization.py."]
+    parts = [f"{describe_machine()}; made by benchmarks/quantization.py."]
     if args.images:
         parts += [
             f"## Answers of the small checkpoint to questions about {args.images} images",
-            answers_table(list(_logged(compare_answers(args.images)))),
+            answers_table(list(_log_rows(compare_answers(args.images)))),
         ]
     if args.rounds:
         times = compare_times(PEERS[0], args.threads, args.new_tokens, args.rounds, args.precisions)
         parts += [
             f"## Speed of {PEERS[0].name}, batch 1, {args.new_tokens} tokens, medians of {args.rounds} rounds",
-            times_table(list(_logged(times))),
+            times_table(list(_log_rows(times))),
         ]
-    args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_report(args.output, *parts)
 
 
 if __name__ == "__main__":

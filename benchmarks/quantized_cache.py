@@ -1,14 +1,12 @@
-"""What keys and values in few bits do to the answers of the small checkpoint, and to their memory.
+"""Accuracy and memory of a quantized KV cache, with the small checkpoint.
 
     pip install optimum-quanto hqq
     python benchmarks/quantized_cache.py --output benchmarks/results/quantized_cache_cpu.md
 
-Every question of `examples/tiny/score.py` is asked alone, with its image, with each of transformers' caches.
-*Same* are answers that equal those with exact keys and values. Bytes are those of the cache when the first token is
-there.
+Every question of `examples/tiny/score.py` is asked alone, with its image, with each of transformers' caches. *Same* is
+the share of answers that equal those with exact keys and values. Bytes are the size of the cache at the first token.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Iterable
@@ -16,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency import hardware
 from quantization import bytes_of
+from report import build_parser, describe_machine, markdown_table, write_report
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -43,13 +41,13 @@ IMAGES = 100
 
 
 def settings_for(cache: str) -> dict[str, Any]:
-    """Arguments of `generate`."""
+    """Arguments of `generate` for a cache."""
     config = CACHES[cache]
     return {} if config is None else {"cache_implementation": "quantized", "cache_config": config}
 
 
 def prompt_bytes(model: FlashSlothForConditionalGeneration, inputs: dict[str, torch.Tensor], cache: str) -> int:
-    """Memory of what a cache keeps of a prompt."""
+    """Memory of a prompt's KV cache."""
     output = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, **settings_for(cache))
     parts = tree_leaves([vars(layer) for layer in output[CACHE_NAME].layers])
     return sum(bytes_of(part) for part in parts if isinstance(part, torch.Tensor))
@@ -66,7 +64,7 @@ def compare(
     Args:
         model: The model.
         processor: Its processor.
-        questions: What is asked; memory is that of the first one's prompt.
+        questions: The questions; memory is measured on the first one's prompt.
         caches: Names of `CACHES`, exact keys and values first.
 
     Returns:
@@ -74,7 +72,7 @@ def compare(
     """
     inputs = build_inputs(processor, questions[:1]).to(model.device)
     length = inputs["input_ids"].shape[1]
-    lines = [f"| cache | right | same | bytes, {length} tokens | a token |", "|---|---:|---:|---:|---:|"]
+    rows = []
     exact: list[str] | None = None
     for cache in caches:
         settings = settings_for(cache)
@@ -84,23 +82,22 @@ def compare(
         same = sum(text == other for text, other in zip(found, exact, strict=True))
         size = prompt_bytes(model, inputs, cache)
         shares = (f"{number / len(questions):.1%}" for number in (right, same))
-        lines.append(f"| {' | '.join([cache, *shares, f'{size:,}', f'{size / length:,.0f}'])} |")
-        logger.info("%s", lines[-1])
-    return "\n".join(lines)
+        rows.append((cache, *shares, f"{size:,}", f"{size / length:,.0f}"))
+        logger.info("%s", rows[-1])
+    return markdown_table(("cache", "right", "same", f"bytes, {length} tokens", "a token"), rows)
 
 
 def main() -> None:
     """Compare all caches, and write a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--images", type=int, default=IMAGES, help="with about seven questions each")
+    parser = build_parser(__doc__)
+    parser.add_argument("--images", type=int, default=IMAGES, help="images, with about seven questions each")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=torch.bfloat16).eval()
     questions = list(evaluation_set(args.images))
     table = compare(model, FlashSlothProcessor.from_pretrained(ROOT), questions)
-    title = f"{hardware('cpu')}; {len(questions)} questions; made by benchmarks/quantized_cache.py."
-    args.output.write_text(f"{title}\n\n{table}\n", encoding="utf-8")
+    title = f"{describe_machine()}; {len(questions)} questions; made by benchmarks/quantized_cache.py."
+    write_report(args.output, title, table)
 
 
 if __name__ == "__main__":

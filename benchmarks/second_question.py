@@ -1,22 +1,21 @@
-"""What a second question about an image costs, beside the first, with `model.image_prefix_cache()`.
+"""Time to the first token of a second question about an image, with `model.image_prefix_cache()`.
 
     python benchmarks/second_question.py --output benchmarks/results/second_question_cpu.md
 
-Time from inputs on the device to the first token, for a question of 40 tokens, batch 1, random weights in bfloat16:
-without a cache, for the first question to an empty cache, which encodes the image, and for another question. Medians
-of rounds in which the three take turns; ratios are to no cache. What the cache keeps is in the last column.
+Measured from inputs on the device to the first token, for questions of 40 tokens, batch 1, random weights in bfloat16:
+without a cache; for the first question to an empty cache, which encodes the image; and for another question about the
+same image. The three take turns; times are medians over rounds, and ratios are to the time without a cache. The last
+column is the memory that the cache keeps.
 """
 
-import argparse
 import logging
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-from latency import Candidate, build_filled, hardware
+from latency import Candidate, build_filled
 from peers import PEERS, QUESTION_IDS
+from report import add_device_option, build_parser, describe_machine, markdown_table, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +25,15 @@ SIDE = 384  # pixels; every image becomes tiles of one size
 
 
 def seconds_to_first_token(model: Any, inputs: dict[str, Any], cache: Any = None) -> float:
-    """Time of one prefill by `generate`, with the cache's own work."""
+    """Time of a prefill by `generate`, including the work of the image prefix cache."""
     start = time.perf_counter()
     ready = inputs if cache is None else cache(inputs)
-    model.generate(**ready, max_new_tokens=1).tolist()  # which waits for the device
+    model.generate(**ready, max_new_tokens=1).tolist()  # `tolist` waits for the device
     return time.perf_counter() - start
 
 
 def measure(candidate: Candidate, rounds: int) -> tuple[list[float], int]:
-    """Median seconds without a cache, for a first and for a second question; and the bytes that are kept."""
+    """Median seconds without a cache, for a first and for a second question; and the bytes that the cache keeps."""
     first = candidate.inputs(SIDE, 1)
     ids = first["input_ids"]
     is_question = (ids >= QUESTION_IDS[0]) & (ids < QUESTION_IDS[1])
@@ -54,26 +53,21 @@ def measure(candidate: Candidate, rounds: int) -> tuple[list[float], int]:
 
 def main() -> None:
     """Measure all models, and write a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
+    parser = build_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    lines = [
-        f"{hardware(args.device)}; medians of {args.rounds} rounds; made by benchmarks/second_question.py.",
-        "",
-        "| model | no cache, ms | first question | ratio | second question | ratio | kept, MB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for peer in (peer for peer in PEERS if peer.name in args.models):
         (plain, first, second), num_bytes = measure(Candidate(peer, build_filled(peer, args.device)), args.rounds)
-        cells = [f"{plain * 1e3:.0f}"]
-        cells += [cell for value in (first, second) for cell in (f"{value * 1e3:.0f}", f"{value / plain:.2f}")]
-        lines.append(f"| {' | '.join([peer.name, *cells, f'{num_bytes / 1e6:.1f}'])} |")
-        logger.info("%s", lines[-1])
-    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        ratios = (cell for value in (first, second) for cell in (f"{value * 1e3:.0f}", f"{value / plain:.2f}"))
+        rows.append([peer.name, f"{plain * 1e3:.0f}", *ratios, f"{num_bytes / 1e6:.1f}"])
+        logger.info("%s", rows[-1])
+    title = f"{describe_machine(args.device)}; medians of {args.rounds} rounds; made by benchmarks/second_question.py."
+    head = ("model", "no cache, ms", "first question", "ratio", "second question", "ratio", "kept, MB")
+    write_report(args.output, title, markdown_table(head, rows))
 
 
 if __name__ == "__main__":

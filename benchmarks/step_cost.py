@@ -1,35 +1,34 @@
-"""Speed and memory of training, beside the same model with all patches in the prompt.
+"""Speed and memory of a training step, compared with the same model with all patches in the prompt.
 
     python benchmarks/step_cost.py --output benchmarks/results/step_cost_cpu
 
-builds FlashSloth from its config with random weights, and *all patches*: the same tower, projector and decoder, but no
-pooling, no queries and no Embedded Query module, so that each of the image's 729 patches is a token of the prompt.
-Both train on the same images and text, with what a stage of the recipe trains and with AdamW. It writes OUTPUT.md and
-OUTPUT.json.
+Both models are built from config with random weights. *All patches* has the same tower, projector and decoder, but no
+pooling, no queries and no Embedded Query module, so each of the image's 729 patches is a token of the prompt. Both
+train the same modules, those of a stage of the recipe, on the same images and text, with AdamW. The script writes
+OUTPUT.md and OUTPUT.json.
 
-- Speed: both models live in one process and their steps take turns; medians. Tokens are those in the decoder.
-- Memory a row: the peak of forward and backward pass at two batches; the difference divided by the difference of the
-  batches. On a GPU the allocator says it. On a CPU it is counted: every tensor that the passes make at the released
-  size, as fake tensors, which have shapes but no data; what kernels need inside is not in it.
-- Memory in all: weights and AdamW's state in float32, and that peak at 8 rows, of which gradients are a part.
+- Speed: both models are in one process, and their steps take turns; figures are medians. Tokens are the decoder's.
+- Memory per row: peak memory of forward and backward pass at two batch sizes; the difference of the peaks divided by
+  the difference of the sizes. On a GPU it is read from the allocator. On a CPU it is counted at the released size, on
+  fake tensors, which have shapes but no data; temporary memory inside kernels does not count.
+- Memory in total: weights and AdamW's state in float32, plus that peak at 8 rows, which includes the gradients.
 
-On a CPU the speed is that of a small model in which image and prompt have as many tokens as in the released one; on a
-GPU it is that of the released size.
+On a CPU, speed is measured with a small model whose image and prompt have as many tokens as those of the released one;
+on a GPU, with the released size.
 """
 
-import argparse
 import json
 import logging
-import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
 import torch
-from latency import hardware
+from latency import medians_in_turns
 from memory import CountedMemory
+from report import add_device_option, build_parser, describe_machine, markdown_table, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 from transformers.initialization import no_init_weights
@@ -38,15 +37,13 @@ from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
 from flashsloth.modeling_flashsloth import PromptSpans
 from flashsloth.training.recipe import freeze_for_stage
 
-logger = logging.getLogger(__name__)
-
 MODELS = ("FlashSloth", "all patches")
 STAGES = (1, 2)
 TEXT_TOKENS = {1: 40, 2: 256}  # a caption; a short conversation
 TOTAL_ROWS = 8
 ONE_TILE = (1, FlashSlothConfig.num_query_tokens)  # tiles and query tokens per row
-ROWS = {"cpu": (64, 128), "cuda": (8, 16)}  # with few rows the peak may be that of the gradients, with many none fits
-SMALL = {  # every width a tenth of the released one, or nearly
+ROWS = {"cpu": (64, 128), "cuda": (8, 16)}  # with few rows the gradients may set the peak; more do not fit on a GPU
+SMALL = {  # every width about a tenth of the released one
     "text_config": {
         "model_type": "phi",
         "vocab_size": 5120,
@@ -78,7 +75,7 @@ SMALL = {  # every width a tenth of the released one, or nearly
 
 
 class Case(NamedTuple):
-    """What is measured: a model, a stage of the recipe, and whether activations are recomputed."""
+    """A model, a stage of the recipe, and whether activations are recomputed."""
 
     model: str
     stage: int
@@ -86,26 +83,26 @@ class Case(NamedTuple):
 
 
 def build_config(case: Case, size: str) -> FlashSlothConfig:
-    """The released architecture, or a small one with as many tokens; with windows of one patch for all patches."""
+    """Build the released config, or a small one with as many tokens; "all patches" has windows of one patch."""
     fields = SMALL if size == "small" else {}
     return FlashSlothConfig(**fields | ({"pooling_window_size": 1} if case.model == "all patches" else {}))
 
 
 def build_model(case: Case, size: str, device: str) -> FlashSlothForConditionalGeneration:
-    """A model with random weights, frozen as the stage says, in training mode."""
+    """Build a model with random weights in training mode; only what the stage trains is not frozen."""
     torch.manual_seed(0)
     with torch.device(device):
         model = FlashSlothForConditionalGeneration(build_config(case, size)).train()
     freeze_for_stage(model, case.stage)
     if case.model == "all patches":
-        _leave_out_compression(model)
+        _remove_compression(model)
     if case.checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
-def _leave_out_compression(model: FlashSlothForConditionalGeneration) -> None:
-    """Take pooling and Embedded Query module away: patches reach the projector as they are, and no one looks back."""
+def _remove_compression(model: FlashSlothForConditionalGeneration) -> None:
+    """Remove pooling and Embedded Query module: the projector reads the patches themselves."""
     base = model.model
     base.spatial_attention_pooling = torch.nn.Identity()
     base.embedded_query.requires_grad_(False)
@@ -113,7 +110,7 @@ def _leave_out_compression(model: FlashSlothForConditionalGeneration) -> None:
 
 
 def build_batch(case: Case, size: str, batch_size: int) -> dict[str, torch.Tensor]:
-    """Rows of one image and text; in stage 2 FlashSloth's rows hold a question's queries, too."""
+    """Build rows of one image and text; in stage 2, FlashSloth's rows also hold a question's queries."""
     config = build_config(case, size)
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(1000, 5000, (batch_size, TEXT_TOKENS[case.stage]), generator=generator)
@@ -132,7 +129,7 @@ def build_batch(case: Case, size: str, batch_size: int) -> dict[str, torch.Tenso
 
 
 class Training:
-    """A model in training, step by step."""
+    """A model, its optimizer and a batch, trained step by step."""
 
     def __init__(self, case: Case, size: str, batch_size: int, device: str) -> None:
         self.device = device
@@ -143,7 +140,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(trained, fused=True)
 
     def step(self) -> None:
-        """One step of the optimiser."""
+        """Run one optimizer step."""
         self.compute_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -151,19 +148,19 @@ class Training:
             torch.cuda.synchronize()
 
     def compute_gradients(self) -> None:
-        """Forward and backward pass, in bfloat16 but for the weights."""
+        """Run forward and backward pass, with bfloat16 autocast."""
         with torch.autocast(self.device, torch.bfloat16):
             loss = self.model(**self.batch).loss
         loss.backward()
 
     def state_bytes(self) -> int:
-        """Memory of weights, and of the two moments that AdamW keeps of what trains."""
+        """Memory of weights, and of AdamW's two moments of each trained weight."""
         parameters = list(self.model.parameters())
         return sum(p.nbytes * (3 if p.requires_grad else 1) for p in parameters)
 
 
 def peak_memory(case: Case, size: str, batch_size: int, device: str) -> tuple[int, int]:
-    """Bytes of weights and optimiser, and those that forward and backward pass take beside them at their peak."""
+    """Bytes of weights and optimizer, and the additional bytes of forward and backward pass at their peak."""
     if device == "cuda":
         training = Training(case, size, batch_size, device)
         training.step()
@@ -171,7 +168,7 @@ def peak_memory(case: Case, size: str, batch_size: int, device: str) -> tuple[in
         torch.cuda.reset_peak_memory_stats()
         training.compute_gradients()
         return training.state_bytes(), torch.cuda.max_memory_allocated() - before
-    # Fake tensors have no values to begin with or to count; a row of this benchmark has one tile.
+    # Fake tensors have no token ids from which to find the number of tiles; every row has one.
     with FakeTensorMode(), no_init_weights(), mock.patch.object(PromptSpans, "bounds", return_value=ONE_TILE):
         training = Training(case, size, batch_size, device)
         with CountedMemory() as memory:
@@ -180,7 +177,7 @@ def peak_memory(case: Case, size: str, batch_size: int, device: str) -> tuple[in
 
 
 def memory(case: Case, device: str) -> dict[str, float]:
-    """What a row costs, and what training takes in all, in bytes at the released size."""
+    """Memory per row and in total, in bytes, at the released size."""
     few, many = ROWS[device]
     (_, peak), (_, higher_peak) = (peak_memory(case, "3.2b", num_rows, device) for num_rows in (few, many))
     total = sum(peak_memory(case, "3.2b", TOTAL_ROWS, device))
@@ -188,24 +185,23 @@ def memory(case: Case, device: str) -> dict[str, float]:
 
 
 def step_times(cases: list[Case], size: str, batch_size: int, device: str, num_steps: int) -> dict[Case, float]:
-    """Median seconds of a step of every case; their steps take turns."""
-    trainings = {case: Training(case, size, batch_size, device) for case in cases}
-    times: dict[Case, list[float]] = {case: [] for case in cases}
-    for step in range(num_steps + 1):
-        for case, training in trainings.items():
-            start = time.perf_counter()
-            training.step()
-            if step:  # the first one allocates
-                times[case].append(time.perf_counter() - start)
-    return {case: statistics.median(seconds) for case, seconds in times.items()}
+    """Median seconds of a step of every case; the cases take turns."""
+
+    def work(training: Training, _is_warmup: bool) -> dict[str, float]:
+        start = time.perf_counter()
+        training.step()
+        return {"seconds": time.perf_counter() - start}
+
+    works = {case: partial(work, Training(case, size, batch_size, device)) for case in cases}
+    return {case: figures["seconds"] for case, figures in medians_in_turns(works, num_steps).items()}
 
 
 def measure(size: str, device: str, batch_size: int, num_steps: int) -> Iterator[dict]:
     """Measure every case.
 
     Yields:
-        For each its `model`, `stage`, `checkpointing`, `decoder_tokens` a row, `tokens_per_second`,
-        `samples_per_second`, `bytes_per_sample` and `bytes`.
+        Its `model`, `stage`, `checkpointing`, `decoder_tokens` per row, `tokens_per_second`, `samples_per_second`,
+        `bytes_per_sample` and `bytes`.
     """
     for stage in STAGES:
         for checkpointing in (False, True):
@@ -222,28 +218,46 @@ def measure(size: str, device: str, batch_size: int, num_steps: int) -> Iterator
 
 
 def as_table(rows: list[dict]) -> str:
-    """Markdown; ratios are to FlashSloth in the same case."""
-    head = "| stage | checkpointing | model | tokens a row | tokens/s | rows/s | ratio | MB a row | ratio | GB in all |"
-    lines = [head, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    """Format all cases; ratios are to FlashSloth in the same case."""
+    head = (
+        "stage",
+        "checkpointing",
+        "model",
+        "tokens a row",
+        "tokens/s",
+        "rows/s",
+        "ratio",
+        "MB a row",
+        "ratio",
+        "GB in total",
+    )
+    cells = []
     own = {(row["stage"], row["checkpointing"]): row for row in rows if row["model"] == "FlashSloth"}
     for row in rows:
         reference = own[row["stage"], row["checkpointing"]]
         speed = row["samples_per_second"] / reference["samples_per_second"]
         memory = row["bytes_per_sample"] / reference["bytes_per_sample"]
-        lines.append(
-            f"| {row['stage']} | {'on' if row['checkpointing'] else 'off'} | {row['model']} | {row['decoder_tokens']} "
-            f"| {row['tokens_per_second']:.0f} | {row['samples_per_second']:.2f} | {speed:.2f} "
-            f"| {row['bytes_per_sample'] / 1e6:.0f} | {memory:.2f} | {row['bytes'] / 1e9:.1f} |"
+        cells.append(
+            (
+                row["stage"],
+                "on" if row["checkpointing"] else "off",
+                row["model"],
+                row["decoder_tokens"],
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['samples_per_second']:.2f}",
+                f"{speed:.2f}",
+                f"{row['bytes_per_sample'] / 1e6:.0f}",
+                f"{memory:.2f}",
+                f"{row['bytes'] / 1e9:.1f}",
+            )
         )
-    return "\n".join(lines)
+    return markdown_table(head, cells, text_columns=(0, 1, 2))
 
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--output", type=Path, default=Path(f"training_{device}"), help="path without its ending")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser = build_parser(__doc__, "path without a suffix")
+    add_device_option(parser)
     parser.add_argument("--batch-size", type=int, default=2, help="rows of a timed step")
     parser.add_argument("--steps", type=int, default=9, help="timed steps")
     args = parser.parse_args()
@@ -253,13 +267,12 @@ def main() -> None:
     rows = list(tqdm(measured, total=len(MODELS) * len(STAGES) * 2, unit="case"))
     how = "measured" if args.device == "cuda" else "counted"
     title = (
-        f"{hardware(args.device)} by autocast. Speed: size {size}, batch {args.batch_size}, median of {args.steps} "
-        f"steps that take turns. Memory: size 3.2b, {how}. Ratios: to FlashSloth in the same case."
+        f"{describe_machine(args.device)} by autocast. Speed: size {size}, batch {args.batch_size}, median of "
+        f"{args.steps} steps that take turns. Memory: size 3.2b, {how}. Ratios: to FlashSloth in the same case."
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps({"machine": title, "rows": rows}, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(f"{title}\n\n{as_table(rows)}\n", encoding="utf-8")
-    logger.info("%s\n%s", title, as_table(rows))
+    write_report(args.output.with_suffix(".md"), title, as_table(rows))
 
 
 if __name__ == "__main__":

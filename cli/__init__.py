@@ -1,25 +1,21 @@
 """Command line of FlashSloth.
 
 flashsloth ask IMAGE QUESTION      answer a question about an image
-flashsloth convert SOURCE OUTPUT   make an original release a complete model repository
-flashsloth init OUTPUT             make a model to be trained from a vision tower and a decoder
-flashsloth export CHECKPOINT OUT   make a checkpoint a complete model repository
-flashsloth onnx CHECKPOINT OUTPUT  write ONNX graphs of a checkpoint
+flashsloth convert SOURCE OUTPUT   convert an original release to a complete model repository
+flashsloth init OUTPUT             build an untrained model from a vision tower and a decoder
+flashsloth export CHECKPOINT OUT   turn a checkpoint into a complete model repository
+flashsloth onnx CHECKPOINT OUTPUT  export a checkpoint to ONNX
 
-A command is a function that adds its parser and sets `run`, listed in `COMMANDS`. What it needs beyond arguments is
-imported when it runs.
+Each function in `COMMANDS` adds the parser of a command, whose default `run` executes it. Modules that a command needs
+are imported when it runs.
 """
 
 import argparse
 import contextlib
-import http.client
-import io
 import os
 import signal
 import sys
 import threading
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,32 +27,31 @@ if TYPE_CHECKING:
 PROGRAM = "flashsloth"
 SHIPPED_CHECKPOINT = Path(__file__).parents[1]
 SHIPPED_CHECKPOINT_NOTE = (
-    "This is the small demonstration checkpoint: it knows drawn scenes of coloured shapes, and signs with a word or a "
-    "number, but no photographs and nothing else."
+    "This is the small demonstration checkpoint. It describes drawn scenes of coloured shapes and reads signs with a "
+    "word or a number; it does not know photographs."
 )
 STDIN = "-"
 URL_PREFIXES = ("http://", "https://")
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 DEFAULT_MAX_NEW_TOKENS = 512
 NUM_SHOWN = 12
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXIT_ERROR = 2
-EXIT_SIGNAL = 128  # a shell's convention: this plus the signal's number
+EXIT_SIGNAL = 128  # plus the number of the signal, as shells do
 EXIT_BROKEN_PIPE = EXIT_SIGNAL + 13
 
 
 class CommandError(Exception):
-    """What a user can put right; shown as it is, without a traceback."""
+    """An error that the user can fix; shown without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Command-line arguments. Default: the process's.
+        arguments: Command-line arguments. Default: those of the process.
 
     Returns:
-        Exit code: 0; 2 for what a user can put right; 128 and the signal's number if one ended the command.
+        Exit code: 0, 2 for an error that the user can fix, or 128 plus the number of the signal that ended the command.
     """
     options = build_parser().parse_args(arguments)
     try:
@@ -77,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of all commands."""
+    """Build the parser of all commands."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="FlashSloth, a small and fast vision-language model.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in COMMANDS:
@@ -89,36 +84,40 @@ def _add_ask(commands: Any) -> None:
     parser = commands.add_parser("ask", help="answer a question about an image")
     parser.add_argument("image", metavar="IMAGE", help="a file, an http(s) URL, or - for standard input")
     parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="folder or Hub id (default: the shipped checkpoint)")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="folder or Hub id (default: the demonstration checkpoint in the package)"
+    )
     parser.add_argument(
         "--max-new-tokens",
         metavar="N",
         type=_positive_int,
         default=DEFAULT_MAX_NEW_TOKENS,
-        help="longest answer, in tokens (default: %(default)s)",
+        help="maximum length of the answer in tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--hd",
         dest="do_image_splitting",
         action="store_const",
         const=True,
-        help="read the image as five tiles (default: as the checkpoint says)",
+        help="split the image into five tiles (default: the checkpoint's setting)",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="type of the weights (default: the checkpoint's; float32 on CPUs without bfloat16 instructions)",
+        help="data type of the weights (default: the checkpoint's; float32 on CPUs without bfloat16 instructions)",
     )
     parser.set_defaults(run=_ask)
 
 
 def _add_convert(commands: Any) -> None:
-    parser = commands.add_parser("convert", help="make an original release a complete model repository")
+    parser = commands.add_parser("convert", help="convert an original release to a complete model repository")
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the release")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist or be empty")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
     parser.add_argument(
-        "--vision-config", metavar="DIR", help="folder with the vision tower's config.json, for another tower"
+        "--vision-config",
+        metavar="DIR",
+        help="folder with the config.json of the vision tower, if it is not the released models'",
     )
     parser.set_defaults(run=_convert)
 
@@ -126,15 +125,15 @@ def _add_convert(commands: Any) -> None:
 def _add_init(commands: Any) -> None:
     parser = commands.add_parser(
         "init",
-        help="make a model to be trained from a vision tower and a decoder",
-        description="Join a pretrained vision tower and a pretrained decoder by freshly initialised modules.",
+        help="build an untrained model from a vision tower and a decoder",
+        description="Connect a pretrained vision tower and a pretrained decoder with newly initialised modules.",
     )
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist or be empty")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
     parser.add_argument(
         "--vision",
         metavar="DIR_OR_ID",
         required=True,
-        help="a vision tower with square patches: SigLIP, CLIP, DINOv2, AIMv2 …, or a FlashSloth, for its tower",
+        help="a vision tower with square patches: SigLIP, CLIP, DINOv2, AIMv2 …, or a FlashSloth, whose tower is used",
     )
     parser.add_argument(
         "--language", metavar="DIR_OR_ID", required=True, help="a causal decoder: Phi, Llama, Qwen3, SmolLM3 …"
@@ -143,64 +142,69 @@ def _add_init(commands: Any) -> None:
         "--vision-layer",
         metavar="N",
         type=int,
-        help="the hidden state of the tower that is read: -1 leaves its last layer, -2 enters it, and so on; layers "
-        "after it are left out (default: -2, as in the released models; -1 of a FlashSloth's, which ends there)",
+        help="which hidden state of the tower to use: -1 is the output of the last layer, -2 its input, and so on; "
+        "later layers are dropped (default: -2, as in the released models, or -1 for the tower of a FlashSloth)",
     )
     for name, explanation in (
-        ("--image-size", "side of a tile in pixels (default: the tower's; else its positions are interpolated)"),
+        (
+            "--image-size",
+            "side of a tile in pixels (default: the tower's; for another, its position embeddings are interpolated)",
+        ),
         (
             "--pooling-window-size",
-            "side of a pooling window in patches (default: the one that makes about 9x9 tokens or "
-            "fewer; 1, which compresses nothing, only if the patches' side is prime)",
+            "side of a pooling window in patches (default: the size that gives at most about 9x9 tokens; 1, which does "
+            "not compress, only if the side of the patch grid is prime)",
         ),
         (
             "--query-layer-idx",
-            "decoder layer whose input has its queries updated (default: 7 of 32, or as deep as that)",
+            "decoder layer before which the query tokens are updated (default: 7 of 32, or the same relative depth)",
         ),
     ):
         parser.add_argument(name, metavar="N", type=_positive_int, help=explanation)
     for name, default, explanation in (
-        ("--num-query-tokens", 9, "queries behind every question"),
-        ("--query-hidden-size", 576, "width of the Embedded Query module"),
+        ("--num-query-tokens", 9, "query tokens per question"),
+        ("--query-hidden-size", 576, "hidden size of the Embedded Query module"),
     ):
         text = f"{explanation} (default: %(default)s)"
         parser.add_argument(name, metavar="N", type=_positive_int, default=default, help=text)
     parser.add_argument(
-        "--hd", dest="do_image_splitting", action="store_true", help="read images as five tiles (FlashSloth-HD)"
+        "--hd", dest="do_image_splitting", action="store_true", help="split images into five tiles (FlashSloth-HD)"
     )
     parser.add_argument(
         "--chat-template",
         metavar="FILE",
-        help="a Jinja template that writes <image> and <learnable> (default: the decoder's own chat format, or "
+        help="a Jinja template with <image> and <learnable> (default: derived from the decoder's chat template, or "
         "USER: … ASSISTANT: if it has none)",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="type of the weights (default: the decoder's)",
+        help="data type of the weights (default: the decoder's)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is not pretrained (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new modules (default: %(default)s)")
     parser.set_defaults(run=_init)
 
 
 def _add_export(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
-        help="make a checkpoint a complete model repository",
-        description="Write what a Hub repository needs, and nothing else of the checkpoint's folder.",
+        help="turn a checkpoint into a complete model repository",
+        description="Write the files of a Hub repository; other files in the folder of the checkpoint are not copied.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a FlashSloth, or of a LoRA adapter for one")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist or be empty")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
     for name, metavar, explanation in (
-        ("--processor", "DIR_OR_ID", "where the processor is, if not in CHECKPOINT"),
-        ("--name", "NAME", "what the card calls the model, such as USER/NAME (default: OUTPUT's name)"),
-        ("--license", "ID", "licence of the weights, such as apache-2.0 (default: as CHECKPOINT's card says)"),
+        ("--processor", "DIR_OR_ID", "folder or Hub id of the processor, if CHECKPOINT has none"),
+        ("--name", "NAME", "name of the model in the model card, such as USER/NAME (default: OUTPUT's name)"),
+        ("--license", "ID", "licence of the weights, such as apache-2.0 (default: from CHECKPOINT's model card)"),
     ):
         parser.add_argument(name, metavar=metavar, help=explanation)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: CHECKPOINT's)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of the weights (default: CHECKPOINT's)"
+    )
     for name, metavar, explanation in (
-        ("--base-model", "ID", "a model that this one grew from (default: as CHECKPOINT's card says)"),
+        ("--base-model", "ID", "Hub id of a model that this one is based on (default: from CHECKPOINT's model card)"),
         ("--evaluation", "FILE", "JSON of lmms-eval or evaluate.py (default: CHECKPOINT's evaluation.json, if any)"),
     ):
         text = f"{explanation}; may be repeated"
@@ -211,7 +215,7 @@ def _add_export(commands: Any) -> None:
         metavar=("IMAGE", "QUESTION"),
         action="append",
         default=[],
-        help="a file or URL and a question for the Hub's widget; may be repeated",
+        help="image (file or URL) and question for the widget on the Hub; may be repeated",
     )
     parser.set_defaults(run=_export)
 
@@ -219,11 +223,11 @@ def _add_export(commands: Any) -> None:
 def _add_onnx(commands: Any) -> None:
     parser = commands.add_parser(
         "onnx",
-        help="write ONNX graphs of a checkpoint",
-        description="Write ONNX graphs of the vision half and of the decoder, after comparing them with the model.",
+        help="export a checkpoint to ONNX",
+        description="Write ONNX graphs of the vision part and of the decoder, and compare them with the model.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a FlashSloth")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist or be empty")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
     parser.set_defaults(run=_onnx)
 
 
@@ -237,13 +241,8 @@ def _ask(options: argparse.Namespace) -> None:
         sys.stderr.write(f"{PROGRAM}: {SHIPPED_CHECKPOINT_NOTE} Choose another with --model.\n")
     content = [{"type": "image", "image": image}, {"type": "text", "text": options.question}]
     try:
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"images_kwargs": {"do_image_splitting": options.do_image_splitting}},
+        inputs = processor.encode_conversations(
+            [{"role": "user", "content": content}], do_image_splitting=options.do_image_splitting
         ).to(model.device, model.dtype)
         model.generate(**inputs, max_new_tokens=options.max_new_tokens, streamer=_build_streamer(processor.tokenizer))
     except ValueError as error:  # such as a question that is too long
@@ -253,9 +252,9 @@ def _ask(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from .convert import ConversionError, convert
 
-    _silence_transformers()
+    _silence_transformers(show_progress=True)
     try:
-        done = convert(options.source, options.output, vision_config=options.vision_config, progress=True)
+        done = convert(options.source, options.output, vision_config=options.vision_config)
     except (ConversionError, OSError) as error:
         raise CommandError(error) from error
     sys.stdout.write(
@@ -269,7 +268,7 @@ def _init(options: argparse.Namespace) -> None:
     from .repository import RepositoryError
 
     _silence_transformers()
-    template = _read_bytes(options.chat_template).decode("utf-8") if options.chat_template else None
+    template = _read_text(options.chat_template) if options.chat_template else None
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "chat_template")}
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -281,8 +280,8 @@ def _init(options: argparse.Namespace) -> None:
     config, decoder = done.config, done.config.text_config
     sys.stdout.write(
         f"{done.output}: {done.num_parameters:,} parameters, {done.num_new_parameters:,} of them new, {done.dtype}\n"
-        f"{config.num_patches} patches a tile, {config.image_seq_length} image tokens; queries updated at layer "
-        f"{config.query_layer_idx} of {decoder.num_hidden_layers}; answers end with {done.end_token}; "
+        f"{config.num_patches} patches and {config.image_seq_length} image tokens per tile; query tokens updated at "
+        f"layer {config.query_layer_idx} of {decoder.num_hidden_layers}; answers end with {done.end_token}; "
         f"{done.num_new_rows} rows added to the vocabulary of {decoder.vocab_size}\n"
     )
 
@@ -310,9 +309,9 @@ def _export(options: argparse.Namespace) -> None:
     if done.left_out:
         num_more = len(done.left_out) - NUM_SHOWN
         more = f" and {num_more} more" if num_more > 0 else ""
-        lines.append(f"left out: {', '.join(done.left_out[:NUM_SHOWN])}{more}")
+        lines.append(f"not copied: {', '.join(done.left_out[:NUM_SHOWN])}{more}")
     if done.license_id is None:
-        lines.append("no licence is known; name one with --license")
+        lines.append("the licence is unknown; set it with --license")
     sys.stdout.write("\n".join([*lines, f"to publish it: hf upload USER/NAME {done.output}", ""]))
 
 
@@ -331,42 +330,35 @@ def _onnx(options: argparse.Namespace) -> None:
 
 
 def _read_image(source: str) -> "Image.Image":
-    """Open the image in a file, behind a URL, or on standard input."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """Open an image from a file, a URL or standard input."""
+    from PIL import UnidentifiedImageError
 
-    from ..image_processing_flashsloth import IMAGE_ERRORS
+    from ..image_processing_flashsloth import FlashSlothImageProcessor
 
-    data = _read_bytes(source)
+    is_file = source != STDIN and not source.lower().startswith(URL_PREFIXES)
+    if is_file and not os.path.isfile(source):  # noqa: PTH113  (`Path.is_file` raises for a name that is too long)
+        raise CommandError(f"no such file: {source}")
+    image = {"bytes": sys.stdin.buffer.read()} if source == STDIN else source
     shown = "standard input" if source == STDIN else source
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
-        raise CommandError(f"{shown} is not an image, or of a format that Pillow does not know.") from error
-    except IMAGE_ERRORS as error:
-        raise CommandError(f"{shown} is an image that cannot be read: {first_line(error)}") from error
+        return FlashSlothImageProcessor().fetch_images(image)
+    except ValueError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise CommandError(f"{shown} is not an image in a format that Pillow reads.") from error
+        raise CommandError(f"{shown} cannot be read: {first_line(error.__cause__)}") from error
 
 
-def _read_bytes(source: str) -> bytes:
-    if source == STDIN:
-        return sys.stdin.buffer.read()
+def _read_text(file: str) -> str:
     try:
-        if source.lower().startswith(URL_PREFIXES):
-            # Some servers refuse the name that urllib gives itself.
-            request = urllib.request.Request(source, headers={"User-Agent": PROGRAM})
-            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-                return response.read()
-        return Path(source).read_bytes()
+        return Path(file).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise CommandError(f"no such file: {source}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        has_status = isinstance(error, urllib.error.HTTPError)
-        reason = error.reason if isinstance(error, urllib.error.URLError) and not has_status else error
-        raise CommandError(f"{source} cannot be read: {first_line(reason)}") from error
+        raise CommandError(f"no such file: {file}") from error
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
-    """Load model and processor, onto the accelerator if there is one."""
+    """Load model and processor onto the default device."""
     from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
     from .devices import default_device, working_dtype
 
@@ -387,16 +379,16 @@ def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
 
 
 def check_model(source: str) -> None:
-    """Find out whether a folder or Hub id is a FlashSloth that is whole, without loading its weights.
+    """Check that a folder or Hub id is a FlashSloth, and a folder complete, without loading the weights.
 
     Args:
-        source: Folder or Hub id, in this package's layout or in that of the original releases.
+        source: Folder or Hub id, in the layout of this package or of the original releases.
 
     Raises:
-        CommandError: If it is none, or is not there.
+        CommandError: If it is not a FlashSloth, is incomplete, or does not exist.
     """
     from ..configuration_flashsloth import is_flashsloth_config
-    from .weight_files import check_json_files, find_weight_files
+    from .repository import check_json_files, find_weight_files
 
     config = _read_config(source)
     if not is_flashsloth_config(config):
@@ -413,7 +405,7 @@ def check_model(source: str) -> None:
 def _read_config(source: str) -> dict:
     from transformers.configuration_utils import PreTrainedConfig
 
-    from .weight_files import read_json
+    from .repository import read_json
 
     file = Path(source, "config.json")
     try:
@@ -424,7 +416,9 @@ def _read_config(source: str) -> dict:
         if file.exists():
             raise CommandError(f"{source} cannot be loaded: {first_line(error)}") from error
         if source == str(SHIPPED_CHECKPOINT):
-            raise CommandError(f"the shipped checkpoint is not in {source}; name another one with --model.") from error
+            raise CommandError(
+                f"the demonstration checkpoint is not in {source}; choose another one with --model."
+            ) from error
         is_folder = Path(source).is_dir()
         reason = "it has no config.json" if is_folder else "neither a folder nor a Hub id that can be reached"
         raise CommandError(f"no such model: {source} ({reason})") from error
@@ -434,12 +428,12 @@ def _build_streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
     class AnswerStreamer(TextStreamer):
-        """Writes an answer while it grows, without the blank that it begins with."""
+        """Writes an answer while it is generated, without leading white space."""
 
         has_begun = False
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            """Write what is certain by now.
+            """Write text that later tokens cannot change.
 
             Args:
                 text: The next characters.
@@ -453,23 +447,24 @@ def _build_streamer(tokenizer: Any) -> Any:
     return AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _silence_transformers() -> None:
+def _silence_transformers(*, show_progress: bool = False) -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not show_progress:
+        logging.disable_progress_bar()
 
 
 @contextlib.contextmanager
 def _termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM raise, as Ctrl-C does, so that a command removes what it has half-written."""
+    """Make SIGTERM raise, as Ctrl-C does, so that a command removes unfinished output."""
 
     def leave(number: int, _frame: Any) -> None:
         sys.exit(EXIT_SIGNAL + number)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     previous = signal.signal(signal.SIGTERM, leave)
@@ -487,9 +482,9 @@ def _positive_int(text: str) -> int:
 
 
 def first_line(error: object) -> str:
-    """What an error says, without what follows; its type if it says nothing, or nothing that could be understood."""
+    """First line of an error's message; with the error's type if the message is empty or unclear without it."""
     first, _, rest = str(error).strip().partition("\n")
-    if first.endswith(":"):  # a headline, such as "Validation error for field 'hidden_size':"
+    if first.endswith(":"):  # a heading, such as "Validation error for field 'hidden_size':"
         first = f"{first} {rest.strip().partition(chr(10))[0]}".strip()
     name = type(error).__name__
     return f"{name}: {first}" if isinstance(error, (LookupError, AttributeError)) else first or name

@@ -1,8 +1,8 @@
-"""A decoder's chat format, read off its chat template, and the ids behind which an instruction starts.
+"""Derives FlashSloth's chat template from a decoder's, and finds the token ids before an instruction.
 
-A chat template is a program, so it is asked instead of parsed: it renders conversations of words that can be found
-again, and the literal pieces between them are put into a FlashSloth template. What the decoder's template does beyond
-that is found by comparing both on other conversations.
+A chat template is a program, so it is run, not parsed: it renders conversations of marker words, and the text between
+the markers becomes a `ChatFormat`. Comparing both templates on other conversations detects anything else that the
+decoder's template does.
 """
 
 import itertools
@@ -15,16 +15,16 @@ from jinja2 import TemplateError
 from ..processing_flashsloth import ChatFormat
 
 IMAGE_TOKEN, QUERY_TOKEN = "<image>", "<learnable>"
-END_TOKEN = "</s>"  # what the original adds to Phi-2, whose only other special token also begins texts
+END_TOKEN = "</s>"  # as the original adds to Phi-2, whose only special token also begins texts
 SYSTEM, QUESTIONS, ANSWERS = "Wordsofsystem", ("Firstquestion", "Secondquestion"), ("Firstanswer", "Secondanswer")
 SYSTEMS = ("", "Be brief.", "Be brief", "Be brief ", "Be brief\n", "42", "简短")
 CONTENTS = (
     *("word", "s", "7", "é", "图", "🙂", "", " word", "  word", "\tword", "\nword", "\n\nword", "\n\n\n", "\r\nword"),
     *('"word"', "'s", "(", ")", "]", ">", "|", "/", ".", ",", ":", "-", "#", "_", "=", "<b>", "@word", "$1", "…", "!"),
 )
-"""Texts that begin in all the ways in which a text may merge with what stands before it."""
+"""Texts whose first characters may merge with the text before them into one token, in every way that matters."""
 EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
-WAY_OUT = "write a chat template with <image> and <learnable> yourself, and give it with --chat-template FILE"
+WAY_OUT = "write a chat template with <image> and <learnable>, and pass it with --chat-template FILE"
 
 Messages = list[dict[str, Any]]
 Render = Callable[..., str]
@@ -35,12 +35,12 @@ class ChatFormatError(ValueError):
 
 
 def renderer(tokenizer: Any, template: str | None = None) -> Render:
-    """A function that renders a conversation, with `add_generation_prompt` if asked.
+    """Build a function that renders a conversation, optionally with `add_generation_prompt`.
 
     Args:
-        tokenizer: The tokenizer, whose special tokens a template may name.
-        template: The template; default: the tokenizer's own, without the empty thoughts that hybrid models put before
-            answers: FlashSloth answers at once.
+        tokenizer: The tokenizer, whose special tokens a template may use.
+        template: The template. Default: the tokenizer's own, without the empty thinking blocks that hybrid reasoning
+            models put before answers, because FlashSloth answers directly.
     """
 
     def render(messages: Messages, add_generation_prompt: bool = False) -> str:
@@ -57,16 +57,16 @@ def renderer(tokenizer: Any, template: str | None = None) -> Render:
 
 
 def derive_template(tokenizer: Any) -> str:
-    """Write FlashSloth's chat template in the decoder's own chat format.
+    """Derive FlashSloth's chat template from the decoder's.
 
     Args:
-        tokenizer: The decoder's, which has a chat template.
+        tokenizer: Tokenizer of the decoder, with a chat template.
 
     Returns:
-        A Jinja template; without images and query tokens it renders what the decoder's own does.
+        A Jinja template. Apart from images and query tokens, it renders the same text as the decoder's.
 
     Raises:
-        ChatFormatError: If the decoder's template does more than a `ChatFormat` can say.
+        ChatFormatError: If a `ChatFormat` cannot express the decoder's template.
     """
     try:
         render = renderer(tokenizer)
@@ -75,19 +75,19 @@ def derive_template(tokenizer: Any) -> str:
         template = chat_format.build_template()
         _compare(render, renderer(tokenizer, template), chat_format, is_dated=is_dated)
     except (ChatFormatError, TemplateError) as error:
-        raise ChatFormatError(f"the decoder's chat template cannot be adopted: {error}; {WAY_OUT}.") from error
+        raise ChatFormatError(f"the decoder's chat template is not supported: {error}; {WAY_OUT}.") from error
     return template
 
 
 def check_template(tokenizer: Any, template: str) -> None:
-    """Refuse a template that FlashSloth cannot use.
+    """Check that FlashSloth can use a chat template.
 
     Args:
         tokenizer: The tokenizer.
-        template: A FlashSloth template, such as a user wrote.
+        template: The template, for example one that a user wrote.
 
     Raises:
-        ChatFormatError: If it does not compile, forgets images or queries, or does not mark answers.
+        ChatFormatError: If it does not compile, lacks images or query tokens, or does not mark answers.
     """
     parts = [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]
     try:
@@ -96,40 +96,41 @@ def check_template(tokenizer: Any, template: str) -> None:
         raise ChatFormatError(f"the chat template cannot be rendered: {error}.") from error
     if not re.search(rf"{IMAGE_TOKEN}\s*{QUESTIONS[0]}{QUERY_TOKEN}", text) or text.count(IMAGE_TOKEN) != 1:
         raise ChatFormatError(
-            f"the chat template must write an image as {IMAGE_TOKEN} before its user's text and {QUERY_TOKEN} right "
-            f"behind that text, but wrote {text!r}."
+            f"the chat template must write an image as {IMAGE_TOKEN} before the user's text and {QUERY_TOKEN} directly "
+            f"after it, but wrote {text!r}."
         )
     if not re.search(r"\{%-?\s*generation\b", template):
-        raise ChatFormatError("the chat template must have its answers inside {% generation %} … {% endgeneration %}.")
+        raise ChatFormatError("the chat template must put answers inside {% generation %} … {% endgeneration %}.")
 
 
 def find_end_token(tokenizer: Any, template: str) -> str:
-    """The token that ends an answer.
+    """Find the token that ends an answer.
 
     Args:
         tokenizer: The tokenizer.
         template: FlashSloth's chat template.
 
     Raises:
-        ChatFormatError: If no special token does.
+        ChatFormatError: If answers do not end with a special token.
     """
     answer_end = read_chat_format(renderer(tokenizer, template), tokenizer).answer_end
     return _special_tokens(tokenizer).findall(answer_end)[-1]
 
 
 def find_instruction_starts(tokenizer: Any, template: str) -> list[list[int]]:
-    r"""Id patterns behind which an instruction starts.
+    r"""Find the sequences of token ids after which an instruction starts.
 
-    For every place where a user's text may begin, and every way in which it may begin, the ids before it that the text
-    leaves as they are: `USER:` and ` USER:`, or `<|im_start|>user\n` and, before a text that begins with a line break
-    and merges with the one before it, `<|im_start|>user`. The longest pattern that is there is the one that counts.
+    The text of a user may merge with the characters before it into one token. So for every place where such a text may
+    begin, and every way it may begin, this collects the ids before it that do not depend on the text: `USER:` and
+    ` USER:`, or `<|im_start|>user\n` and, for texts whose leading line break merges with the `\n`, `<|im_start|>user`.
+    The model uses the longest sequence that matches.
 
     Args:
-        tokenizer: The tokenizer, which knows `<image>` and `<learnable>`.
+        tokenizer: A tokenizer with `<image>` and `<learnable>`.
         template: FlashSloth's chat template.
 
     Raises:
-        ChatFormatError: If a text can merge with all that stands before it.
+        ChatFormatError: If a text can merge with everything before it.
     """
     render = renderer(tokenizer, template)
     chat_format = read_chat_format(render, tokenizer)
@@ -143,27 +144,27 @@ def find_instruction_starts(tokenizer: Any, template: str) -> list[list[int]]:
     }
     if () in patterns:
         raise ChatFormatError(
-            f"what stands before a user's text, {chat_format.user_prefix!r}, merges with some texts; use another chat "
-            "template, with a special token before them."
+            f"the text before a user's message, {chat_format.user_prefix!r}, merges with some messages into one token; "
+            "use a chat template with a special token there."
         )
     special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     for pattern in list(patterns):
-        # No list of texts is complete. Nothing merges with a special token, so the ids from there on are safe as well.
+        # `CONTENTS` cannot be complete. Nothing merges with a special token, so every prefix up to there is added, too.
         last = max((i for i, token_id in enumerate(pattern) if token_id in special_ids), default=len(pattern))
         patterns |= {pattern[:length] for length in range(last + 1, len(pattern))}
     return sorted(map(list, patterns))
 
 
 def read_chat_format(render: Render, tokenizer: Any, *, is_dated: bool = False) -> ChatFormat:
-    """Read the pieces of a chat format off what a template renders.
+    """Read a chat format from rendered conversations.
 
     Args:
         render: Renders conversations.
         tokenizer: The tokenizer.
-        is_dated: Whether the template writes today's date, so that its system prompt is not to be adopted.
+        is_dated: Whether the template writes today's date, in which case its default system prompt is not kept.
 
     Raises:
-        ChatFormatError: If the pieces do not fit together.
+        ChatFormatError: If the rendered conversations are inconsistent.
     """
     special = _special_tokens(tokenizer)
     (question, second_question), (answer, second_answer) = QUESTIONS, ANSWERS
@@ -173,7 +174,7 @@ def read_chat_format(render: Render, tokenizer: Any, *, is_dated: bool = False) 
 
     user_suffix = _common_start(behind_question, middle, special)
     generation_prompt = _without_start(prompted, user_suffix, "the generation prompt")
-    answer_prefix = _without_start(middle.removeprefix(user_suffix), generation_prompt, "what precedes an answer")
+    answer_prefix = _without_start(middle.removeprefix(user_suffix), generation_prompt, "the text before an answer")
     end = _common_start(tail, between, special)
     ends = list(special.finditer(end))
     if not ends:
@@ -181,7 +182,7 @@ def read_chat_format(render: Render, tokenizer: Any, *, is_dated: bool = False) 
     answer_end = end[: ends[0].end()]
     user_prefix = _common_end(head, between.removeprefix(end), special)
     if not user_prefix:
-        raise ChatFormatError(f"a user's first turn begins with {head!r}, but a later one with {between!r}")
+        raise ChatFormatError(f"the first user turn begins with {head!r}, but a later one with {between!r}")
     bos = tokenizer.bos_token or ""
     start = bos if bos and head.startswith(bos) else ""
     chat_format = ChatFormat(
@@ -201,14 +202,14 @@ def read_chat_format(render: Render, tokenizer: Any, *, is_dated: bool = False) 
 
 
 def _read_system(render: Render, chat_format: ChatFormat, is_dated: bool) -> dict[str, Any]:
-    """The fields that say where a system message goes."""
+    """The fields of a `ChatFormat` that describe system messages."""
     without = {"system_prefix": None, "system_suffix": "", "is_system_in_turn": False}
     try:
         head, middle, *_ = _split(render, [SYSTEM, *QUESTIONS[:1], *ANSWERS[:1], *QUESTIONS[1:]])
     except (ChatFormatError, TemplateError):
         return without
     prefix = chat_format.user_prefix
-    if is_dated:  # the block as the format's other turns are, without what the template adds
+    if is_dated:  # formatted as the other turns, without what the template adds
         header = prefix.replace("user", "system")
         is_known = header != prefix and header in head
         return {**without, "system_prefix": header, "system_suffix": chat_format.user_suffix} if is_known else without
@@ -227,7 +228,7 @@ def _trimmed_roles(render: Render, chat_format: ChatFormat) -> frozenset[str]:
 
 
 def _split(render: Render, contents: Sequence[str], **kwargs: bool) -> list[str]:
-    """Render a conversation of these contents, and cut it at them: one piece more than contents."""
+    """Render a conversation with these contents and split it at them, into one piece more than contents."""
     has_system = contents[0] == SYSTEM
     roles = itertools.chain(["system"] * has_system, itertools.cycle(["user", "assistant"]))
     text = render([{"role": role, "content": c} for role, c in zip(roles, contents, strict=False)], **kwargs)
@@ -235,13 +236,13 @@ def _split(render: Render, contents: Sequence[str], **kwargs: bool) -> list[str]
     for content in contents:
         piece, found, text = text.partition(content)
         if not found:
-            raise ChatFormatError("it drops a message, or changes the order of messages")
+            raise ChatFormatError("it drops or reorders messages")
         pieces.append(piece)
     return [*pieces, text]
 
 
 def _compare(render: Render, derived: Render, chat_format: ChatFormat, *, is_dated: bool) -> None:
-    """Refuse a derived template that renders a plain conversation in another way than the original one."""
+    """Raise if the derived template renders a text conversation differently from the original one."""
     turns = [
         {"role": "user", "content": "What is 2 + 2?\nExplain."},
         {"role": "assistant", "content": "4.\n\nCount: 1, 2, 3, 4."},
@@ -259,35 +260,35 @@ def _compare(render: Render, derived: Render, chat_format: ChatFormat, *, is_dat
             if expected != found:
                 shared = _shared_length(expected, found)
                 raise ChatFormatError(
-                    f"after {expected[:shared][-30:]!r} it writes {expected[shared:][:30]!r}, where plain turns would "
-                    f"go on with {found[shared:][:30]!r}"
+                    f"after {expected[:shared][-30:]!r} it writes {expected[shared:][:30]!r}, where "
+                    f"{found[shared:][:30]!r} was expected from its other turns"
                 )
 
 
 def _heads(render: Render, chat_format: ChatFormat) -> list[str]:
-    """All that may stand before a user's text, in conversations of every kind."""
+    """Everything that may precede a user's text: rendered conversations of every kind, up to that text."""
     question, answer = QUESTIONS[0], {"role": "assistant", "content": ANSWERS[0]}
     user = {"role": "user", "content": question}
     befores: list[Messages] = [[], [{"role": "user", "content": QUESTIONS[1]}, answer]]
     if chat_format.system_prefix is not None:
         befores += [[{"role": "system", "content": text}] for text in SYSTEMS]
     heads = [render([*before, user]).partition(question)[0] for before in befores]
-    # Where the system message stands inside the first turn, that turn's text begins with it.
+    # If the system message is inside the first turn, the text of that turn begins with it.
     return [head for head in heads if head.endswith(chat_format.user_prefix)]
 
 
 def _user_starts(heads: list[str], chat_format: ChatFormat, special: re.Pattern) -> list[tuple[str, int]]:
-    """Every head, and where in it a pattern may begin (characters)."""
+    """Every head, and the character in it from which a pattern may begin."""
     starts = [(head, len(head) - len(chat_format.user_prefix)) for head in heads]
     if special.search(chat_format.user_prefix):
         return starts
-    # A user may write `[INST]`, but not the end of an answer that stands before it.
+    # Users may write `[INST]` themselves, but not the end token of the answer before it.
     ends = [_start_of_last_special(head[:start], special) for head, start in starts]
     return starts if None in ends else list(zip(heads, ends, strict=True))
 
 
 def _ids_before(tokenizer: Any, head: str, start: int, content: str) -> tuple[int, ...]:
-    """The ids from the character `start` on that stand before a content and do not depend on it."""
+    """The ids between the character `start` and a content that do not depend on the content."""
     encoded = tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)
     whole = tokenizer(f"{head}{content}{QUERY_TOKEN}", add_special_tokens=False)["input_ids"]
     shared = _shared_length(encoded["input_ids"], whole)
@@ -296,19 +297,19 @@ def _ids_before(tokenizer: Any, head: str, start: int, content: str) -> tuple[in
 
 
 def _start_of_last_special(text: str, special: re.Pattern) -> int | None:
-    """Where the special token begins that ends a text, but for white space."""
+    """Start of the special token at the end of a text, ignoring white space after it."""
     matches = list(special.finditer(text))
     return matches[-1].start() if matches and not text[matches[-1].end() :].strip() else None
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern:
-    """Matches the tokens that a message's text cannot contain."""
+    """Pattern that matches special tokens, which the text of a message cannot contain."""
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
 def _symbols(text: str, special: re.Pattern) -> list[str]:
-    """A text as special tokens and characters."""
+    """Split a text into special tokens and characters."""
     return re.findall(f"{special.pattern}|.", text, flags=re.DOTALL)
 
 
@@ -323,7 +324,7 @@ def _common_end(first: str, second: str, special: re.Pattern) -> str:
 
 
 def _shared_length(first: Sequence, second: Sequence) -> int:
-    """How many items two sequences begin with in common."""
+    """Length of the common start of two sequences."""
     differences = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differences, min(len(first), len(second)))
 

@@ -1,8 +1,9 @@
-"""A complete model repository from a checkpoint, such as the folder that a training wrote.
+"""Export of a checkpoint, such as the folder that a training wrote, to a complete model repository.
 
-    checkpoint ─ loaded as a user would, and checked ─ written anew: weights, configs, processor, code, handler, card
+    checkpoint ─ load it as a user would, check it ─ write weights, configs, processor, code, handler and card
 
-Of the checkpoint's folder goes along what was loaded from it, and its licence: no optimizer state, no log, no key.
+The repository holds what was loaded and the licence. Other files of the checkpoint, such as optimizer states, logs and
+access tokens, are not copied.
 """
 
 import contextlib
@@ -20,8 +21,15 @@ from ..configuration_flashsloth import is_flashsloth_config
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..processing_flashsloth import FlashSlothProcessor
 from . import URL_PREFIXES, first_line, model_card
-from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder
-from .weight_files import check_json_files, find_weight_files, read_json
+from .repository import (
+    RepositoryError,
+    check_json_files,
+    complete_or_absent,
+    copy_code,
+    find_weight_files,
+    read_json,
+    unused_folder,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 CARD, LICENSE, APACHE = "README.md", "LICENSE", "apache-2.0"
@@ -31,15 +39,15 @@ ORIGIN = "Exported by `flashsloth export`."
 
 
 class Export(NamedTuple):
-    """What was written.
+    """Summary of an export.
 
     Attributes:
-        output: The folder.
+        output: Folder that was written.
         num_parameters: Number of parameters.
-        num_bytes: Size of the weights.
-        dtype: Type of the weights, such as `bfloat16`.
-        license_id: The licence that the card names, if any.
-        left_out: What of the checkpoint's folder is not in the output, by name.
+        num_bytes: Size of the weights, in bytes.
+        dtype: Dtype of the weights, such as `bfloat16`.
+        license_id: Licence that the card names, if any.
+        left_out: Names of the checkpoint's files and folders that were not exported.
     """
 
     output: Path
@@ -62,25 +70,25 @@ def export(
     evaluations: Sequence[str | Path] = (),
     examples: Sequence[tuple[str, str]] = (),
 ) -> Export:
-    """Write a complete repository.
+    """Write a complete model repository.
 
     Args:
-        checkpoint: Folder with a FlashSloth, or with a LoRA adapter for one, which is merged into it.
-        output: Folder to write, which must not exist or be empty. It appears when it is complete.
-        processor: Folder or Hub id of the processor, if the checkpoint has none.
-        name: What the card calls the model, such as its Hub id. Default: the output's name.
-        dtype: Type of the weights; "auto": the checkpoint's.
-        license_id: The weights' licence, by the Hub's name for it. Default: what the checkpoint's own card says.
-        base_models: Hub ids of the models that this one grew from. Default: the same.
+        checkpoint: Folder of a FlashSloth, or of a LoRA adapter for one, which is merged into its base model.
+        output: Folder to write. It must be empty or not exist, and appears only once it is complete.
+        processor: Folder or Hub id of the processor. Default: the checkpoint.
+        name: Title of the card, such as the model's Hub id. Default: the output's name.
+        dtype: Dtype of the weights; "auto" keeps the checkpoint's.
+        license_id: Licence of the weights, as the Hub spells it. Default: the one in the checkpoint's card.
+        base_models: Hub ids of the models that this one was trained from. Default: those in the checkpoint's card.
         evaluations: JSON files with results. Default: the checkpoint's `evaluation.json`, if it has one.
-        examples: Images, as files or URLs, and questions for the Hub's widget.
+        examples: Images (files or URLs) and questions for the Hub's widget.
 
     Returns:
-        What was written.
+        A summary of what was written.
 
     Raises:
-        RepositoryError: If the checkpoint is broken, not complete, or no FlashSloth, the output is in use, or the
-            licence is none by that name.
+        RepositoryError: If the checkpoint is broken, incomplete or not a FlashSloth, the output is in use, or the
+            licence is not spelled as the Hub does.
     """
     checkpoint, output = Path(checkpoint), unused_folder(output)
     try:
@@ -93,7 +101,9 @@ def export(
         raise RepositoryError(f"{checkpoint} cannot be exported: {first_line(error)}") from error
     known = _read_card(checkpoint)
     if license_id and not LICENSE_ID.fullmatch(license_id):
-        raise RepositoryError(f"the Hub knows licences by names such as apache-2.0, mit or other, not {license_id!r}.")
+        raise RepositoryError(
+            f"expected a licence as the Hub spells it, such as apache-2.0, mit or other, not {license_id!r}."
+        )
     license_id = license_id or known.license
     summary = _summarise(model, checkpoint, output, license_id)
     with complete_or_absent(output, summary.num_bytes) as partial:
@@ -119,7 +129,7 @@ def export(
 
 
 def _load_model(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGeneration, str | Path]:
-    """The model, with an adapter merged into it, and where it came from."""
+    """The model, with the adapter merged if there is one, and the folder or Hub id of the base model."""
     if not folder.is_dir():
         raise ValueError("there is no such folder.")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -133,15 +143,15 @@ def _merge_adapter(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGe
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ValueError('merging a LoRA adapter needs peft: pip install "flashsloth[train]"') from error
+        raise ValueError('merging a LoRA adapter requires peft: pip install "flashsloth[train]"') from error
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"its {ADAPTER_CONFIG} does not name a base model in `base_model_name_or_path`.")
     try:
         model = _load_whole(base, dtype)
-    except Exception as error:  # as above
+    except Exception as error:  # no common class, see `export`
         raise ValueError(
-            f"it is a LoRA adapter, whose base model {base} cannot be loaded ({first_line(error)}); put the base "
+            f"it is a LoRA adapter whose base model {base} cannot be loaded ({first_line(error)}); put the base "
             f"model there, or change `base_model_name_or_path` in {ADAPTER_CONFIG}."
         ) from error
     return PeftModel.from_pretrained(model, folder).merge_and_unload(), base
@@ -151,34 +161,32 @@ def _load_whole(source: str | Path, dtype: str) -> FlashSlothForConditionalGener
     if Path(source).is_dir():
         config = read_json(Path(source) / "config.json")
         if not is_flashsloth_config(config):
-            raise ValueError(f"its model_type is {config.get('model_type')!r}, and it is no original release.")
+            raise ValueError(f"its model_type is {config.get('model_type')!r}, and it is not an original release.")
         find_weight_files(Path(source))
         check_json_files(Path(source))
     model, report = FlashSlothForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if missing := report["missing_keys"]:
-        raise ValueError(f"{len(missing)} tensors are missing in its weights, such as {min(missing)}.")
+        raise ValueError(f"tensors are missing from its weights: {len(missing)}, such as {min(missing)}.")
     if unexpected := report["unexpected_keys"]:
-        raise ValueError(
-            f"its weights have {len(unexpected)} tensors that the model would not use, such as {min(unexpected)}."
-        )
+        raise ValueError(f"its weights hold unexpected tensors: {len(unexpected)}, such as {min(unexpected)}.")
     return model
 
 
 def _load_processor(source: str | Path, base: str | Path) -> FlashSlothProcessor:
-    """The processor of the checkpoint, or of the base model of an adapter without one."""
+    """The checkpoint's processor, or that of the base model if an adapter has none."""
     for folder in (source, base):
         try:
             return FlashSlothProcessor.from_pretrained(folder)
-        except Exception as error:  # as above
+        except Exception as error:  # no common class, see `export`
             reason = error
     raise ValueError(
-        f"it has no processor that can be loaded ({first_line(reason)}); name one with --processor, such as the "
-        "folder that the training started from."
+        f"its processor cannot be loaded ({first_line(reason)}); name one with --processor, such as the folder that "
+        "the training started from."
     )
 
 
 def _check_together(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor) -> None:
-    """Refuse a processor that makes prompts for another model."""
+    """Check that the processor builds prompts for this model."""
     config, size = model.config, processor.image_processor.size
     pairs = {
         "image token": (processor.image_token_id, config.image_token_id),
@@ -188,26 +196,29 @@ def _check_together(model: FlashSlothForConditionalGeneration, processor: FlashS
         "image size": ((size["height"], size["width"]), config.tile_size),
     }
     if wrong := [
-        f"its {name} is {found}, but the model's {own}" for name, (found, own) in pairs.items() if found != own
+        f"its {name} is {found}, but the model's is {own}" for name, (found, own) in pairs.items() if found != own
     ]:
-        raise ValueError(f"the processor is another model's: {'; '.join(wrong)}. Name the right one with --processor.")
+        raise ValueError(
+            f"the processor is for another model: {'; '.join(wrong)}. Name the right one with --processor."
+        )
     if len(processor.tokenizer) > config.text_config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(processor.tokenizer)} tokens, but the vocabulary {config.text_config.vocab_size}."
+            f"the tokenizer has {len(processor.tokenizer)} tokens, but the model's vocabulary only "
+            f"{config.text_config.vocab_size}; name the right processor with --processor."
         )
 
 
 def _read_card(folder: Path) -> ModelCardData:
-    """Metadata of the checkpoint's own card, which a training or its author wrote."""
+    """Metadata of the checkpoint's card."""
     file = folder / CARD
     try:
         return ModelCard.load(file, ignore_metadata_errors=True).data if file.is_file() else ModelCardData()
-    except ValueError:  # no metadata that can be read
+    except ValueError:  # unreadable metadata
         return ModelCardData()
 
 
 def _hub_ids(names: str | list[str] | None) -> list[str] | None:
-    """Those that are no folders; a training that started from a folder writes its path, which is nobody's business."""
+    """The names that are Hub ids. Paths, which a training that started from a folder writes, stay private."""
     found = []
     for name in [names] if isinstance(names, str) else names or []:
         with contextlib.suppress(HFValidationError):
@@ -230,7 +241,7 @@ def _summarise(
 
 
 def _copy_license(checkpoint: Path, folder: Path, license_id: str | None) -> None:
-    """The checkpoint's licence, or this package's own, if it is the one that the card names."""
+    """Copy the checkpoint's licence, or this package's if the card names the same one."""
     for file in (checkpoint / LICENSE, *[Path(__file__).parents[1] / LICENSE] * (license_id == APACHE)):
         if file.is_file():
             shutil.copyfile(file, folder / LICENSE)
@@ -238,7 +249,7 @@ def _copy_license(checkpoint: Path, folder: Path, license_id: str | None) -> Non
 
 
 def _copy_example(image: str, folder: Path) -> str:
-    """Where the widget finds an image."""
+    """Copy an image, unless it is a URL; returns where the widget finds it."""
     if image.startswith(URL_PREFIXES):
         return image
     if not Path(image).is_file():

@@ -1,12 +1,12 @@
-"""A FlashSloth of one's own: a pretrained vision tower and a pretrained decoder, and untrained modules between them.
+"""Build a new FlashSloth: a pretrained vision tower and a pretrained decoder, with untrained modules between them.
 
-    configs, tokenizer, chat template ─ anything that cannot be right is refused before a weight is read
-      ├─ decoder: all weights; a longer vocabulary only if the added tokens have no rows to spare
-      ├─ vision tower: the layers that are read
-      └─ pooling, projector, query tokens, Embedded Query: initialised as the model does it, from a seed
-    ─ temporary folder beside the output: weights, config, processor, code, card ─ renamed to it
+    configs, tokenizer, chat template ─ checked before any weights are read
+      ├─ decoder: all weights; the vocabulary grows only if the added tokens find no unused rows
+      ├─ vision tower: the layers that are used
+      └─ pooling, projector, query tokens, Embedded Query: initialised by the model, from a seed
+    ─ temporary folder next to the output: weights, config, processor, code, card ─ renamed to the output
 
-The model takes the tensors over from its parts without a copy, so about one model is in memory.
+The model shares its tensors with the parts it is built from, so memory holds about one model.
 """
 
 import contextlib
@@ -50,31 +50,31 @@ from .chat_format import (
 from .repository import RepositoryError, complete_or_absent, copy_code, unused_folder
 
 NOTHING_POOLED = (
-    "Nothing is pooled: no window but 1 divides the {grid}x{grid} patches, so that each becomes an image token; "
-    "--image-size gives another grid."
+    "Nothing is pooled: only a window of 1 divides the {grid}x{grid} patches, so every patch becomes an image token. "
+    "Choose another grid with --image-size."
 )
 PAD_TOKEN, ANCHOR_TEXT, PROBE_TEXT = "<pad>", " .", "The image shows a small house, and behind it"
 RELEASED_WINDOWS_PER_SIDE = 9
 MAX_WINDOWS_PER_SIDE = 2 * RELEASED_WINDOWS_PER_SIDE
 VISION_FAMILIES, LANGUAGE_FAMILIES = "SigLIP, CLIP, DINOv2, AIMv2 or ViT", "Phi, Llama, Qwen3, Gemma 3 or SmolLM3"
-RELEASED_QUERY_DEPTH = 7 / 32  # the layer that reads updated queries, of all layers
+RELEASED_QUERY_DEPTH = 7 / 32  # layers before the update of the query tokens, of all layers
 MAX_SHARD_SIZE = "5GB"
 PIXEL_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor", "do_rescale", "resample")
 BACKBONE_FIELDS = {"out_features", "out_indices", "stage_names", "_out_features", "_out_indices"}
 TOWER, DECODER = "model.vision_tower.", "model.language_model."
-TOLERANCE = 0.02  # relative to the largest logit; half precision may round in another order
+TOLERANCE = 0.02  # relative to the largest logit; half precision may round differently
 
 
 class Initialisation(NamedTuple):
-    """What `init` wrote.
+    """The result of `init`.
 
     Attributes:
-        output: The folder.
-        config: The model's config.
+        output: The written folder.
+        config: Config of the model.
         num_parameters: Number of parameters.
-        num_new_parameters: Number of those that are not pretrained.
-        num_new_rows: Number of rows that the vocabulary has got.
-        dtype: Type of the weights, such as `bfloat16`.
+        num_new_parameters: Number of parameters that are not pretrained.
+        num_new_rows: Number of rows added to the vocabulary.
+        dtype: Data type of the weights, such as `bfloat16`.
         end_token: The token that ends an answer.
     """
 
@@ -88,13 +88,13 @@ class Initialisation(NamedTuple):
 
 
 class Tower(NamedTuple):
-    """The vision tower as FlashSloth runs it.
+    """The vision tower as FlashSloth uses it.
 
     Attributes:
         source: Folder or Hub id.
-        native_config: Config with the layers that are read, at the size in pixels that the tower was trained for.
-        config: The same at the size that is asked for.
-        key_mapping: What its tensors are called in the source, as regular expressions, and in the tower.
+        native_config: Config with the layers that are used, for the image size that the tower was trained with.
+        config: The same config for the requested image size.
+        key_mapping: Regular expressions for tensor names in the source, mapped to the names in the tower.
     """
 
     source: str
@@ -119,32 +119,34 @@ def init(
     dtype: str = "auto",
     seed: int = 0,
 ) -> Initialisation:
-    """Build a FlashSloth that is to be trained from two pretrained models.
+    """Build an untrained FlashSloth from two pretrained models.
 
     Args:
-        vision: Folder or Hub id of a vision tower, or of a model with a `vision_config`, such as CLIP or a FlashSloth,
-            also an original release.
+        vision: Folder or Hub id of a vision tower, or of a model with a `vision_config`, such as CLIP or a FlashSloth
+            (original releases included).
         language: Folder or Hub id of a causal decoder with `layers`.
-        output: Folder to write, which must not exist or be empty. It appears when it is complete.
-        vision_layer: Which of the tower's hidden states is read: -1 is what leaves the last layer, -2 what enters it.
-            Default: -2, or -1 of a FlashSloth, whose tower ends with what it reads.
-        image_size: Side of a tile in pixels, if not the tower's own; its position embeddings are interpolated.
-        pooling_window_size: Side of a pooling window in patches. Default: the one that makes about 9×9 windows or
-            fewer; of a grid whose side is prime it is 1, which compresses nothing, and a warning says so.
-        query_layer_idx: Decoder layer on whose input the queries are updated. Default: 7 of 32, or as deep as that.
-        num_query_tokens: Number of queries behind a question.
-        query_hidden_size: Width of the Embedded Query module.
-        do_image_splitting: Whether an image becomes five tiles.
-        chat_template: Jinja template with `<image>` and `<learnable>`. Default: the decoder's chat format, or the
-            original's if it has none.
-        dtype: Type of all weights; `auto`: the decoder's.
-        seed: Seed of what is not pretrained.
+        output: Folder to write; must be empty or not exist. It appears once it is complete.
+        vision_layer: Which hidden state of the tower to use: -1 is the output of the last layer, -2 its input. Default:
+            -2, or -1 for the tower of a FlashSloth.
+        image_size: Side of a tile in pixels. Default: the tower's; for another, its position embeddings are
+            interpolated.
+        pooling_window_size: Side of a pooling window in patches. Default: the size that gives at most about 9×9
+            windows; 1, which does not compress, only if the side of the patch grid is prime, with a warning.
+        query_layer_idx: Decoder layer before which the query tokens are updated. Default: 7 of 32, or the same
+            relative depth.
+        num_query_tokens: Number of query tokens per question.
+        query_hidden_size: Hidden size of the Embedded Query module.
+        do_image_splitting: Whether to split an image into five tiles.
+        chat_template: Jinja template with `<image>` and `<learnable>`. Default: derived from the decoder's chat
+            template, or the original format if it has none.
+        dtype: Data type of all weights; `auto`: the decoder's.
+        seed: Seed of the new modules.
 
     Returns:
         What was written.
 
     Raises:
-        RepositoryError: If no FlashSloth can be built of the two, or the output is in use.
+        RepositoryError: If the two models do not fit FlashSloth, or the output is not empty.
     """
     output = unused_folder(output)
     with _refusal(str(language)):
@@ -191,54 +193,54 @@ def init(
 
 
 def default_pooling_window(grid: int) -> int:
-    """Side of the pooling window that makes about as many windows as the released models have, or fewer.
+    """Side of the pooling window that gives about as many windows as the released models have, or fewer.
 
-    A window of 1 compresses nothing, so it is taken only where there is no other: where the grid's side is prime.
+    A window of 1 does not compress, so it is chosen only if the side of the grid is prime.
 
     Args:
         grid: Side of the patch grid, in patches.
 
     Raises:
-        RepositoryError: If none makes a sensible number of them.
+        RepositoryError: If every window size gives far more windows than the released models have.
     """
     windows = [window for window in range(2, grid) if grid % window == 0] or [1]
     best = min(windows, key=lambda window: (abs(grid // window - RELEASED_WINDOWS_PER_SIDE), -window))
     if grid // best > MAX_WINDOWS_PER_SIDE:
         raise RepositoryError(
-            f"the vision tower cuts an image into {grid}x{grid} patches, and no pooling window makes about 9x9 tokens "
-            "of them; give another size in pixels with --image-size (224, if the tower was trained at several), or a "
-            "divisor with --pooling-window-size."
+            f"the vision tower splits an image into {grid}x{grid} patches, and no pooling window gives about 9x9 "
+            "tokens; choose another image size with --image-size (224, if the tower was trained with several), or a "
+            "divisor of the grid's side with --pooling-window-size."
         )
     return best
 
 
 @contextlib.contextmanager
 def _refusal(language: str) -> Iterator[None]:
-    """Turn what cannot be built into one clear line."""
+    """Convert errors into a `RepositoryError` of one line."""
     try:
         yield
     except RepositoryError:
         raise
     except (ValueError, OSError) as error:
         raise RepositoryError(first_line(error)) from error
-    except Exception as error:  # the tower was tried by itself, so this is a decoder of another shape
+    except Exception as error:  # the tower has been tested on its own, so the decoder does not fit
         detail = str(error).partition("\n")[0].removesuffix(".")
-        raise _unfit("--language", language, f"is no decoder that fits: {detail}") from error
+        raise _unfit("--language", language, f"is not a decoder that fits: {detail}") from error
 
 
 def _unfit(option: str, source: str, reason: str) -> RepositoryError:
-    """A base model that FlashSloth cannot be built of."""
+    """Error for a base model that does not fit FlashSloth."""
     families = VISION_FAMILIES if option == "--vision" else LANGUAGE_FAMILIES
     return RepositoryError(f"{source} {reason}; choose another {option}, such as a {families}.")
 
 
 def _load(option: str, load: Any, source: str, **kwargs: Any) -> Any:
-    """Load a part of a base model, and say which one if that fails."""
+    """Load a config, tokenizer or model; if that fails, name the option in the error."""
     try:
         return load(source, **kwargs)
     except Exception as error:  # transformers, huggingface_hub, safetensors and tokenizers share no class
         if not Path(source).is_dir():
-            kind = "a file" if Path(source).exists() else "neither a folder nor a Hub model that can be reached"
+            kind = "a file, not a folder" if Path(source).exists() else "neither a folder nor a reachable Hub model"
             raise RepositoryError(f"{source} is {kind}.") from error
         raise _unfit(option, source, f"cannot be loaded: {first_line(error).removesuffix('.')}") from error
 
@@ -251,15 +253,15 @@ def _find_tower(source: str, layer: int | None, image_size: int | None) -> Tower
     config = getattr(config, "vision_config", config)
     num_layers = _count(config, "num_hidden_layers")
     if type(config) not in MODEL_MAPPING:
-        raise _unfit("--vision", source, f"({config.model_type}) is no vision tower that `AutoModel` can build")
+        raise _unfit("--vision", source, f"({config.model_type}) is not a vision tower that `AutoModel` can build")
     if num_layers is None or _count(config, "hidden_size") is None:
-        raise _unfit("--vision", source, f"({config.model_type}) is no vision tower of layers of one width")
+        raise _unfit("--vision", source, f"({config.model_type}) is not a vision tower with layers of one width")
     if layer is None:
         layer = -1 if is_flashsloth else -2
     kept = num_layers + 1 + layer if layer < 0 else layer
     if not 0 < kept <= num_layers:
         raise RepositoryError(
-            f"--vision-layer {layer} is not there: the vision tower has {num_layers} layers, so give 1 to {num_layers} "
+            f"--vision-layer {layer} does not exist: the vision tower has {num_layers} layers; pass 1 to {num_layers} "
             f"or -{num_layers} to -1."
         )
     native = _changed(config, num_hidden_layers=kept)
@@ -279,12 +281,12 @@ def _find_grid(tower: Tower) -> int:
     except ValueError as error:
         sizes = {name: getattr(tower.config, name, None) for name in ("image_size", "patch_size")}
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        reason = f"({tower.config.model_type}) is no vision tower with square images and patches: it has {shown}"
+        reason = f"({tower.config.model_type}) is not a vision tower with square images and patches: it has {shown}"
         raise _unfit("--vision", tower.source, reason) from error
 
 
 def _changed(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
-    """A config with other fields, made anew because some fields follow from others."""
+    """Copy of a config with changed fields, built by its constructor because some fields depend on others."""
     drop = {"_name_or_path", "architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
     fields = {name: value for name, value in config.to_dict().items() if name not in drop | BACKBONE_FIELDS}
     if num_layers := changes.get("num_hidden_layers"):
@@ -297,26 +299,24 @@ def _changed(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
 def _load_tokenizer(source: str) -> Any:
     config = _load("--language", AutoConfig.from_pretrained, source)
     if is_flashsloth_config(config.to_dict()):
-        raise _unfit("--language", source, "is a whole FlashSloth, not a decoder alone")
+        raise _unfit("--language", source, "is a whole FlashSloth, not a decoder")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise _unfit(
-            "--language", source, f"cannot be loaded as a causal decoder, but is a model of type {config.model_type}"
-        )
+        raise _unfit("--language", source, f"is not a causal decoder, but a model of type {config.model_type}")
     tokenizer = _load("--language", AutoTokenizer.from_pretrained, source)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise RepositoryError(f"{source} has no fast tokenizer (tokenizer.json), but {type(tokenizer).__name__}.")
+        raise RepositoryError(f"{source} has no fast tokenizer (tokenizer.json), but a {type(tokenizer).__name__}.")
     return tokenizer
 
 
 def _adapt_tokenizer(tokenizer: Any, template: str | None) -> tuple[str, str]:
-    """Give the tokenizer the tokens that FlashSloth needs.
+    """Add the tokens that FlashSloth needs to the tokenizer.
 
     Returns:
         FlashSloth's chat template, and the token that ends an answer.
     """
     if template is None and tokenizer.chat_template:
-        template = derive_template(tokenizer)  # in terms of the special tokens that the decoder was trained with
-    added = [QUERY_TOKEN, END_TOKEN, IMAGE_TOKEN]  # this order gives Phi-2 the ids of the released models
+        template = derive_template(tokenizer)  # before tokens are added: with those that the decoder was trained with
+    added = [QUERY_TOKEN, END_TOKEN, IMAGE_TOKEN]  # in this order, Phi-2 gets the ids of the released models
     if template is not None or tokenizer.eos_token not in (None, tokenizer.bos_token, tokenizer.pad_token):
         added.remove(END_TOKEN)
     unused_end = tokenizer.eos_token
@@ -331,7 +331,7 @@ def _adapt_tokenizer(tokenizer: Any, template: str | None) -> tuple[str, str]:
             _add_special_tokens(tokenizer, [PAD_TOKEN])
             unused_end = PAD_TOKEN
         tokenizer.pad_token = unused_end
-    tokenizer.chat_template = None  # the processor's is the one that knows images
+    tokenizer.chat_template = None  # the processor has the template with images
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
     return template, end_token
 
@@ -353,9 +353,9 @@ def _load_decoder(source: str, dtype: str) -> PreTrainedModel:
     if any(
         _count(decoder.config, name) is None for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
     ):
-        raise _unfit("--language", source, f"{reason}, whose layers are not of attention heads")
+        raise _unfit("--language", source, f"{reason}, whose layers have no attention heads")
     if MODEL_MAPPING.get(type(decoder.config), None) is not type(decoder):
-        raise _unfit("--language", source, f"{reason}, whose decoder `AutoModel` does not build alone")
+        raise _unfit("--language", source, f"{reason}, whose decoder `AutoModel` cannot build separately")
     if missing := set(report["missing_keys"]):
         raise RepositoryError(f"{source} is not complete: {len(missing)} tensors are missing, such as {min(missing)}.")
     return model.eval()
@@ -363,10 +363,10 @@ def _load_decoder(source: str, dtype: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def _make_room(decoder: PreTrainedModel, tokenizer: Any) -> int:
-    """Lengthen the vocabulary if the tokenizer has more tokens; the added rows are the mean of the others.
+    """Enlarge the vocabulary if the tokenizer has more tokens; new rows are the mean of the others.
 
     Returns:
-        The number of rows added.
+        The number of new rows.
     """
     num_rows = decoder.get_input_embeddings().weight.shape[0]
     num_tokens = max(tokenizer.get_vocab().values()) + 1
@@ -414,10 +414,10 @@ def _build_config(
 
 @torch.no_grad()
 def _compute_logits(model: PreTrainedModel, tokenizer: Any, source: str) -> torch.Tensor:
-    """What a decoder says to a sentence."""
+    """Logits of a decoder for a test sentence."""
     try:
         return model(tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]).logits.float()
-    except Exception as error:  # a decoder of another shape fails in a way of its own
+    except Exception as error:  # a decoder that does not fit may raise anything
         raise _unfit("--language", source, f"cannot read a sentence: {first_line(error).removesuffix('.')}") from error
 
 
@@ -429,7 +429,7 @@ def _build_model(
     expected: torch.Tensor,
     seed: int,
 ) -> tuple[FlashSlothForConditionalGeneration, int]:
-    """Join the pretrained parts and initialise what lies between.
+    """Connect the pretrained parts with newly initialised modules.
 
     Returns:
         The model, and the number of parameters that are not pretrained.
@@ -446,16 +446,16 @@ def _build_model(
     wrong = absent + [str(mismatch[0]) for mismatch in report["mismatched_keys"]]
     if wrong:
         raise RepositoryError(
-            f"{len(wrong)} tensors of the base models are missing or have other shapes than their configs say, such as "
-            f"{min(wrong)}; are their weights complete?"
+            f"{len(wrong)} tensors of the base models are missing, or their shapes differ from the configs, such as "
+            f"{min(wrong)}; check that the weights are complete."
         )
     found = _compute_logits(model, tokenizer, config.text_config.model_type)
     difference = (found - expected).abs().max() / expected.abs().max()
     if not difference < TOLERANCE:
         raise RepositoryError(
-            f"as a part of FlashSloth the decoder ({config.text_config.model_type}) gives other logits than alone, by "
-            f"{difference:.1%}: its own head does something that FlashSloth does not know; choose another --language, "
-            f"such as a {LANGUAGE_FAMILIES}."
+            f"inside FlashSloth, the decoder ({config.text_config.model_type}) gives different logits than alone, by "
+            f"{difference:.1%}, so its head does something that FlashSloth does not support; choose another "
+            f"--language, such as a {LANGUAGE_FAMILIES}."
         )
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -469,22 +469,16 @@ def _build_model(
 
 @torch.no_grad()
 def _check_queries(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, source: str) -> None:
-    """Refuse a decoder that cannot answer, or whose layers do not get what the Embedded Query module needs, or twice.
+    """Check that the model answers, and that the Embedded Query module runs exactly once.
 
     Raises:
-        RepositoryError: If it is such a decoder.
+        RepositoryError: If the decoder does not fit.
     """
     updates = []
     hook = model.model.embedded_query.register_forward_hook(lambda *_: updates.append(1))
     height, width = model.config.tile_size
     content = [{"type": "image", "image": Image.new("RGB", (width, height))}, {"type": "text", "text": PROBE_TEXT}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.dtype)
+    inputs = processor.encode_conversations([{"role": "user", "content": content}]).to(model.dtype)
     reason = None
     try:
         model.generate(**inputs, max_new_tokens=2)
@@ -494,18 +488,18 @@ def _check_queries(model: FlashSlothForConditionalGeneration, processor: FlashSl
         hook.remove()
     if reason is not None or len(updates) != 1:
         failure = f"cannot answer: {first_line(reason).removesuffix('.')}" if reason else ""
-        detail = failure or f"has its queries updated {len(updates)} times, not once"
+        detail = failure or f"updates its query tokens {len(updates)} times, not once"
         raise _unfit("--language", source, f"({model.config.text_config.model_type}) {detail}") from reason
 
 
 def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tower's tensors, by their names in FlashSloth, without those that the checkpoint does not have."""
+    """Tensors of the tower by their names in FlashSloth, without those that are missing in the checkpoint."""
     num_layers = tower.native_config.num_hidden_layers
     model, report = _load(
         "--vision",
         AutoModel.from_pretrained,
         tower.source,
-        config=_changed(tower.native_config, num_hidden_layers=num_layers + 1),  # whose input is what FlashSloth reads
+        config=_changed(tower.native_config, num_hidden_layers=num_layers + 1),  # FlashSloth reads the last one's input
         dtype=dtype,
         output_loading_info=True,
         **({"key_mapping": tower.key_mapping} if tower.key_mapping else {}),
@@ -514,7 +508,7 @@ def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in report["missing_keys"]}
     tensors = {name: tensors[name] for name in used.state_dict() if name in tensors}
     if absent := used.state_dict().keys() - tensors.keys():
-        reason = f"does not hold the weights of a vision tower: {len(absent)} are missing, such as {min(absent)}"
+        reason = f"does not have the weights of a vision tower: {len(absent)} are missing, such as {min(absent)}"
         raise _unfit("--vision", tower.source, reason)
     used.load_state_dict(tensors, strict=False, assign=True)
     _check_tower(tower, model.eval(), used.eval())
@@ -525,15 +519,15 @@ def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _check_tower(tower: Tower, model: PreTrainedModel, used: PreTrainedModel) -> None:
-    """Refuse a tower that does not give one feature for each patch, row by row, or whose features are changed.
+    """Check that the tower gives one feature per patch, row by row, and the same features inside FlashSloth.
 
     Args:
         tower: The tower.
-        model: The tower as transformers has it, with a further layer, which reads what FlashSloth reads.
-        used: The tower as FlashSloth has it.
+        model: The tower in transformers, with one more layer, whose input FlashSloth reads.
+        used: The tower in FlashSloth.
 
     Raises:
-        RepositoryError: If it is such a tower.
+        RepositoryError: If the tower does not fit.
     """
     config = tower.native_config
     grid, side, patch = (
@@ -542,7 +536,7 @@ def _check_tower(tower: Tower, model: PreTrainedModel, used: PreTrainedModel) ->
     )
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.dtype)
     pixels[1] = pixels[0]
-    pixels[1, :, :patch, (grid - 1) * patch : grid * patch] += 1  # the last patch of the first row is another
+    pixels[1, :, :patch, (grid - 1) * patch : grid * patch] += 1  # changes the last patch of the first row
     try:
         states = model(pixels, output_hidden_states=True).hidden_states
         first, expected = (
@@ -552,7 +546,7 @@ def _check_tower(tower: Tower, model: PreTrainedModel, used: PreTrainedModel) ->
         found = used(pixels).last_hidden_state[:, -(grid**2) :]
         is_right = changed == [grid - 1] and found.shape == expected.shape
         is_right = is_right and (found - expected).abs().max() < TOLERANCE * expected.abs().max()
-    except Exception as error:  # a tower of another shape fails in a way of its own
+    except Exception as error:  # a tower that does not fit may raise anything
         is_right, reason = False, error
     else:
         reason = None
@@ -567,7 +561,7 @@ def _check_tower(tower: Tower, model: PreTrainedModel, used: PreTrainedModel) ->
 
 @torch.no_grad()
 def _resize_positions(model: PreTrainedModel, image_size: int) -> dict[str, torch.Tensor]:
-    """Position embeddings for another size in pixels, as the tower itself interpolates them."""
+    """Position embeddings for another image size, interpolated by the tower's own method."""
     embeddings = getattr(model, "embeddings", None)
     tables = {
         f"embeddings.{name}": parameter
@@ -577,7 +571,7 @@ def _resize_positions(model: PreTrainedModel, image_size: int) -> dict[str, torc
     resized = {}
     for name, table in tables.items():  # (positions, width), or with a leading axis of 1
         if not hasattr(embeddings, "interpolate_pos_encoding"):
-            raise RepositoryError("the vision tower cannot interpolate its positions; leave --image-size out.")
+            raise RepositoryError("the vision tower cannot interpolate its position embeddings; omit --image-size.")
         patch_size = _side(model.config.patch_size)
         num_extra = table.shape[-2] - (_side(model.config.image_size) // patch_size) ** 2
         num_positions = num_extra + (image_size // patch_size) ** 2
@@ -588,7 +582,7 @@ def _resize_positions(model: PreTrainedModel, image_size: int) -> dict[str, torc
 
 
 def _side(size: int | list[int] | tuple[int, int]) -> int:
-    """Side of a square, which some configs give twice."""
+    """Side of a square, which some configs give as height and width."""
     return size if isinstance(size, int) else size[0]
 
 
@@ -597,7 +591,7 @@ def _build_processor(
 ) -> FlashSlothProcessor:
     try:
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(tower.source)
-    except OSError:  # a tower without one is taken to see pixels in [-1, 1]
+    except OSError:  # without an image processor, the tower is assumed to read pixels in [-1, 1]
         pixels = {}
     height, width = config.tile_size
     image_processor = FlashSlothImageProcessor(

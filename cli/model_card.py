@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_flashsloth import FlashSlothConfig
 from ..image_processing_flashsloth import NUM_HD_TILES
-from .weight_files import read_json
+from .repository import read_json
 
 PHI_2_ID = "microsoft/phi-2"
 SIGLIP_ID = "google/siglip-so400m-patch14-384"

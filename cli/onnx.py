@@ -1,11 +1,11 @@
-"""ONNX graphs of a FlashSloth, for onnxruntime.
+"""Export of a FlashSloth to ONNX graphs for onnxruntime.
 
     pixel_values ─ vision.onnx ─ patch_features, image_tokens
     input_ids, attention_mask, patch_features, image_tokens ─ decoder.onnx ─ logits, cache
-    input_ids (one a row), attention_mask, cache ─ decoder_step.onnx ─ logits, cache
+    input_ids (one per row), attention_mask, cache ─ decoder_step.onnx ─ logits, cache
 
-Numbers of rows, tiles and tokens are free. Before the folder appears, onnxruntime must give what the model gives, on
-other numbers than the graphs were traced with. Both graphs of the decoder read their weights from one file.
+The numbers of rows, tiles and tokens are dynamic. Before the folder appears, the outputs of onnxruntime are compared
+with the model's, on a batch of other sizes than the graphs were traced with. Both decoder graphs share one weight file.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ from . import first_line
 from .repository import RepositoryError, complete_or_absent, unused_folder
 
 VISION, DECODER, STEP = "vision.onnx", "decoder.onnx", "decoder_step.onnx"
-TOLERANCE = 1e-4  # of the largest value
+TOLERANCE = 1e-4  # relative to the largest value
 NUM_CHECKED_STEPS = 3
-NUM_STEPS = 4  # three graphs, and the comparison
+NUM_STEPS = 4  # three graphs and the comparison
 BYTES_PER_WEIGHT = 4
 
 
 class OnnxExport(NamedTuple):
-    """What was written.
+    """Summary of an export.
 
     Attributes:
-        output: The folder.
-        differences: For every graph, the largest difference from the model, as a share of the largest value.
+        output: Folder that was written.
+        differences: Largest difference of each graph from the model, relative to the largest value.
     """
 
     output: Path
@@ -59,7 +59,7 @@ class VisionGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Decoder with Embedded Query module, reading a prompt."""
+    """Decoder with Embedded Query module: the prefill."""
 
     def __init__(self, model: FlashSlothForConditionalGeneration) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class DecoderGraph(nn.Module):
         patch_features: torch.Tensor,
         image_tokens: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Logits behind the prompt, `(batch, vocab_size)`, then keys and values of every layer."""
+        """Logits after the prompt, `(batch, vocab_size)`, then the keys and values of every layer."""
         inner = self.model.model
-        inner._pool = lambda _: image_tokens  # which the other graph has pooled and projected
+        inner._pool = lambda _: image_tokens  # already pooled and projected by the vision graph
         try:
             return _run(self.model, DynamicCache(), input_ids, attention_mask, patch_features=patch_features)
         finally:
@@ -82,7 +82,7 @@ class DecoderGraph(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """Decoder, reading one token a row behind a cache."""
+    """Decoder: one decoding step, which reads one token per row and the KV cache."""
 
     def __init__(self, model: FlashSlothForConditionalGeneration) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class StepGraph(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """Logits behind the token, `(batch, vocab_size)`, then keys and values of every layer."""
+        """Logits after the token, `(batch, vocab_size)`, then the keys and values of every layer."""
         cache = DynamicCache()
         for layer_idx, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
             cache.update(keys, values, layer_idx)
@@ -105,28 +105,30 @@ def export_onnx(
     *,
     progress: bool = False,
 ) -> OnnxExport:
-    """Write the graphs of a model, in float32, with its processor and configs.
+    """Write the graphs of a model in float32, with its configs and processor.
 
     Args:
-        model: The model, on the CPU; it is converted to float32.
+        model: The model, on the CPU. It is converted to float32 in place.
         processor: Its processor.
-        output: Folder to write, which must not exist or be empty. It appears when it is complete.
+        output: Folder to write. It must be empty or not exist, and appears only once it is complete.
         progress: Whether to show on stderr which graph is being written.
 
     Returns:
-        What was written, and how exact it is.
+        A summary, with the graphs' differences from the model.
 
     Raises:
-        RepositoryError: If a package is missing, the output is in use, the exporter cannot carry the model, or
-            onnxruntime gives other results than the model.
+        RepositoryError: If a package is missing, the output is in use, the model cannot be exported, or the results of
+            onnxruntime differ from the model's.
     """
     output = unused_folder(output)
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise RepositoryError('ONNX graphs need further packages: pip install "flashsloth[onnx]"') from error
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else it says which operators torchvision would have
+        raise RepositoryError('ONNX export requires further packages: pip install "flashsloth[onnx]"') from error
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it reports torchvision operators that are missing but not needed
     model = model.float().eval()
     with (
         complete_or_absent(output, 2 * BYTES_PER_WEIGHT * model.num_parameters()) as partial,
@@ -137,10 +139,10 @@ def export_onnx(
             _write_graphs(model, _build_inputs(processor, ["What is on the left?", None]), partial, bar)
         except RepositoryError:
             raise
-        except Exception as error:  # the exporter raises what the layer raises that it cannot carry
+        except Exception as error:  # a layer that cannot be exported can raise anything
             reason = first_line(error)
             raise RepositoryError(
-                f"the exporter cannot carry this model ({type(error).__name__}: {reason}); nothing was written."
+                f"torch.onnx cannot export this model ({type(error).__name__}: {reason}); nothing was written."
             ) from error
         bar.set_description("comparing with the model")
         differences = _compare(model, _build_inputs(processor, ["What?", "How many are there?"]), partial)
@@ -171,7 +173,7 @@ def _run(
 
 
 def _build_inputs(processor: FlashSlothProcessor, questions: Iterable[str | None]) -> dict[str, torch.Tensor]:
-    """A batch of one conversation for each question, with two noisy images; None: text without images."""
+    """A batch with one conversation per question, each with two images of noise; `None` stands for text only."""
     size = processor.image_processor.size
     rng = np.random.default_rng(0)
     conversations = []
@@ -183,14 +185,7 @@ def _build_inputs(processor: FlashSlothProcessor, questions: Iterable[str | None
             [{"role": "user", "content": [*content, {"type": "text", "text": question or "Why?"}]}],
         )
     return dict(
-        processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "images_kwargs": {"do_image_splitting": False}},
-        )
+        processor.encode_conversations(conversations, padding=True, images_kwargs={"do_image_splitting": False})
     )
 
 
@@ -228,7 +223,7 @@ def _write_graphs(
         [*texts, *past],
         ["logits", *present],
     )
-    _save_beside(step, folder / STEP, folder / DECODER)
+    _save_sharing_weights(step, folder / STEP, folder / DECODER)
     bar.update()
 
 
@@ -246,7 +241,7 @@ def _export(graph: nn.Module, inputs: tuple, shapes: tuple, names: list[str], ou
 
 
 def _cummax(states: Any, dim: int) -> tuple[Any, Any]:
-    """Largest value so far in every row, which ONNX has no operator for; its indices, which are not used, are wrong."""
+    """Running maximum of every row, for which ONNX has no operator. The second output, the indices, is unused."""
     from onnxscript import opset18 as op
 
     length = op.Squeeze(op.Shape(states, start=1, end=2))
@@ -257,8 +252,8 @@ def _cummax(states: Any, dim: int) -> tuple[Any, Any]:
     return largest, largest
 
 
-def _save_beside(program: Any, file: Path, other: Path) -> None:
-    """Save a graph whose weights are those of a graph that lies beside it, without writing them again."""
+def _save_sharing_weights(program: Any, file: Path, other: Path) -> None:
+    """Save a graph that refers to the weights of another graph in the same folder instead of storing its own."""
     import onnx_ir
 
     stored = (value.const_value for value in onnx_ir.load(other).graph.initializers.values())
@@ -269,7 +264,7 @@ def _save_beside(program: Any, file: Path, other: Path) -> None:
 
 
 def _identity(tensor: Any) -> tuple:
-    """What equal tensors have in common; their names differ from graph to graph."""
+    """A key that is the same for equal tensors, whose names differ between the graphs."""
     return tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
 
 
@@ -278,8 +273,11 @@ def _compare(
 ) -> dict[str, float]:
     """Run the graphs and the model on the same inputs.
 
+    Returns:
+        Largest difference of each graph from the model, relative to the largest value.
+
     Raises:
-        RepositoryError: If they do not agree.
+        RepositoryError: If a difference exceeds `TOLERANCE`.
     """
     mask = inputs["attention_mask"]
     expected = VisionGraph(model)(inputs["pixel_values"])
@@ -296,8 +294,8 @@ def _compare(
     if wrong := {name: difference for name, difference in differences.items() if not difference <= TOLERANCE}:
         name, difference = next(iter(wrong.items()))
         raise RepositoryError(
-            f"{name} gives other results than the model, by {difference:.1e} of the largest value, where "
-            f"{TOLERANCE:.0e} is allowed: the exporter did not carry this model; nothing was written."
+            f"{name} differs from the model by {difference:.1e} of the largest value, but at most {TOLERANCE:.0e} is "
+            "allowed: this model cannot be exported correctly; nothing was written."
         )
     return differences
 
@@ -311,10 +309,7 @@ def _run_graph(file: Path, *inputs: torch.Tensor) -> list[np.ndarray]:
 
 
 def _difference(found: list[np.ndarray], expected: Iterable[torch.Tensor], mask: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value, where it matters: padding's keys and values do not.
-
-    It is NaN if there is one.
-    """
+    """Largest difference, relative to the largest value. Keys and values of padding are ignored; NaN gives NaN."""
     largest = 0.0
     for ours, tensor in zip(found, expected, strict=True):
         theirs = tensor.numpy()
@@ -323,5 +318,5 @@ def _difference(found: list[np.ndarray], expected: Iterable[torch.Tensor], mask:
         is_cache = ours.ndim == 4
         kept = mask.bool().numpy()[:, None, :, None] if is_cache else np.True_
         difference = np.where(kept, abs(ours - theirs), 0).max() / max(abs(theirs).max(), np.finfo(np.float32).tiny)
-        largest = np.maximum(largest, difference)  # `max` would pass over NaN
+        largest = np.maximum(largest, difference)  # unlike `max`, it propagates NaN
     return float(largest)

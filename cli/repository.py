@@ -1,11 +1,13 @@
-"""Model repositories that are complete or not there at all.
+"""Folders of model repositories: which files they hold, and how to write one so that it is complete or absent.
 
-A repository is written into a hidden folder beside it, which is locked as long as its process lives. A process that is
-killed leaves the folder behind; whoever writes the same repository next removes what is locked no more.
+A repository is written into a hidden folder next to the output, which is renamed when it is complete. The process holds
+a lock in the hidden folder. If it is killed, the folder stays; the next process that writes the same output removes it,
+because its lock is free.
 """
 
 import contextlib
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -14,43 +16,114 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: what killed processes left is not removed
+except ImportError:  # Windows: folders of killed processes are not removed
     fcntl = None
 
 LOCK = ".flashsloth-lock"
+JSON_FILES = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+)
 
 
 class RepositoryError(ValueError):
     """A model repository cannot be made; nothing was written."""
 
 
+def read_json(file: Path) -> dict:
+    """Read a JSON file that holds an object.
+
+    Args:
+        file: The file.
+
+    Raises:
+        ValueError: If it cannot be read, or does not hold an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a readable JSON file: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must contain a JSON object, but contains a {type(content).__name__}.")
+    return content
+
+
+def check_json_files(folder: Path) -> None:
+    """Check that every JSON file that transformers reads holds an object.
+
+    Args:
+        folder: A checkpoint's folder.
+
+    Raises:
+        ValueError: If one does not; names it.
+    """
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name)
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """Find the weight files of a checkpoint; safetensors are preferred to `.bin`.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Raises:
+        ValueError: If there are none, the index is broken, or a file that it names is missing.
+    """
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index, whole = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+        if index.is_file():
+            return _read_index(index, suffix)
+        if files := [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*-of-*{suffix}")):
+            return files
+    raise ValueError(f"{folder} contains no weights: neither model*.safetensors nor pytorch_model*.bin.")
+
+
+def _read_index(index: Path, suffix: str) -> list[Path]:
+    """The files that an index names. All must be in its folder."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index.name} must contain a `weight_map` of tensor names to file names, but does not.")
+    for name in names.values():
+        if not isinstance(name, str) or not name.endswith(suffix) or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index.name} must name `*{suffix}` files in its own folder, but names {name!r}.")
+    files = [index.with_name(name) for name in sorted(set(names.values()))]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{index.name} names {', '.join(absent)}, but there is no such file in {index.parent}.")
+    return files
+
+
 def unused_folder(output: str | Path) -> Path:
-    """The absolute path of a folder that is to be written.
+    """Check that a folder can be written.
 
     Args:
         output: The folder.
 
+    Returns:
+        Its absolute path.
+
     Raises:
-        RepositoryError: If it is in use.
+        RepositoryError: If it is not empty, or is a file.
     """
     output = Path(output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RepositoryError(f"{output} exists already; choose a folder that does not exist or is empty.")
+        raise RepositoryError(f"{output} exists already; choose a folder that is empty or does not exist.")
     return output
 
 
 @contextlib.contextmanager
 def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder beside the output, which becomes the output when the block ends, and vanishes when it fails.
+    """Give a hidden folder, which becomes the output at the end of the block, or is removed if the block fails.
 
-    What an earlier process that was killed left of the same output is removed.
+    Folders that killed processes left for the same output are removed first.
 
     Args:
-        output: What `unused_folder` gave.
-        num_bytes: Size of the weights.
+        output: The path that `unused_folder` returned.
+        num_bytes: Size of the weights, in bytes.
 
     Raises:
-        RepositoryError: If there is no room for the weights.
+        RepositoryError: If the disk is too full for the weights.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
@@ -62,7 +135,7 @@ def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
     workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         with _lock(workplace):
-            partial = workplace / output.name  # `mkdtemp` is for its owner only; this one has the usual permissions
+            partial = workplace / output.name  # `mkdtemp` gives access to the owner only; `mkdir` follows the umask
             partial.mkdir()
             yield partial
             if output.exists():
@@ -74,13 +147,13 @@ def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock(workplace: Path) -> Iterator[None]:
-    """Hold a lock in a folder, which the system releases when the process ends, however it ends."""
+    """Hold a lock in a folder. The system releases it when the process ends, however it ends."""
     descriptor = None
     if fcntl is not None:
-        with contextlib.suppress(OSError):  # of a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             descriptor = os.open(workplace / "lock", os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (workplace / "lock").rename(workplace / LOCK)  # so that it is never there unlocked
+            (workplace / "lock").rename(workplace / LOCK)  # after locking, so that no other process finds it unlocked
     try:
         yield
     finally:
@@ -89,11 +162,11 @@ def _lock(workplace: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove what killed processes left of the same output."""
+    """Remove the hidden folders that killed processes left for the same output."""
     if fcntl is None:
         return
     for workplace in output.parent.glob(f".{glob.escape(output.name)}-*"):
-        with contextlib.suppress(OSError):  # no lock in it, so it is none of ours; or a living process holds it
+        with contextlib.suppress(OSError):  # it has no lock and is not ours, or a running process holds the lock
             descriptor = os.open(workplace / LOCK, os.O_RDWR)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +176,7 @@ def _remove_abandoned(output: Path) -> None:
 
 
 def copy_code(folder: Path) -> None:
-    """Copy the modules that a repository needs to load without the package, and the handler of Inference Endpoints.
+    """Copy the modules that the repository needs without the package, and the handler for Inference Endpoints.
 
     Args:
         folder: The repository.

@@ -1,6 +1,6 @@
-"""FlashSloth in lmms-eval, the harness that the paper's authors used: `lmms-eval --model flashsloth ...`.
+"""FlashSloth in lmms-eval, the evaluation harness of the paper's authors: `lmms-eval --model flashsloth ...`.
 
-lmms-eval finds `manifest` by the entry point `flashsloth` of the group `lmms_eval.models`; see docs/evaluation.md.
+lmms-eval calls `manifest` through the entry point `flashsloth` in the group `lmms_eval.models`; see docs/evaluation.md.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def manifest() -> "ModelManifest":
-    """Tell lmms-eval where the model is; called by lmms-eval while it imports its own models."""
+    """Register the model; lmms-eval calls this when it loads its models."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="flashsloth", chat_class_path="flashsloth.evaluation.model.FlashSlothForEvaluation")

@@ -1,4 +1,4 @@
-"""The model that lmms-eval asks: chat messages with images in, answers out, batch by batch."""
+"""FlashSloth as a chat model of lmms-eval: answers messages with images, batch by batch."""
 
 import logging
 import os
@@ -23,30 +23,30 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 WINDOW = 16
-"""Batches whose requests are sorted by length together, and whose answers are handed over together."""
-DEFAULT_MAX_NEW_TOKENS = 1024  # of tasks that do not say; the models of lmms-eval choose 1024 or more
+"""Batches whose requests are sorted by length together, and whose answers are returned together."""
+DEFAULT_MAX_NEW_TOKENS = 1024  # for tasks that set none; other models of lmms-eval use 1024 or more
 RUN_ID = "LMMS_CACHE_RUN_ID"
 
 
 class FlashSlothForEvaluation(lmms):
-    """A FlashSloth as lmms-eval's chat models are; its arguments are what `--model_args` takes.
+    """A chat model of lmms-eval; its arguments are those of `--model_args`.
 
-    With several processes (`accelerate launch` or `torchrun`) every process holds the model and answers its share of
-    the requests; lmms-eval gathers the scores.
+    With several processes (`accelerate launch` or `torchrun`), every process has a copy of the model and answers its
+    share of the requests; lmms-eval gathers the scores.
 
     Args:
-        pretrained: Folder or Hub id, also of an original release.
-        batch_size: Requests answered at once; lmms-eval's `--batch_size`.
-        device: Such as "cuda" or "cpu"; lmms-eval's `--device`. Default: what accelerate chooses. Several processes
-            always use what accelerate gives each of them.
-        dtype: Such as "bfloat16". Default: the checkpoint's.
+        pretrained: Folder or Hub id (original releases included).
+        batch_size: Number of requests answered at once; lmms-eval's `--batch_size`.
+        device: Device, such as "cuda" or "cpu"; lmms-eval's `--device`. Default: accelerate's choice. With several
+            processes, accelerate always chooses.
+        dtype: Data type, such as "bfloat16". Default: the checkpoint's.
         attn_implementation: As for `from_pretrained`.
-        revision: Of a Hub id.
-        do_image_splitting: Whether an image is read as five tiles. Default: what the checkpoint's processor says.
-        max_num_frames: A video is read as at most that many images, evenly spaced.
+        revision: Revision of a Hub id.
+        do_image_splitting: Whether to split an image into five tiles. Default: the setting of the processor.
+        max_num_frames: Maximum number of evenly spaced frames to read from a video.
 
     Raises:
-        ValueError: If `batch_size` or `max_num_frames` is no positive number.
+        ValueError: If `batch_size` or `max_num_frames` is not a positive integer.
     """
 
     is_simple = False
@@ -74,48 +74,48 @@ class FlashSlothForEvaluation(lmms):
             pretrained, revision=revision, dtype=dtype, attn_implementation=attn_implementation
         )
         self.model.to(self.device).eval()
-        # The response cache of lmms-eval gives every run a name of its own, under which a killed run's answers are
-        # never looked up again; under one name for all, the next run finds them. Its keys tell models and tasks apart.
+        # The response cache of lmms-eval names every run differently, so the answers of a killed run would never be
+        # found again. With one name for all runs, they are; its keys distinguish models and tasks.
         os.environ.setdefault(RUN_ID, "flashsloth")
 
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[str] | list[str]:
         """Answer requests.
 
         Args:
-            requests: Their `args` are the text of the question, a function that makes chat messages of a document, the
-                generation arguments, and the document's number, task and split.
+            requests: Their `args` are the text of the question, a function that turns a document into chat messages,
+                the generation arguments, and the index, task and split of the document.
 
         Returns:
-            The answers in order. An iterator over them, because the response cache (`--use_cache`) saves every answer
-            as it takes it, and would save nothing of a killed run if it got all answers at the end.
+            The answers in order. They are an iterator, because the response cache (`--use_cache`) saves each answer
+            when it receives it: with a list, a killed run would save nothing.
         """
         answers = self._answers(requests)
-        return answers if len(requests) > 1 else list(answers)  # agentic tasks index the one answer they ask for
+        return answers if len(requests) > 1 else list(answers)  # agentic tasks index their single answer
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
-        """Refuse: lmms-eval sends chat models tasks that generate, and no other.
+        """Raise; lmms-eval does not send such tasks to chat models.
 
         Raises:
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "FlashSloth is a chat model to lmms-eval, and those generate; choose a task with `output_type: "
+            "FlashSloth is a chat model, and chat models of lmms-eval only generate; choose a task with `output_type: "
             "generate_until`."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> NoReturn:
-        """Refuse: no benchmark of the paper asks in rounds.
+        """Raise; no benchmark of the paper has several rounds.
 
         Raises:
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "FlashSloth does not answer tasks with `output_type: generate_until_multi_round`; choose one with "
+            "FlashSloth does not support tasks with `output_type: generate_until_multi_round`; choose one with "
             "`output_type: generate_until`."
         )
 
     def _answers(self, requests: Sequence[Instance]) -> Iterator[str]:
-        """Answer window by window; within one, the longest questions come first, so that rows need little padding."""
+        """Answer window by window, the longest questions of a window first, so that rows need little padding."""
         size = WINDOW * self.batch_size
         with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
             for start in range(0, len(requests), size):
@@ -133,14 +133,7 @@ class FlashSlothForEvaluation(lmms):
             self._conversation(to_messages(self.task_dict[task][split][document]))
             for _, to_messages, _, document, task, split in batch
         ]
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, **self.image_kwargs},
-        ).to(self.device)
+        inputs = self.processor.encode_conversations(conversations, padding=True, **self.image_kwargs).to(self.device)
         prompt_length = inputs["input_ids"].shape[1]
         options, stops = generation_options(batch[0][2])
         room = self.model.config.get_text_config().max_position_embeddings - prompt_length
@@ -150,7 +143,7 @@ class FlashSlothForEvaluation(lmms):
         return [_cut(text, stops) for text in texts]
 
     def _conversation(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Put lmms-eval's messages in transformers' form; frames stand for a video."""
+        """Convert lmms-eval's messages to transformers' format, and videos to frames."""
         return [
             {"role": message["role"], "content": [part for raw in message["content"] for part in self._parts(raw)]}
             for message in messages
@@ -170,21 +163,21 @@ class FlashSlothForEvaluation(lmms):
 
 
 def generation_options(task_options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Turn what a task says about generation into arguments of `generate`.
+    """Convert the generation options of a task to arguments of `generate`.
 
     Args:
-        task_options: `generation_kwargs` of the task; `until` is one text or several at which an answer ends. As in
-            the other models of lmms-eval a temperature of 0 means greedy, a higher one sampling. What `generate` does
-            not know, such as options for other models, is left out.
+        task_options: `generation_kwargs` of the task; `until` is one text or several that end an answer. As in other
+            models of lmms-eval, a temperature of 0 means greedy decoding and a higher one sampling. Options that
+            `generate` does not know, such as those for other models, are ignored.
 
     Returns:
-        Arguments of `generate`, and the texts at which an answer is cut.
+        Arguments of `generate`, and the texts that end an answer.
     """
     known = GenerationConfig().to_dict()
     options = {name: value for name, value in task_options.items() if name in known and value is not None}
     ignored = sorted(set(task_options) - set(known) - {"until"})
     if ignored:
-        logger.debug("Generation arguments without a meaning for FlashSloth: %s", ", ".join(ignored))
+        logger.debug("Ignoring generation arguments: %s", ", ".join(ignored))
     temperature, do_sample = options.get("temperature"), options.get("do_sample")
     options["do_sample"] = bool(do_sample) if temperature is None else temperature > 0 and do_sample is not False
     if not options["do_sample"]:
@@ -195,7 +188,7 @@ def generation_options(task_options: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def _batches(window: list[tuple], batch_size: int) -> Iterator[list[int]]:
-    """Indices of requests with the same generation arguments, longest question first."""
+    """Batches of indices of requests with the same generation arguments, longest question first."""
 
     def options(index: int) -> str:
         return repr(sorted(window[index][2].items()))
@@ -207,11 +200,11 @@ def _batches(window: list[tuple], batch_size: int) -> Iterator[list[int]]:
 
 
 def _cut(text: str, stops: list[str]) -> str:
-    """The text before the first of the stops."""
+    """The text before the first stop."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))].strip()
 
 
 def _positive(name: str, value: int | str) -> int:
     if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"`{name}` must be a whole number above 0, but is {value!r}; give a number.")
+        raise ValueError(f"`{name}` must be a whole number above 0, but is {value!r}.")
     return int(value)

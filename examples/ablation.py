@@ -1,13 +1,13 @@
-"""Do Spatial Attention Pooling and the Embedded Query module earn their place? The paper's ablation, small.
+"""A small version of the paper's ablation of Spatial Attention Pooling (SAP) and the Embedded Query module (EmbQ).
 
     python examples/ablation.py --output ablation
 
-draws images, trains a vision tower on what stands on every patch (once), and on its frozen features trains every
-variant of `VARIANTS` with every seed: same images, same questions in the same order, as many steps, as many trained
-parameters within 1 %. Then it writes `results.json`, `table.md` and `plot.png` into the output folder. What is finished
-is not done again, so a stopped run goes on where it was.
+trains a vision tower on generated images once, and then every variant of `VARIANTS` with every seed on the tower's
+frozen features: same images, same questions in the same order, same number of steps, and the same number of trained
+parameters within 1 %. It writes `results.json`, `table.md` and `plot.png` into the output folder. An interrupted run
+resumes: finished parts are not repeated.
 
-What the images show and what is asked stands in `ablation_scenes.py`; what came out, in `docs/ablation.md`.
+`ablation_scenes.py` generates images and questions; `docs/ablation.md` has the results.
 """
 
 import argparse
@@ -56,7 +56,7 @@ BATCH_SIZE = 32
 
 
 class TowerDataset(Dataset):
-    """Images with `patch_targets`, drawn when asked for."""
+    """Images with `patch_targets`, drawn on access."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -70,7 +70,7 @@ class TowerDataset(Dataset):
 
 
 class TowerForPatches(nn.Module):
-    """A vision tower and a linear head that says what stands on every patch; it plays the part of SigLIP's pretraining.
+    """A vision tower with a linear head that predicts the content of every patch, in place of SigLIP's pretraining.
 
     FlashSloth reads a tower's last layer without the final norm, so this tower is trained without it.
     """
@@ -87,20 +87,20 @@ class TowerForPatches(nn.Module):
             vision_use_head=False,
         )
         self.vision_tower = SiglipVisionModel(config)
-        self.vision_tower.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
+        self.vision_tower.set_attn_implementation("eager")  # on a CPU, the backward pass of sdpa is slower
         self.vision_tower.post_layernorm = nn.Identity()
         self.norm = nn.LayerNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, sum(NUM_CLASSES))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> ModelOutput:
-        """Add up the mean cross entropies of all targets.
+        """Sum the mean cross entropies of all targets.
 
         Args:
             pixel_values: `(batch, 3, SIZE, SIZE)`, in [-1, 1].
             labels: `(batch, num_patches, 4)`, from `patch_targets`.
 
         Returns:
-            `loss`, and `hits` `(4,)`: for every target the share of patches that are right.
+            `loss`, and `hits` `(4,)`: the accuracy of every target.
         """
         features = self.vision_tower(pixel_values=pixel_values).last_hidden_state
         logits = self.head(self.norm(features)).float().flatten(0, 1)
@@ -112,7 +112,7 @@ class TowerForPatches(nn.Module):
 
 
 class TowerTrainer(Trainer):
-    """A Trainer whose log shows the hits of the last batch."""
+    """A Trainer that logs the accuracies in the last batch."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: object
@@ -120,12 +120,14 @@ class TowerTrainer(Trainer):
         """See `Trainer`."""
         outputs = model(**inputs)
         if self.state.global_step % self.args.logging_steps == 0:
-            logger.info("step %d: name, colour, letter, its place: %s", self.state.global_step, outputs.hits.tolist())
+            logger.info(
+                "step %d: accuracy of name, colour, letter, position: %s", self.state.global_step, outputs.hits.tolist()
+            )
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
 def training_arguments(folder: Path, num_steps: int, seed: int) -> TrainingArguments:
-    """What the tower and all variants have in common."""
+    """Training arguments common to the tower and all variants."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
@@ -149,7 +151,7 @@ def training_arguments(folder: Path, num_steps: int, seed: int) -> TrainingArgum
 
 
 def pretrain_tower(folder: Path, num_steps: int) -> nn.Module:
-    """Train the vision tower, unless that was done before."""
+    """Train the vision tower, unless its weights exist."""
     set_seed(0)
     tower, weights = TowerForPatches(), folder / "tower.safetensors"
     if weights.exists():
@@ -163,7 +165,7 @@ def pretrain_tower(folder: Path, num_steps: int) -> nn.Module:
 
 @torch.inference_mode()
 def features_of(tower: nn.Module, split: str, num_images: int, folder: Path) -> torch.Tensor:
-    """Patch features of the first images of a split, `(num_images, width, GRID, GRID)`; kept in a file."""
+    """Patch features of the first images of a split, `(num_images, width, GRID, GRID)`, cached in a file."""
     file = folder / f"{split}-{num_images}.safetensors"
     if not file.exists():
         features = []
@@ -178,13 +180,13 @@ def features_of(tower: nn.Module, split: str, num_images: int, folder: Path) -> 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one row of the table changes.
+    """The variant of a table row.
 
     Attributes:
-        label: What the row is called.
-        window_size: Side of a pooling window, in patches; 1: no compression.
-        is_average: Whether all patches of a window weigh the same.
-        has_queries: Whether query tokens stand behind every question.
+        label: Label of the row.
+        window_size: Side of a pooling window, in patches; 1 means no compression.
+        is_average: Whether all patches of a window have the same weight.
+        has_queries: Whether query tokens follow every question.
         has_module: Whether the Embedded Query module updates them.
     """
 
@@ -206,9 +208,9 @@ VARIANTS = {
 
 
 class StoredFeatures(nn.Module):
-    """In the place of the vision tower: hands features on that the real tower computed before.
+    """Replaces the vision tower, and passes on precomputed features.
 
-    They come as an image of `GRID` × `GRID` pixels with one channel for every feature.
+    The features are passed as an image of `GRID` × `GRID` pixels with one channel per feature.
     """
 
     dtype = torch.float32
@@ -218,12 +220,12 @@ class StoredFeatures(nn.Module):
         self.config = config
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutput:
-        """Lay `(batch, width, GRID, GRID)` out as patches, `(batch, num_patches, width)`."""
+        """Reshape `(batch, width, GRID, GRID)` to patches, `(batch, num_patches, width)`."""
         return BaseModelOutput(last_hidden_state=pixel_values.flatten(2).transpose(1, 2))
 
 
 def build_config(variant: Variant, intermediate_size: int) -> FlashSlothConfig:
-    """The architecture of all variants: a decoder of 4 layers, whose second has its queries updated."""
+    """The architecture of all variants: a decoder of 4 layers; the queries are updated at the second."""
     text_config = LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=128,
@@ -232,7 +234,7 @@ def build_config(variant: Variant, intermediate_size: int) -> FlashSlothConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
-        initializer_range=0.08,  # the usual 0.02 is for wide models; this narrow one would take long to begin
+        initializer_range=0.08,  # with the usual 0.02, for wide models, this narrow one would learn slowly at first
         tie_word_embeddings=True,
         bos_token_id=VOCABULARY[PAD],
         pad_token_id=VOCABULARY[PAD],
@@ -262,10 +264,10 @@ def build_config(variant: Variant, intermediate_size: int) -> FlashSlothConfig:
 
 
 def build_model(variant: Variant, intermediate_size: int = 320) -> FlashSlothForConditionalGeneration:
-    """A new FlashSloth whose parts that a variant does without are frozen, so that they do nothing."""
+    """Build a FlashSloth in which the parts that a variant does not use are frozen and have no effect."""
     model = FlashSlothForConditionalGeneration(build_config(variant, intermediate_size))
     parts = model.model
-    parts.language_model.set_attn_implementation("eager")  # on a CPU the backward pass of sdpa takes longer
+    parts.language_model.set_attn_implementation("eager")  # on a CPU, the backward pass of sdpa is slower
     parts.vision_tower = StoredFeatures(model.config.vision_config)
     if variant.is_average or variant.window_size == 1:
         parts.spatial_attention_pooling.requires_grad_(False)
@@ -280,7 +282,7 @@ def build_model(variant: Variant, intermediate_size: int = 320) -> FlashSlothFor
 
 
 def build_model_to_budget(variant: Variant) -> FlashSlothForConditionalGeneration:
-    """The same, with wider feed-forward layers for the parameters that the variant does not train elsewhere."""
+    """Build a variant with wider feed-forward layers, to match the full model's number of trained parameters."""
     budget = num_trained(build_model(VARIANTS["sap-embq"]))
     model = build_model(variant)
     text_config = model.config.text_config
@@ -290,22 +292,22 @@ def build_model_to_budget(variant: Variant) -> FlashSlothForConditionalGeneratio
 
 
 def num_trained(model: nn.Module) -> int:
-    """Number of parameters that training changes."""
+    """Number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def render(
     turns: list[tuple[list[str], list[str]]], num_image_tokens: int, num_query_tokens: int
 ) -> dict[str, torch.LongTensor]:
-    """Ids and labels of a conversation about one image.
+    """Tokenize a conversation about one image.
 
     Args:
         turns: Questions and answers, in words of `VOCABULARY`.
-        num_image_tokens: Image tokens of the image.
-        num_query_tokens: Query tokens behind every question; 0: none.
+        num_image_tokens: Number of image tokens.
+        num_query_tokens: Number of query tokens after every question.
 
     Returns:
-        `input_ids` and `labels`, `(seq_length,)`; only answers and their end are labels.
+        `input_ids` and `labels`, `(seq_length,)`; only answers and their end tokens are labels.
     """
     words, labels = [USER, *[IMAGE] * num_image_tokens], [IGNORED] * (1 + num_image_tokens)
     for question, answer in turns:
@@ -318,7 +320,7 @@ def render(
 
 
 class ConversationDataset(Dataset):
-    """Conversations of one question for every task, in any order, over and over about the same images."""
+    """Conversations with one question per task in random order, cycling through the images."""
 
     def __init__(self, features: torch.Tensor, length: int, seed: int, variant: Variant) -> None:
         self.features, self.length, self.seed = features, length, seed
@@ -336,13 +338,13 @@ class ConversationDataset(Dataset):
 
 
 def token_counts(variant: Variant) -> tuple[int, int]:
-    """Image tokens an image and query tokens a question."""
+    """Number of image tokens per image, and of query tokens per question."""
     config = build_config(variant, intermediate_size=1)
     return config.image_seq_length, config.num_query_tokens * variant.has_queries
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right: the decoder is causal, so it needs no mask."""
+    """Batch rows with right padding, which needs no mask since the decoder is causal."""
     fill = {"input_ids": VOCABULARY[PAD], "labels": IGNORED, "pixel_values": 0.0}
     return {
         name: nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill[name])
@@ -352,10 +354,10 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, features: torch.Tensor, variant: Variant) -> dict[str, float]:
-    """Share of exact answers of every task, each question asked alone.
+    """Share of exact answers per task, each question asked alone.
 
-    Greedy decoding gives an answer and its end exactly if every token of it is the most likely one behind those
-    before it; so one forward pass tells.
+    One forward pass is enough: greedy decoding gives an answer and its end token if and only if each of its tokens is
+    the most likely one after the tokens before it.
     """
     model.eval()
     counts, right = token_counts(variant), dict.fromkeys(TASKS, 0)
@@ -373,7 +375,7 @@ def evaluate(model: nn.Module, features: torch.Tensor, variant: Variant) -> dict
 
 
 def best_guess(num_images: int, num_asked: int) -> dict[str, float]:
-    """Share of exact answers of someone who sees nothing and says what is most often right in training."""
+    """Share of exact answers when always giving the most frequent answer of the training images."""
     share = {}
     for task in TASKS:
         answers = {
@@ -386,7 +388,7 @@ def best_guess(num_images: int, num_asked: int) -> dict[str, float]:
 
 
 def run(name: str, seed: int, num_steps: int, features: dict[str, torch.Tensor], folder: Path) -> dict:
-    """Train and evaluate one variant with one seed, unless that was done before."""
+    """Train and evaluate one variant with one seed, unless its result exists."""
     file = folder / f"{name}-{seed}.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -416,7 +418,7 @@ def run(name: str, seed: int, num_steps: int, features: dict[str, torch.Tensor],
 
 
 def summarise(runs: list[dict], guess: dict[str, float]) -> str:
-    """A Markdown table: mean and standard deviation over the seeds, in per cent."""
+    """Format mean and standard deviation over the seeds, in per cent, as a Markdown table."""
     head = ["variant", "image + query tokens", *TASKS.values(), "trained parameters", "training, CPU s"]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, variant in VARIANTS.items():
@@ -432,7 +434,7 @@ def summarise(runs: list[dict], guess: dict[str, float]) -> str:
 
 
 def plot(runs: list[dict], guess: dict[str, float], file: Path) -> None:
-    """A bar for every variant and task, a dot for every seed, a line for the most frequent answer."""
+    """Plot a bar for every variant and task, a dot for every seed, and a line for the most frequent answer."""
     figure, axes = plt.subplots(figsize=(11, 4.5))
     names = [name for name in VARIANTS if any(run["variant"] == name for run in runs)]
     width = 0.8 / len(names)
@@ -454,21 +456,21 @@ def plot(runs: list[dict], guess: dict[str, float], file: Path) -> None:
 
 
 def check_settings(folder: Path, settings: dict[str, int]) -> None:
-    """Refuse to mix runs of different length in one folder.
+    """Reject a folder with results of other settings.
 
     Raises:
-        ValueError: If the folder was begun with other settings.
+        ValueError: If the settings differ.
     """
     file = folder / "settings.json"
     if file.exists() and (earlier := json.loads(file.read_text(encoding="utf-8"))) != settings:
-        raise ValueError(f"{folder} was begun with {earlier}, but is now given {settings}; choose another --output.")
+        raise ValueError(f"{folder} has results with {earlier}, but got {settings}; choose another --output.")
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Do everything that is not done yet."""
+    """Train and evaluate all variants, and write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for features, runs, table and plot")
+    parser.add_argument("--output", type=Path, required=True, help="folder for features, results, table and plot")
     parser.add_argument("--tower-steps", type=int, default=1500, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument("--steps", type=int, default=500, help=f"steps of {BATCH_SIZE} conversations")
     parser.add_argument("--images", type=int, default=12000, help="training images")

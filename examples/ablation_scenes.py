@@ -1,8 +1,8 @@
-"""The drawing program of the ablation: images, what stands on their patches, questions and answers.
+"""Data of the ablation: generated images, the content of their patches, questions and answers.
 
-Every image holds one large shape, a sign of three letters, and small dots, anywhere on a plain background; a letter
-and a dot are about as large as one patch. The images of the split "tower", about which nothing is asked, hold two
-signs. Two of the `TASKS` need such detail, two do not.
+Every image shows one large shape, a sign of three letters and small dots at random positions on a plain background;
+letters and dots are about the size of a patch. Two of the `TASKS` depend on such details, two do not. Images of the
+split "tower", which have no questions, show two signs.
 """
 
 import random
@@ -46,19 +46,19 @@ PAD, END, IMAGE, QUERY, USER, ASSISTANT = "<pad>", "</s>", "<image>", "<query>",
 WORDS = (PAD, END, IMAGE, QUERY, USER, ASSISTANT, *TASKS, *BACKGROUNDS, *SHAPES, *LETTERS)
 VOCABULARY = {word: i for i, word in enumerate((*WORDS, *map(str, range(1, MAX_COUNT + 1))))}
 
-NAMES = (*BACKGROUNDS, *SHAPES, "sign", "dot")  # what a patch may show
-NUM_CLASSES = (len(NAMES), len(COLOURS), len(LETTERS), CODE_LENGTH)  # the last: which letter of its sign
+NAMES = (*BACKGROUNDS, *SHAPES, "sign", "dot")  # contents of a patch
+NUM_CLASSES = (len(NAMES), len(COLOURS), len(LETTERS), CODE_LENGTH)  # the last one: position of the letter on its sign
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of an image.
+    """An object of an image.
 
     Attributes:
         name: One of `SHAPES`, "sign" or "dot".
         colour: A key of `COLOURS`.
         box: Left, top, right and bottom, in pixels.
-        text: What a sign says, else "".
+        text: Text of a sign, else "".
     """
 
     name: str
@@ -69,7 +69,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A large shape, signs and some dots, none over another, on a background (a key of `BACKGROUNDS`)."""
+    """A large shape, signs and some dots, without overlap, on a background (a key of `BACKGROUNDS`)."""
 
     background: str
     things: tuple[Thing, ...]
@@ -77,7 +77,7 @@ class Scene:
 
 @lru_cache(maxsize=2**14)
 def scene_at(split: str, index: int) -> Scene:
-    """The scene number `index` of a split; the same on every machine."""
+    """Scene number `index` of a split; the same on every machine."""
     rng = random.Random(f"{split}:{index}")
     while True:
         if scene := _sample_scene(rng, num_signs=2 if split == "tower" else 1):
@@ -85,7 +85,7 @@ def scene_at(split: str, index: int) -> Scene:
 
 
 def _sample_scene(rng: random.Random, num_signs: int) -> Scene | None:
-    """A scene at random; `None` if not everything found room."""
+    """Sample a scene; `None` if the objects do not fit."""
     side, (shape_colour, dot_colour) = rng.uniform(24, 30), rng.choices(list(COLOURS), k=2)
     wanted = [(rng.choice(SHAPES), shape_colour, (side, side), "")]
     for colour in rng.sample(list(COLOURS), num_signs):
@@ -105,12 +105,12 @@ def _sample_scene(rng: random.Random, num_signs: int) -> Scene | None:
 
 
 def _are_near(box: tuple, other: tuple, gap: float = 3) -> bool:
-    """Whether two boxes overlap or are less than `gap` pixels apart; with it, no two dots share a patch."""
+    """Whether two boxes overlap or are less than `gap` pixels apart; the gap keeps two dots off the same patch."""
     return all(box[i] < other[i + 2] + gap and other[i] < box[i + 2] + gap for i in (0, 1))
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The image of a scene, RGB, `SIZE` pixels wide and high."""
+    """Draw a scene as an RGB image of `SIZE` × `SIZE` pixels."""
     image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene.background])
     canvas = ImageDraw.Draw(image)
     for thing in scene.things:
@@ -131,16 +131,16 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def pixels_of(scene: Scene) -> torch.Tensor:
-    """The image of a scene as the tower takes it: `(3, SIZE, SIZE)`, in [-1, 1]."""
+    """Pixel values of a scene, `(3, SIZE, SIZE)`, in [-1, 1]."""
     return torch.from_numpy(np.asarray(draw(scene), np.float32).transpose(2, 0, 1) / 127.5 - 1)
 
 
 def patch_targets(scene: Scene) -> torch.Tensor:
-    """What stands on every patch: only what is there, never what a whole sign says or how many dots there are.
+    """The content of every patch: local information only, neither a sign's whole text nor the number of dots.
 
     Returns:
-        Classes `(GRID * GRID, 4)`: an index into `NAMES`, colour, letter, which letter of its sign; `IGNORED` where a
-        patch has none. A patch shows what covers its centre, or the dot whose centre lies on it.
+        Classes `(GRID * GRID, 4)`: index into `NAMES`, colour, letter, position of the letter on its sign; `IGNORED`
+        where a patch has none. A patch shows the object at its centre, or the dot whose centre is on the patch.
     """
     targets = np.full((GRID, GRID, len(NUM_CLASSES)), IGNORED, np.int64)
     targets[..., 0] = NAMES.index(scene.background)
@@ -160,7 +160,7 @@ def patch_targets(scene: Scene) -> torch.Tensor:
 
 
 def questions(scene: Scene) -> dict[str, tuple[list[str], list[str]]]:
-    """The question of every task and its answer, both in words of `VOCABULARY`."""
+    """Question and answer of every task, both in words of `VOCABULARY`."""
     shape, sign, *dots = scene.things
     return {
         "read": (["read"], list(sign.text)),

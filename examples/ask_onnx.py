@@ -1,4 +1,4 @@
-"""Answers a question about an image by onnxruntime, on the folder that `flashsloth onnx` wrote.
+"""Answers a question about an image with onnxruntime, using the graphs of `flashsloth onnx`.
 
 flashsloth onnx . runs/onnx
 python examples/ask_onnx.py runs/onnx examples/scene.png "Read the sign."
@@ -16,11 +16,11 @@ from transformers import AutoProcessor
 
 
 class OnnxFlashSloth:
-    """The three graphs, and greedy decoding with them.
+    """Greedy decoding with the three ONNX graphs.
 
     Args:
-        folder: What `flashsloth onnx` wrote.
-        providers: Where onnxruntime is to run, in order of preference.
+        folder: Output folder of `flashsloth onnx`.
+        providers: Execution providers of onnxruntime, in order of preference.
     """
 
     def __init__(self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
@@ -36,11 +36,11 @@ class OnnxFlashSloth:
         """Answer prompts by greedy decoding.
 
         Args:
-            inputs: What the processor gave, as arrays, padded on the left.
-            max_new_tokens: Longest answer, in tokens.
+            inputs: Outputs of the processor as NumPy arrays, with left padding.
+            max_new_tokens: Maximum length of an answer, in tokens.
 
         Returns:
-            Ids of the answers, `(batch, num_new_tokens)`; an answer that has ended goes on with its last token.
+            Token ids of the answers, `(batch, num_new_tokens)`; a finished answer is padded with its last token.
         """
         ids, mask, tiles = self._prepare(inputs)
         patch_features, image_tokens = self.vision.run(None, {"pixel_values": tiles})
@@ -54,7 +54,7 @@ class OnnxFlashSloth:
         return answers
 
     def _prepare(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, mask and tiles; the graphs need one tile, and room for it in the prompt, where there is no image."""
+        """Ids, mask and tiles. The graphs need at least one tile: prompts without images get a masked one."""
         ids, mask, tiles = (inputs.get(name) for name in ("input_ids", "attention_mask", "pixel_values"))
         if tiles is not None:
             return ids, mask, tiles
@@ -74,8 +74,8 @@ class OnnxFlashSloth:
 def main() -> None:
     """Answer one question."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="what `flashsloth onnx` wrote")
-    parser.add_argument("image", help="a file or an http(s) URL")
+    parser.add_argument("folder", help="output folder of `flashsloth onnx`")
+    parser.add_argument("image", help="file or http(s) URL")
     parser.add_argument("question")
     args = parser.parse_args()
     processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True)

@@ -1,15 +1,15 @@
-"""Asks a question about every image of a folder or a listing, on one process or, with torchrun, on many.
+"""Answers a question about every image of a folder or listing, in one process or, with torchrun, in several.
 
     python examples/caption.py photos --question "Describe the picture." --output captions
     torchrun --nproc_per_node 8 examples/caption.py listing.jsonl --question "Describe the picture." --output captions
 
-Images come from a folder, with the folders in it, or from the column `image` of a `.json`, `.jsonl` or `.parquet`
-file or of a data set; there, a column `question` goes before `--question`. `answers.jsonl` has one line for every row,
-in order; where an image could not be read it has an `error` instead of an `answer`, and `errors.jsonl` has it as well.
+Images come from a folder, including its subfolders, or from the column `image` of a `.json`, `.jsonl` or `.parquet`
+file or of a data set; a column `question` there overrides `--question`. `answers.jsonl` has one line per row, in order.
+For an image that cannot be read, the line has an `error` instead of an `answer` and is also written to `errors.jsonl`.
 
-The processes share nothing but the output folder: batch n belongs to process n modulo their number, and each appends
-the batches that it has answered to a file of its own, one line each. A run that was stopped or killed goes on where it
-was, with any number of processes, when it is started again; whoever finds the last batch done writes the answers.
+The processes share only the output folder. Batch n belongs to process n modulo their number, and each process appends
+its answered batches to its own file, one line each. Start an interrupted run again to resume it, with any number of
+processes; the process that finds the last batch done writes the answers.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from flashsloth.training.data import PLACEHOLDER, Rows
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[1]
-TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # a name that is not UTF-8 becomes an escape, as in JSON
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # escapes file names that are not UTF-8, as JSON does
 NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SETTINGS = ("model", "question", "batch_size", "max_new_tokens", "do_image_splitting")
 
@@ -49,9 +49,9 @@ class Batch(NamedTuple):
     """Consecutive rows of the source.
 
     Attributes:
-        number: Which batch it is, from 0.
-        rows: What the output says of every row; an answer is still to come where there is no error.
-        inputs: What the processor made of the rows without error; `None` if there are none.
+        number: Index of the batch.
+        rows: Output rows; those without an error get an answer later.
+        inputs: Model inputs of the rows without an error; `None` if there are none.
     """
 
     number: int
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 
 
 class Images:
-    """Names of images, as records."""
+    """Image file names as records."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -73,14 +73,14 @@ class Images:
 
 
 class Batches(Dataset):
-    """Batches that are still to be answered; images are read when a batch is asked for.
+    """Unanswered batches, whose images are read on access.
 
     Args:
         source: Rows with a column `image`.
-        folder: What relative paths of images are relative to.
-        processor: Makes inputs of images and questions.
-        options: The command line.
-        numbers: Which batches.
+        folder: Base folder of relative image paths.
+        processor: Converts images and questions to model inputs.
+        options: Command-line options.
+        numbers: Indices of the batches.
     """
 
     def __init__(
@@ -104,21 +104,21 @@ class Batches(Dataset):
             row: dict[str, Any] = {"row": index}
             try:
                 conversations.append(self._read(self.source.record(index), row))
-            except Exception as error:  # an image may be broken in any way
+            except Exception as error:  # broken images raise errors of many classes
                 row["error"] = str(error) or type(error).__name__
             rows.append(row)
         return Batch(number, rows, self._prepare(conversations) if conversations else None)
 
     def _read(self, record: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Make a conversation of a record, and note in the row of the output what it is about."""
+        """Convert a record to a conversation, and copy its id, question and image name to the output row."""
         row |= {name: record[name] for name in ("id", "question") if record.get(name) is not None}
         if not isinstance(row.get("question", ""), str):
-            raise TypeError(f"a question must be a string, but is {row['question']!r}")
+            raise TypeError(f"question must be a string, but is {row['question']!r}")
         if isinstance(record.get("image"), str):
             row["image"] = record["image"]
         wanted = {name: record[name] for name in ("image", "error") if name in record}
         wanted["caption"] = row.get("question", self.options.question).replace(PLACEHOLDER, "").strip()
-        wanted["caption"].encode()  # raises for half a character, which no tokenizer takes
+        wanted["caption"].encode()  # raises for a lone surrogate, which tokenizers do not accept
         asked = normalize_row(wanted, image_folder=self.folder)
         content = [{"type": "image", "image": self._load(image)} for image in asked["image"]]
         return [{"role": "user", "content": [*content, {"type": "text", "text": asked["caption"]}]}]
@@ -128,28 +128,19 @@ class Batches(Dataset):
         return image_processor.process_image(image_processor.fetch_images(image))
 
     def _prepare(self, conversations: list) -> BatchFeature:
-        return self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={
-                "padding": True,
-                "images_kwargs": {"do_image_splitting": self.options.do_image_splitting},
-            },
-        )
+        images_kwargs = {"do_image_splitting": self.options.do_image_splitting}
+        return self.processor.encode_conversations(conversations, padding=True, images_kwargs=images_kwargs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer what is not yet answered.
+    """Answer all unanswered batches.
 
     Args:
-        arguments: Command-line arguments. Default: the process's.
+        arguments: Command-line arguments. Default: those of the process.
     """
     options = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logger.setLevel(logging.INFO)  # this script's own lines only, not those of every download
+    logger.setLevel(logging.INFO)  # for this script only; other libraries log every download
     state = PartialState(cpu=not torch.accelerator.is_available())
     if not state.is_local_main_process:
         disable_progress_bar()
@@ -160,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     num_batches = -(-len(source) // options.batch_size)
     done = find_batches(parts)
     was_whole = len(done) == num_batches
-    state.wait_for_everyone()  # all have seen the same beginning
+    state.wait_for_everyone()  # so that all processes find the same batches done
     mine = range(state.process_index, num_batches, state.num_processes)
     if numbers := [number for number in mine if number not in done]:
         processor = FlashSlothProcessor.from_pretrained(options.model)
@@ -176,9 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_rows, num_errors = merge(options.output, done)
         is_first = state.is_main_process if was_whole else claim(parts, done)
         if is_first or state.num_processes == 1:
-            logger.info("%s: %d rows, %d of them with errors", options.output / "answers.jsonl", num_rows, num_errors)
+            logger.info("%s: %d rows, %d with errors", options.output / "answers.jsonl", num_rows, num_errors)
     elif state.is_main_process:
-        logger.info("%d of %d batches are answered; the other processes go on", len(done), num_batches)
+        logger.info("%d of %d batches are done; other processes are still running", len(done), num_batches)
     state.destroy_process_group()
 
 
@@ -186,10 +177,10 @@ def open_source(source: Path) -> tuple[Rows, Path]:
     """Open a folder of images or a listing.
 
     Returns:
-        Its records, by number, and what their paths are relative to.
+        Its rows, and the base folder of their image paths.
 
     Raises:
-        ValueError: If there is nothing in it.
+        ValueError: If there are no rows.
     """
     is_folder = source.is_dir() and not any(source.rglob("*.parquet"))
     if is_folder:
@@ -199,7 +190,7 @@ def open_source(source: Path) -> tuple[Rows, Path]:
     else:
         rows = load_rows(source)
     if not len(rows):
-        raise ValueError(f"There are no images in {source}.")
+        raise ValueError(f"Found no images in {source}.")
     return rows, source if source.is_dir() else source.parent
 
 
@@ -207,7 +198,7 @@ def open_source(source: Path) -> tuple[Rows, Path]:
 def answer(
     batch: Batch, model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, max_new_tokens: int
 ) -> Batch:
-    """Write the answers into the rows of a batch."""
+    """Add the answers to the rows of a batch."""
     if batch.inputs is not None:
         inputs = batch.inputs.to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -219,7 +210,7 @@ def answer(
 
 
 def append(part: Path, batches: Iterable[Batch]) -> None:
-    """Write batches to a new file as they come, each on disk before the next one begins."""
+    """Write batches to a new file; each is on disk before the next one is computed."""
     with part.open("x", **TEXT) as file:
         for batch in batches:
             file.write(json.dumps({"batch": batch.number, "rows": batch.rows}, ensure_ascii=False) + "\n")
@@ -228,20 +219,20 @@ def append(part: Path, batches: Iterable[Batch]) -> None:
 
 
 def find_batches(parts: Path) -> dict[int, tuple[Path, int]]:
-    """Where the answered batches stand: file and first byte, by number."""
+    """Find the answered batches: file and byte offset by index."""
     places: dict[int, tuple[Path, int]] = {}
     for part in sorted(parts.glob("*.jsonl")):
         with part.open("rb") as lines:
             start = 0
             for line in lines:
-                with contextlib.suppress(ValueError):  # the last line of a process that was killed
+                with contextlib.suppress(ValueError):  # a killed process leaves an incomplete last line
                     places.setdefault(json.loads(line)["batch"], (part, start))
                 start += len(line)
     return places
 
 
 def merge(output: Path, places: dict[int, tuple[Path, int]]) -> tuple[int, int]:
-    """Write `answers.jsonl` and `errors.jsonl`, in the order of the source; whole, or not at all.
+    """Write `answers.jsonl` and `errors.jsonl` in the order of the source, each replaced atomically.
 
     Returns:
         Number of rows, and of rows with errors.
@@ -261,7 +252,7 @@ def merge(output: Path, places: dict[int, tuple[Path, int]]) -> tuple[int, int]:
 
 
 def claim(parts: Path, places: dict[int, tuple[Path, int]]) -> bool:
-    """Whether this process is the first that finds these batches done; of several that do at once, one is."""
+    """Whether this process is the first to find these batches done; true for exactly one of several at once."""
     names = sorted({part.name for part, _ in places.values()})
     try:
         (parts / f"done-{hashlib.sha256(''.join(names).encode()).hexdigest()[:16]}").touch(exist_ok=False)
@@ -277,7 +268,7 @@ def _read_batch(part: Path, start: int) -> dict[str, Any]:
 
 
 def _check_settings(options: argparse.Namespace, source: Rows) -> None:
-    """Refuse to mix what different images, questions or models gave; batches are known by number only."""
+    """Reject an output folder of other images, questions or models: only the index identifies a batch."""
     settings = {"num_rows": len(source), "source": _identify(options.source, source)}
     settings |= {name: getattr(options, name) for name in SETTINGS}
     file = options.output / "settings.json"
@@ -288,13 +279,13 @@ def _check_settings(options: argparse.Namespace, source: Rows) -> None:
     known = json.loads(file.read_text(encoding="utf-8"))
     if changed := sorted(name for name in settings if settings[name] != known.get(name)):
         raise ValueError(
-            f"{options.output} has answers of a run with another {', '.join(changed)} (see {file}); name another "
-            "output folder, or go on with what it says."
+            f"{options.output} has answers of a run with a different {', '.join(changed)} (see {file}); choose another "
+            "output folder, or use the same settings."
         )
 
 
 def _identify(path: Path, source: Rows) -> str:
-    """What tells a source from others: where it is, the names of its images, or when its files changed."""
+    """Hash of a source's path and of its image names, or of the size and modification time of its files."""
     names = getattr(source.records, "names", None)
     known = [str(path.resolve() if path.exists() else path), *(names or [])]
     if names is None:
@@ -306,19 +297,21 @@ def _identify(path: Path, source: Rows) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", type=Path, help="folder of images; .json, .jsonl or .parquet file; data set")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the answers, common to all processes")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the answers, shared by all processes")
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: the shipped checkpoint)")
     parser.add_argument("--question", default="Describe the picture.", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per batch (default: %(default)s)")
     parser.add_argument(
-        "--hd", dest="do_image_splitting", action="store_const", const=True, help="read images as five tiles"
+        "--max-new-tokens", type=int, default=128, help="maximum length of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--hd", dest="do_image_splitting", action="store_const", const=True, help="split every image into five tiles"
     )
     parser.add_argument(
         "--loaders",
         type=int,
         default=min(2, NUM_CPUS),
-        help="processes that read images ahead of a model (default: %(default)s)",
+        help="worker processes that read images (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 

@@ -1,9 +1,8 @@
-"""A chat about an image in the browser, which shows what the model looked at. It is also the `app.py` of a Space.
+"""A browser chat about an image, with heat maps of what the model looked at. Also works as the `app.py` of a Space.
 
 python examples/demo.py [--model FOLDER_OR_ID]
 
-An image is encoded once, whatever the number of questions. Nothing is fetched from other hosts but the model, if it is
-given by a Hub id.
+An image is encoded once for any number of questions. The demo downloads nothing except a model given by its Hub id.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # which would keep visitors' images, and talk to the Hub
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # it would store visitors' images and contact the Hub
 
 import torch
 from PIL import Image
@@ -24,7 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 import flashsloth
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.cli import SHIPPED_CHECKPOINT_NOTE
-from flashsloth.cli.devices import working_dtype
+from flashsloth.cli.devices import default_device, working_dtype
 from flashsloth.image_processing_flashsloth import IMAGE_ERRORS
 from flashsloth.saliency_flashsloth import overlay
 
@@ -35,19 +34,19 @@ except ImportError as error:
 
 SHIPPED_CHECKPOINT = Path(flashsloth.__file__).parent
 MAX_NEW_TOKENS = 512
-MAX_QUESTION_LENGTH = 100_000  # characters; a question that the model can read is shorter
+MAX_QUESTION_LENGTH = 100_000  # characters; rejects texts that would take long to tokenize and exceed the context
 MAX_FILE_SIZE = "32mb"
-PROGRAMS = ("EPS",)  # formats of which Pillow has another program make an image
-SHOWN_SIDE = 640  # pixels of the longer side of a heat map
-DELETE_FILES = (600, 3600)  # seconds: how often, and how old an upload or a map must be
+PROGRAMS = ("EPS",)  # formats that Pillow renders with an external program
+SHOWN_SIDE = 640  # pixels, of the longer side of a heat map
+DELETE_FILES = (600, 3600)  # seconds: interval of the cleanup, and minimum age of the files that it deletes
 SECONDS_TO_STOP = 30
-SHOWN_LENGTH = 300  # characters of a refused question
+SHOWN_LENGTH = 300  # characters, of a rejected question
 SYSTEM_FONTS = ("system-ui", "sans-serif")
-VIEWS = ("What the answer depends on", "Where the queries looked", "How patches were pooled")
+VIEWS = ("What the answer depends on", "What the queries attended to", "How patches were pooled")
 EXPLANATION = """
-One map for each way from the image to the answer: the **answer** depends on the glowing patches most (gradient of its
-probability), the **queries** behind the question read them (attention of the Embedded Query module), and **pooling**
-took them into the image tokens, whatever the question.
+Bright patches are those that the **answer** depends on most (gradient of its probability), that the **queries** after
+the question attended to most (attention of the Embedded Query module), and that **pooling** gave the largest weight in
+the image tokens, whatever the question.
 """
 EXAMPLES = [
     ("scene.png", "Read the sign."),
@@ -69,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 class Turn(NamedTuple):
-    """A question, its answer, and the image with what the model looked at, one for each of `VIEWS`."""
+    """A question, its answer, and a heat map over the image for each of `VIEWS`."""
 
     question: str
     answer: str
@@ -77,25 +76,25 @@ class Turn(NamedTuple):
 
 
 class Page(gr.Blocks):
-    """A page that reads no file but what visitors have uploaded.
+    """A page that reads only files that visitors have uploaded.
 
-    Gradio itself reads any path of the server that comes without its mark, `meta`, and downloads what comes as a URL.
+    Gradio itself reads any server path that a request names without Gradio's marker `meta`, and downloads any URL.
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Check the files among the inputs of an event before anything reads them.
+        """Check all files in the inputs of an event before they are read.
 
         Raises:
-            gr.Error: If one was not uploaded.
+            gr.Error: If a file was not uploaded.
         """
         folder = Path(self.GRADIO_CACHE).resolve()
         if not all(_is_in(folder, path) for path in _paths(inputs)):
-            raise gr.Error("This file was not uploaded here. Please upload it.", print_exception=False)
+            raise gr.Error("This file was not uploaded. Please upload it first.", print_exception=False)
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
 def _paths(node: Any) -> Iterator[Any]:
-    """Everything in the data of a request that could be taken for the path of a file."""
+    """All values in a request's data that could be interpreted as file paths."""
     if isinstance(node, dict):
         if node.get("path") is not None:
             yield node["path"]
@@ -108,12 +107,12 @@ def _paths(node: Any) -> Iterator[Any]:
 def _is_in(folder: Path, path: Any) -> bool:
     try:
         return Path(path).resolve().is_relative_to(folder)
-    except (TypeError, ValueError, OSError):  # no path at all
+    except (TypeError, ValueError, OSError):  # not a path
         return False
 
 
 class ImageInput(gr.Image):
-    """An image to upload or to take, in its own mode; what is no image is refused in words."""
+    """An image input that keeps the image's mode, and shows a message for files that are not images."""
 
     is_template = True  # the browser sees a gr.Image
 
@@ -129,15 +128,16 @@ class ImageInput(gr.Image):
                 if image.format in PROGRAMS:
                     raise ValueError(image.format)
                 image.load()
-                image.filename = ""  # the server's, which errors would show
+                image.filename = ""  # a server path, which error messages would show
         except IMAGE_ERRORS as error:
-            text = "This file is not an image that can be read. Please choose another one."
-            raise gr.Error(text, print_exception=False) from error
+            raise gr.Error(
+                "This file cannot be read as an image. Please choose another one.", print_exception=False
+            ) from error
         return image
 
 
 class StopWhen(StoppingCriteria):
-    """Ends an answer as soon as an event is set."""
+    """Ends generation as soon as an event is set."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -148,7 +148,7 @@ class StopWhen(StoppingCriteria):
 
 
 class Answering(threading.Thread):
-    """Generates in a thread of its own, while `streamer` is read."""
+    """Generates in a separate thread, while `streamer` is read."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class Answering(threading.Thread):
         self.is_shown = threading.Event()
 
     def run(self) -> None:
-        """Generate; what goes wrong is kept for whoever reads."""
+        """Generate, and store an error for the reader of the stream."""
         try:
             self.output = self.model.generate(
                 **self.inputs,
@@ -183,12 +183,12 @@ class Answering(threading.Thread):
 
 
 class Sampling(NamedTuple):
-    """How words are chosen.
+    """Generation settings.
 
     Attributes:
-        temperature: 0 always takes the likeliest word.
-        top_p: Only the likeliest words are drawn from, which together have this probability.
-        max_new_tokens: Longest answer.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        top_p: Sample from the most likely tokens whose probabilities sum to this.
+        max_new_tokens: Maximum length of an answer.
     """
 
     temperature: float
@@ -196,7 +196,7 @@ class Sampling(NamedTuple):
     max_new_tokens: int
 
     def options(self, room: int) -> dict[str, Any]:
-        """Arguments of `generate`, with `room` tokens left for the answer."""
+        """Arguments of `generate` for an answer of at most `room` tokens."""
         options: dict[str, Any] = {"max_new_tokens": min(int(self.max_new_tokens), room)}
         if self.temperature > 0:
             return {**options, "do_sample": True, "temperature": float(self.temperature), "top_p": float(self.top_p)}
@@ -204,12 +204,12 @@ class Sampling(NamedTuple):
 
 
 class Demo:
-    """The chat, for any number of visitors.
+    """The chat, for any number of concurrent visitors.
 
     Args:
         model: A FlashSloth.
         processor: Its processor.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Maximum length of an answer.
     """
 
     def __init__(
@@ -233,10 +233,10 @@ class Demo:
         turns: list[Turn],
         request: gr.Request,
     ) -> Iterator[tuple]:
-        """Answer a question while the answer grows; then show what the model looked at.
+        """Stream the answer to a question, then show its heat maps.
 
         Yields:
-            Chat, question box, stop button, turns, choice of question, and the views.
+            Chat, question box, stop button, turns, choice of question, and the heat maps.
         """
         question = (question or "").strip()
         if image is None or not question:
@@ -248,7 +248,7 @@ class Demo:
             inputs = self.images(self._inputs(image, question, splitting, turns))
             options = Sampling(temperature, top_p, max_new_tokens).options(self._room(inputs))
         except ValueError as error:  # such as an image of 70000 x 1 pixels, or a question that is too long
-            yield _refused(turns, question, str(error))
+            yield _rejected(turns, question, str(error))
             return
         answering = Answering(
             self.model,
@@ -262,11 +262,11 @@ class Demo:
         self.answering[request.session_hash] = answering
         try:
             yield from self._show(question, turns, answering)
-            yield _unchanged()  # Gradio sends the last update twice, and the chat may have been emptied meanwhile
-            if answering.is_unwanted:  # the browser may draw the emptied chat before the last words of the answer
-                chat, *others = _emptied()
+            yield _unchanged()  # Gradio sends the last update twice, and the chat may have been cleared meanwhile
+            if answering.is_unwanted:  # the browser may show the end of the answer after the cleared chat
+                chat, *others = _cleared()
                 yield (chat, gr.skip(), _stop_button(False), *others)
-        finally:  # also if the visitor went away
+        finally:  # also if the visitor has left
             answering.stop.set()
             answering.join()
             self.answering.pop(request.session_hash, None)
@@ -288,9 +288,9 @@ class Demo:
             if answering.error is not None:
                 raise answering.error
             views = self._views(answering)
-        except Exception:  # its words may name the server's folders
+        except Exception:  # the message may contain server paths
             logger.exception("A question could not be answered.")
-            yield _refused(turns, question, "The model could not answer. Please try again, or ask something else.")
+            yield _rejected(turns, question, "The model could not answer. Please try again, or ask something else.")
             return
         turns = [*turns, Turn(question, answer.strip(), views)]
         names = [f"{number}. {turn.question}" for number, turn in enumerate(turns, start=1)]
@@ -298,50 +298,47 @@ class Demo:
         yield (_chat(turns), gr.skip(), _stop_button(False), turns, choice, *turns[-1].views)
 
     def stop(self, request: gr.Request) -> None:
-        """End the answer that a visitor is waiting for."""
+        """Stop the visitor's current answer."""
         answering = self.answering.get(request.session_hash)
         if answering is not None:
             answering.stop.set()
 
     def clear(self, request: gr.Request) -> list[Any]:
-        """Forget everything: the image and what is typed as well."""
-        return [None, "", *self.begin_anew(request)]
+        """Clear the chat, the image and the question box."""
+        return [None, "", *self.clear_chat(request)]
 
-    def begin_anew(self, request: gr.Request) -> list[Any]:
-        """Forget the answer that a visitor is waiting for, if any; gives an empty chat, when nothing of it can come."""
+    def clear_chat(self, request: gr.Request) -> list[Any]:
+        """Clear the chat, after stopping and discarding the visitor's current answer, if any."""
         answering = self.answering.get(request.session_hash)
         if answering is not None:
             answering.is_unwanted = True
             answering.stop.set()
             answering.is_shown.wait(timeout=SECONDS_TO_STOP)
-        return _emptied()
+        return _cleared()
 
-    def look_at(self, image: Image.Image | None, request: gr.Request) -> list[Any]:
-        """Begin anew with another image; a visitor may be quicker, and have asked about it before this is called."""
+    def change_image(self, image: Image.Image | None, request: gr.Request) -> list[Any]:
+        """Clear the chat for a new image, unless the visitor has already asked about that image."""
         answering = self.answering.get(request.session_hash)
         if answering is not None and answering.image == image:
             return [gr.skip() for _ in range(3 + len(VIEWS))]
-        return self.begin_anew(request)
+        return self.clear_chat(request)
 
     def _inputs(self, image: Image.Image, question: str, splitting: bool, turns: list[Turn]) -> dict[str, Any]:
         if len(question) > MAX_QUESTION_LENGTH:
-            raise ValueError(f"This question has {len(question)} characters; the model cannot read so many.")
+            raise ValueError(
+                f"This question is too long: it has {len(question)} characters, and {MAX_QUESTION_LENGTH} are allowed. "
+                "Please shorten it."
+            )
         messages = []
         for text, *answer in [*((turn.question, turn.answer) for turn in turns), (question,)]:
             messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
             messages += [{"role": "assistant", "content": [{"type": "text", "text": part}]} for part in answer]
         messages[0]["content"].insert(0, {"type": "image", "image": image})
-        return self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"images_kwargs": {"do_image_splitting": splitting}},
-        ).to(self.model.device, self.model.dtype)
+        inputs = self.processor.encode_conversations(messages, images_kwargs={"do_image_splitting": splitting})
+        return inputs.to(self.model.device, self.model.dtype)
 
     def _room(self, inputs: dict[str, Any]) -> int:
-        """Tokens that are left for the answer.
+        """Number of tokens left for the answer.
 
         Raises:
             ValueError: If there are none.
@@ -350,8 +347,8 @@ class Demo:
         num_positions = self.model.config.text_config.max_position_embeddings
         if num_tokens >= num_positions:
             raise ValueError(
-                f"This conversation is longer than the model can read: it has {num_tokens} tokens, and with the answer "
-                f"{num_positions} are possible. Please shorten the question, or press Clear and begin a new chat."
+                f"This conversation is too long: it has {num_tokens} tokens, and the model can process {num_positions} "
+                "including the answer. Please shorten the question, or press Clear to start a new chat."
             )
         return num_positions - num_tokens
 
@@ -365,16 +362,16 @@ class Demo:
         return [overlay(shown, heat) for heat in (answered[0], looked.questions[-1][0], looked.pooling[0])]
 
     def _about(self) -> str:
-        """What this is, and which model answers."""
+        """Description of the demo, and the model's name."""
         name = self.model.name_or_path
         if Path(name).resolve() == SHIPPED_CHECKPOINT.resolve():
             model = f"FlashSloth's shipped checkpoint. {SHIPPED_CHECKPOINT_NOTE}"
         else:
             model = f"{Path(name).resolve().name if Path(name).is_dir() else name}."
-        return f"Ask about an image, and see what the model looked at.  \n**Model**: {model}"
+        return f"Ask a question about an image, and see what the model looked at.  \n**Model**: {model}"
 
     def build(self) -> gr.Blocks:
-        """Lay out the page."""
+        """Build the page."""
         with Page(title="FlashSloth", analytics_enabled=False, delete_cache=DELETE_FILES) as page:
             turns = gr.State([])
             gr.Markdown("# FlashSloth")
@@ -385,7 +382,7 @@ class Demo:
                         type="pil",
                         image_mode=None,
                         sources=["upload", "webcam", "clipboard"],
-                        webcam_options=gr.WebcamOptions(mirror=False),  # or signs could not be read
+                        webcam_options=gr.WebcamOptions(mirror=False),  # mirrored text would be unreadable
                         label="Image",
                         height=340,
                         elem_id="image",
@@ -393,7 +390,7 @@ class Demo:
                 with gr.Column(min_width=300):
                     chat = gr.Chatbot(height=340, label="Chat", feedback_options=None, buttons=[], elem_id="chat")
             question = gr.Textbox(
-                placeholder="Ask about the image …",
+                placeholder="Ask a question about the image …",
                 label="Question",
                 show_label=False,
                 max_lines=4,
@@ -410,36 +407,36 @@ class Demo:
                 gr.Examples(examples, [image, question], elem_id="examples", api_visibility="private")
             choice, views = _views_of_answers()
 
-            emptied = [chat, turns, choice, *views]
+            cleared = [chat, turns, choice, *views]
             quiet = {"show_progress": "hidden", "api_visibility": "private"}
             asked = [send.click, question.submit]
             shown = [chat, question, stop, turns, choice, *views]
             gr.on(asked, self.ask, [image, question, *settings, turns], shown, **quiet)
             stop.click(self.stop, queue=False, **quiet)
-            clear.click(self.clear, None, [image, question, *emptied], **quiet)
-            chat.clear(self.begin_anew, None, emptied, **quiet)
-            image.change(self.look_at, image, emptied, **quiet)
-            image.upload(lambda image: None, image, None, **quiet)  # refuses what is no image
+            clear.click(self.clear, None, [image, question, *cleared], **quiet)
+            chat.clear(self.clear_chat, None, cleared, **quiet)
+            image.change(self.change_image, image, cleared, **quiet)
+            image.upload(lambda image: None, image, None, **quiet)  # rejects files that are not images
             choice.input(lambda index, turns: turns[index].views, [choice, turns], views, **quiet)
         return page
 
     def _settings(self) -> list[gr.components.Component]:
-        """Lay out what a visitor may set: the tiles, and how words are chosen."""
+        """Build the inputs for image splitting and sampling."""
         defaults = self.model.generation_config
         splitting = gr.Checkbox(
             self.processor.image_processor.do_image_splitting,
-            label="Look closer",
-            info="Reads small print and finds small things; takes longer.",
-            elem_id="high",
+            label="High resolution",
+            info="Splits the image into five tiles: better for small text and details, but slower.",
+            elem_id="splitting",
         )
-        with gr.Accordion("How words are chosen", open=False, elem_id="sampling"):
+        with gr.Accordion("Sampling", open=False, elem_id="sampling"):
             temperature = gr.Slider(
                 0,
                 2,
                 (defaults.temperature or 1) if defaults.do_sample else 0,
                 step=0.05,
                 label="Temperature",
-                info="0 always takes the likeliest word; more is more various, and less reliable.",
+                info="0: always the most likely word. Higher values: more varied, but less reliable.",
                 elem_id="temperature",
             )
             top_p = gr.Slider(
@@ -448,24 +445,29 @@ class Demo:
                 defaults.top_p or 1,
                 step=0.05,
                 label="Top-p",
-                info="With a temperature above 0: leaves out unlikely words.",
+                info="With a temperature above 0: lower values exclude unlikely words.",
                 elem_id="top-p",
             )
             length = gr.Slider(
-                1, self.max_new_tokens, self.max_new_tokens, step=1, label="Longest answer, in tokens", elem_id="length"
+                1,
+                self.max_new_tokens,
+                self.max_new_tokens,
+                step=1,
+                label="Maximum answer length, in tokens",
+                elem_id="length",
             )
         return [splitting, temperature, top_p, length]
 
 
 def _views_of_answers() -> tuple[gr.Dropdown, list[gr.Image]]:
-    """Lay out the choice of a question, and what the model looked at for it."""
+    """Build the choice of a question, and its heat maps."""
     gr.Markdown("## What the model looked at")
     choice = gr.Dropdown([], type="index", label="Question", visible=False, elem_id="choice")
     views = []
     with gr.Row():
         for number, name in enumerate(VIEWS):
             with gr.Column(min_width=240):
-                gr.Markdown(f"**{name}**")  # a label of the image would hide its corner
+                gr.Markdown(f"**{name}**")  # the image's own label would cover its corner
                 view = gr.Image(
                     label=name,
                     show_label=False,
@@ -478,7 +480,7 @@ def _views_of_answers() -> tuple[gr.Dropdown, list[gr.Image]]:
     return choice, views
 
 
-def _emptied() -> list[Any]:
+def _cleared() -> list[Any]:
     return [[], [], gr.Dropdown([], visible=False), *(None for _ in VIEWS)]
 
 
@@ -486,8 +488,8 @@ def _unchanged() -> tuple:
     return tuple(gr.skip() for _ in range(5 + len(VIEWS)))
 
 
-def _refused(turns: list[Turn], question: str, reason: str) -> tuple:
-    """Show why a question has no answer; it stays in its box to be mended, and is not part of the conversation."""
+def _rejected(turns: list[Turn], question: str, reason: str) -> tuple:
+    """Show why a question has no answer. It stays in its box for correction, and is not part of the conversation."""
     shown = question if len(question) <= SHOWN_LENGTH else f"{question[:SHOWN_LENGTH]} …"
     return (
         _chat(turns, shown, f"⚠️ {reason}"),
@@ -507,7 +509,7 @@ def _chat(turns: list[Turn], *last: str) -> list[dict[str, str]]:
 
 
 def launch(demo: Demo, **kwargs: Any) -> gr.Blocks:
-    """Serve the demo; see `gr.Blocks.launch`. Its fonts are those of the visitor's system."""
+    """Serve the demo with the visitor's system fonts; see `gr.Blocks.launch`."""
     page = demo.build()
     theme = gr.themes.Default(font=SYSTEM_FONTS, font_mono=("monospace",))
     options = {"max_file_size": MAX_FILE_SIZE, "enable_monitoring": False, "show_error": False}
@@ -516,15 +518,19 @@ def launch(demo: Demo, **kwargs: Any) -> gr.Blocks:
 
 
 def main() -> None:
-    """Load the model, and serve the demo until it is interrupted."""
+    """Load the model, and serve the demo until interrupted."""
     parser = argparse.ArgumentParser(description="Chat about an image in the browser.")
-    parser.add_argument("--model", default=str(SHIPPED_CHECKPOINT), help="folder or Hub id (default: the shipped one)")
-    parser.add_argument("--host", help="address to serve on (default: this machine only); 0.0.0.0 for all")
+    parser.add_argument(
+        "--model", default=str(SHIPPED_CHECKPOINT), help="folder or Hub id (default: the shipped checkpoint)"
+    )
+    parser.add_argument("--host", help="address to serve on (default: localhost only); 0.0.0.0 for all interfaces")
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="ask Gradio for a public address")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer")
+    parser.add_argument("--share", action="store_true", help="create a public Gradio link")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="maximum length of an answer (default: %(default)s)"
+    )
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     model = FlashSlothForConditionalGeneration.from_pretrained(options.model, dtype=working_dtype(device)).to(device)
     demo = Demo(model, FlashSlothProcessor.from_pretrained(options.model), options.max_new_tokens)
     launch(demo, server_name=options.host, server_port=options.port, share=options.share)

@@ -1,14 +1,14 @@
-"""Trains a FlashSloth by the recipe of the paper, on one device or, with torchrun or accelerate, on many.
+"""Trains a FlashSloth with the paper's recipe, on one device or, with torchrun or accelerate, on several.
 
     python examples/finetune.py examples/recipes/stage1.yaml --model_name_or_path MODEL \
         --train_data captions.json --output_dir stage1
     torchrun --nproc_per_node 8 examples/finetune.py examples/recipes/stage2.yaml --model_name_or_path stage1 \
         --train_data conversations.json --output_dir stage2 --learning_rate 1e-5
 
-A recipe is a file of arguments; the command line overrides it, and `--help` lists them. MODEL is a folder or Hub id of
-any FlashSloth: made by `flashsloth init`, converted, trained before, or an original release as it is. A run that was
-stopped goes on where it was when it is started again; when it ends, the output folder is a complete model repository.
-With `--check_data`, the rows are read as training would, bad and long ones are listed, and nothing is trained.
+A recipe is a file of arguments; the command line overrides it, and `--help` lists all arguments. MODEL is a folder or
+Hub id of any FlashSloth: made by `flashsloth init`, converted, trained before, or an original release. Start an
+interrupted run again to resume it. At the end, the output folder is a complete model repository. `--check_data` reads
+all rows as training would, lists bad and long ones, and trains nothing.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -39,7 +40,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.cli import EXIT_ERROR, CommandError, check_model, first_line
 from flashsloth.cli.model_card import build_model_card
-from flashsloth.cli.weight_files import SAFETENSORS_DTYPES, find_weight_files, read_tensor_infos
 from flashsloth.training import BadRowError, FlashSlothDataCollator, check_rows, load_rows
 from flashsloth.training.lora import LORA_TARGET_MODULES, UNQUANTIZED_MODULES
 from flashsloth.training.recipe import FlashSlothTrainer, freeze_for_stage
@@ -52,19 +52,19 @@ USAGE = (
     "%(prog)s [RECIPE.yaml ...] --model_name_or_path MODEL --train_data DATA --output_dir FOLDER [--ARGUMENT VALUE ...]"
 )
 NUM_LONGEST = 5  # rows that --check_data lists
-CHECKPOINTING_NAMES = ("gradient_checkpointing", "activation_checkpointing")  # before transformers 5.24, and since
+CHECKPOINTING_NAMES = ("gradient_checkpointing", "activation_checkpointing")  # before and since transformers 5.24
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError)
 
 
 class UsageError(ValueError):
-    """What the arguments must say otherwise; shown as it is, without a traceback."""
+    """An error in the arguments, shown without a traceback."""
 
 
 class Parser(HfArgumentParser):
-    """A parser that says what is wrong, without all arguments before it."""
+    """A parser whose errors do not print the long usage of all arguments."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
+        """Reject the command line.
 
         Raises:
             UsageError: Always.
@@ -74,85 +74,85 @@ class Parser(HfArgumentParser):
 
 @dataclass
 class ModelArguments:
-    """Which model, and what of it trains."""
+    """The model, and which parts of it are trained."""
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub id of a FlashSloth"})
     stage: Literal[1, 2] = field(
         default=2,
-        metadata={"help": "1: pooling and projector train, on captions; 2: all but the vision tower, on conversations"},
+        metadata={"help": "1: train pooling and projector on captions; 2: all but the vision tower on conversations"},
     )
     do_image_splitting: bool | None = field(
         default=None,
-        metadata={"help": "cut images into tiles; stage 2 then trains the tower, too (default: as the model says)"},
+        metadata={"help": "split images into tiles; stage 2 then also trains the tower (default: the model's setting)"},
     )
     train_vision_tower: bool | None = field(
         default=None,
-        metadata={"help": "whether stage 2 trains the tower (default: in high definition; the authors' code does not)"},
+        metadata={
+            "help": "whether stage 2 trains the tower (default: if images are split; the authors' code never does)"
+        },
     )
     dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "type of the weights; with bf16, float32 weights are computed in bfloat16"}
+        default="float32", metadata={"help": "data type of the weights; with --bf16, computation is in bfloat16"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager ..."})
-    lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank in the language model; 0: none"})
-    lora_alpha: int = field(default=16, metadata={"help": "adapters count alpha / rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
+    lora_rank: int = field(default=0, metadata={"help": "rank of LoRA adapters in the language model; 0: no adapters"})
+    lora_alpha: int = field(default=16, metadata={"help": "adapters are scaled by alpha / rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the input of the adapters"})
     lora_modules_to_save: list[str] = field(
-        default_factory=list, metadata={"help": "modules that train whole beside the adapters"}
+        default_factory=list, metadata={"help": "modules to train fully, in addition to the adapters"}
     )
-    load_in_8bit: bool = field(default=False, metadata={"help": "keep the language model in 8 bits (needs lora_rank)"})
-    load_in_4bit: bool = field(default=False, metadata={"help": "keep it in 4 bits, as QLoRA does (needs lora_rank)"})
+    load_in_8bit: bool = field(default=False, metadata={"help": "load the language model in 8 bits (needs lora_rank)"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "load it in 4 bits, as QLoRA does (needs lora_rank)"})
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the language model is kept in few bits."""
+        """Whether the language model is quantized."""
         return self.load_in_8bit or self.load_in_4bit
 
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError(
-                "The language model is kept in 8 bits or in 4; leave out --load_in_8bit or --load_in_4bit."
-            )
+            raise ValueError("The language model is loaded in 8 or in 4 bits; remove --load_in_8bit or --load_in_4bit.")
         if self.is_quantized and not self.lora_rank:
             bits = 8 if self.load_in_8bit else 4
-            raise ValueError(f"A model in {bits} bits trains by adapters only; give --lora_rank, such as 16.")
+            raise ValueError(f"A model in {bits} bits can be trained with adapters only; set --lora_rank, such as 16.")
         if self.lora_rank and self.stage == 1:
-            raise ValueError("Stage 1 leaves the language model alone, so --lora_rank has no effect; use --stage 2.")
+            raise ValueError("Stage 1 does not train the language model, so it has no adapters; use --stage 2.")
         if self.train_vision_tower and (self.lora_rank or self.stage == 1):
-            raise ValueError("The tower trains in stage 2 without adapters only; leave out --train_vision_tower.")
+            raise ValueError("The tower is trained only in stage 2 without adapters; remove --train_vision_tower.")
 
 
 @dataclass
 class DataArguments:
-    """What the model reads; see `flashsloth.training.load_rows`."""
+    """The training data; see `flashsloth.training.load_rows`."""
 
-    train_data: str = field(metadata={"help": "a .json, .jsonl or .parquet file, a folder or Hub id"})
+    train_data: str = field(metadata={"help": ".json, .jsonl or .parquet file, folder or Hub id"})
     eval_data: str | None = field(default=None, metadata={"help": "the same, for evaluation during training"})
-    image_folder: str | None = field(default=None, metadata={"help": "what image paths are relative to"})
+    image_folder: str | None = field(default=None, metadata={"help": "base folder of relative image paths"})
     train_split: str = field(default="train", metadata={"help": "split of a folder or Hub id, such as train[:99%%]"})
     eval_split: str = field(default="train", metadata={"help": "the same, for evaluation"})
-    streaming: bool = field(default=False, metadata={"help": "read rows when needed, in order; needs max_steps"})
-    max_length: int | None = field(default=None, metadata={"help": "most tokens of a row"})
+    streaming: bool = field(default=False, metadata={"help": "read rows on demand, in order; needs max_steps"})
+    max_length: int | None = field(default=None, metadata={"help": "maximum tokens of a row"})
     padding_free: bool = field(
-        default=False, metadata={"help": "lay the rows of a batch one after the other, without padding"}
+        default=False, metadata={"help": "concatenate the rows of a batch instead of padding them"}
     )
-    on_bad_row: Literal["raise", "skip"] = field(default="raise", metadata={"help": "stop, or go on without the row"})
+    on_bad_row: Literal["raise", "skip"] = field(default="raise", metadata={"help": "stop, or skip the row"})
     num_eval_answers: int = field(
-        default=0, metadata={"help": "evaluation rows to answer, for the share of exact answers; 0: loss only"}
+        default=0, metadata={"help": "evaluation rows to answer, for exact match; 0: loss only"}
     )
 
 
 @dataclass
 class RecipeArguments(TrainingArguments):
-    """`TrainingArguments`, where the global batch can be given instead of the accumulation."""
+    """`TrainingArguments` with the global batch size as an alternative to gradient accumulation steps."""
 
     output_dir: str = field(default="", metadata={"help": "folder for checkpoints and the finished model"})
     check_data: bool = field(
-        default=False, metadata={"help": "read all rows, list those that are bad or long, and train nothing"}
+        default=False, metadata={"help": "read all rows, list bad and long ones, and train nothing"}
     )
     global_batch_size: int | None = field(
-        default=None, metadata={"help": "rows of one optimiser step; sets gradient_accumulation_steps"}
+        default=None, metadata={"help": "rows per optimizer step; sets gradient_accumulation_steps"}
     )
-    use_cache: bool = field(default=True, metadata={"help": "of the config that is saved; else answers are slow"})
+    use_cache: bool = field(default=True, metadata={"help": "`use_cache` of the saved config; slow answers without it"})
 
     def __post_init__(self) -> None:
         self.use_cpu |= self.check_data
@@ -166,41 +166,39 @@ class RecipeArguments(TrainingArguments):
             if "use_cpu" not in str(error):
                 raise
             raise ValueError(
-                "There is no GPU that computes in bfloat16. To train on the CPU, add `--use_cpu true`; on a GPU "
-                "without bfloat16 (T4, V100), add the recipe fp16.yaml, or `--bf16 false --fp16 true`."
+                "Found no GPU with bfloat16. To train on the CPU, add `--use_cpu true`; on a GPU without bfloat16 (T4, "
+                "V100), add the recipe fp16.yaml or `--bf16 false --fp16 true`."
             ) from error
         self._check_precision()
         found = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
         if self.global_batch_size not in (None, found):
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} must be a multiple of per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} × {self.world_size} processes with {max(1, self.n_gpu)} device "
-                "each; change one of them, and start one process for each GPU with torchrun."
+                f"{self.per_device_train_batch_size} × {self.world_size} processes × {max(1, self.n_gpu)} devices per "
+                "process; change one of them, and start one process per GPU with torchrun."
             )
 
     def _check_precision(self) -> None:
         if self.fp16 and self.device.type == "cpu" and not self.check_data:
-            raise ValueError(
-                "fp16 needs a GPU. On a CPU, leave it out, or add `--fp16 false --bf16 true --use_cpu true`."
-            )
+            raise ValueError("fp16 needs a GPU. On a CPU, use `--fp16 false --bf16 true --use_cpu true`.")
         if self.bf16 and self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             logger.warning(
-                "This GPU has no bfloat16 and is slow at imitating it; add the recipe fp16.yaml, or "
+                "This GPU only emulates bfloat16, which is slow; add the recipe fp16.yaml, or "
                 "`--bf16 false --fp16 true`."
             )
 
 
 def _cpus_of_this_process() -> int:
-    """CPUs that this process may use, shared with the other training processes of the machine."""
+    """Number of CPUs per training process of this machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
-    """Read the recipes that the command line begins with, and what overrides them.
+    """Parse the recipes at the start of the command line, and the arguments that override them.
 
     Raises:
-        UsageError: If a recipe cannot be read, or an argument is missing, unknown or out of place.
+        UsageError: If a recipe cannot be read, or an argument is missing, unknown or invalid.
     """
     arguments = list(arguments)
     from_files = []
@@ -220,17 +218,17 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Reci
     except ValueError as error:
         raise UsageError(str(error)) from error
     if data_args.streaming and args.max_steps < 1 and not args.check_data:
-        raise UsageError("a stream has no end, so --streaming needs --max_steps")
+        raise UsageError("a stream has no length, so --streaming needs --max_steps")
     if args.fp16 and model_args.dtype != "float32":
-        raise UsageError("fp16 scales gradients of float32 weights; leave out --dtype, or set it to float32")
+        raise UsageError("fp16 scales gradients of float32 weights; remove --dtype, or set it to float32")
     return model_args, data_args, args
 
 
 def read_recipe(file: str) -> list[str]:
-    """Arguments that a recipe stands for.
+    """Convert a recipe to command-line arguments.
 
     Raises:
-        UsageError: If there is no such file, or it holds no arguments.
+        UsageError: If the file does not exist, or does not contain arguments.
     """
     try:
         recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
@@ -239,7 +237,7 @@ def read_recipe(file: str) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"the recipe {file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
-        raise UsageError(f"the recipe {file} must hold lines `argument: value`, but holds a {type(recipe).__name__}")
+        raise UsageError(f"expected lines `argument: value` in the recipe {file}, found a {type(recipe).__name__}")
     arguments = []
     for name, value in recipe.items():
         values = value if isinstance(value, list) else [value]
@@ -248,7 +246,7 @@ def read_recipe(file: str) -> list[str]:
 
 
 def _installed_name(argument: str) -> str:
-    """An argument by the name that the installed transformers gives it."""
+    """Rename an argument as the installed transformers does."""
     older, newer = CHECKPOINTING_NAMES
     if not argument.startswith(("--gradient", "--activation")):
         return argument
@@ -256,7 +254,7 @@ def _installed_name(argument: str) -> str:
 
 
 def load_data(data_args: DataArguments, stage: int) -> dict[str, Any]:
-    """Rows by the argument that names them, `train_data` and, if there is one, `eval_data`.
+    """Load the rows of `train_data` and, if given, `eval_data`.
 
     Raises:
         UsageError: If there is nothing to read.
@@ -277,17 +275,17 @@ def _load_rows(name: str, data_args: DataArguments, **options: Any) -> Any:
     except (OSError, ValueError, ImportError, DatasetsError) as error:
         raise UsageError(f"--{name} {source} cannot be read: {first_line(error)}") from error
     if not options.get("streaming") and not len(rows):
-        raise UsageError(f"--{name} {source} holds no rows")
+        raise UsageError(f"--{name} {source} has no rows")
     return rows
 
 
 def check_data(
     model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, processor: FlashSlothProcessor
 ) -> int:
-    """Read all rows as training would, and write which are bad and which are the longest.
+    """Read all rows as training would, and list the bad and the longest ones.
 
     Returns:
-        How many are bad.
+        The number of bad rows.
     """
     collator = FlashSlothDataCollator(processor, max_length=data_args.max_length)
     config = FlashSlothConfig.from_pretrained(model_args.model_name_or_path).get_text_config()
@@ -305,10 +303,10 @@ def check_data(
             else:
                 bad.append(report)
         cut = f", {num_cut} cut to {data_args.max_length} tokens" if data_args.max_length else ""
-        lines = [f"{getattr(data_args, name)} ({name}): {num_rows} rows, {len(bad)} of them bad{cut}"]
-        lines += [f"row {report.index} is bad: {report.error}" for report in bad]
+        lines = [f"{getattr(data_args, name)} ({name}): {num_rows} rows, {len(bad)} bad{cut}"]
+        lines += [f"bad row {report.index}: {report.error}" for report in bad]
         lines += [
-            f"long: row {one.index} has {one.num_tokens} tokens, {one.num_images} image{'s' * (one.num_images != 1)}"
+            f"long row {one.index}: {one.num_tokens} tokens, {one.num_images} image{'s' * (one.num_images != 1)}"
             for one in longest
         ]
         if (
@@ -316,14 +314,14 @@ def check_data(
             and num_positions
             and min(longest[0].num_tokens, data_args.max_length or sys.maxsize) > num_positions
         ):
-            lines.append(f"the model has {num_positions} positions; longer rows need --max_length {num_positions}")
+            lines.append(f"the model has {num_positions} positions; cut longer rows with --max_length {num_positions}")
         sys.stdout.write("\n  ".join(lines) + "\n")
         num_bad += len(bad)
     return num_bad
 
 
 def quantization(model_args: ModelArguments, args: RecipeArguments) -> BitsAndBytesConfig | None:
-    """How the language model is kept in few bits, if it is."""
+    """Quantization of the language model, if any."""
     if model_args.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED_MODULES))
     if model_args.load_in_4bit:
@@ -338,7 +336,7 @@ def quantization(model_args: ModelArguments, args: RecipeArguments) -> BitsAndBy
 
 
 def load_model(model_args: ModelArguments, args: RecipeArguments, *, do_image_splitting: bool) -> Any:
-    """Load the model, freeze what the stage freezes, and add adapters if they are asked for.
+    """Load the model; freeze the parts that the stage does not train, or add adapters.
 
     Raises:
         UsageError: If it cannot be loaded.
@@ -357,7 +355,7 @@ def load_model(model_args: ModelArguments, args: RecipeArguments, *, do_image_sp
         trains_tower = do_image_splitting if model_args.train_vision_tower is None else model_args.train_vision_tower
         return freeze_for_stage(model, model_args.stage, train_vision_tower=trains_tower)
     if model_args.is_quantized:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer turns it on
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer enables it
     return get_peft_model(
         model,
         LoraConfig(
@@ -371,7 +369,7 @@ def load_model(model_args: ModelArguments, args: RecipeArguments, *, do_image_sp
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint: of one that was being written when the run was killed, the state is missing."""
+    """Find the newest complete checkpoint; one that was interrupted while being written has no trainer state."""
     written = {
         int(state.parent.name.rpartition("-")[2]): state.parent
         for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*/{TRAINER_STATE_NAME}")
@@ -390,7 +388,7 @@ def _is_whole(state: Path) -> bool:
 def save(trainer: FlashSlothTrainer, model_args: ModelArguments) -> None:
     """Write the finished model into the output folder, as a complete model repository.
 
-    Adapters go into a folder of their own, and are merged into the model unless it is quantised or sharded.
+    Adapters are written to a subfolder, and merged into the model unless it is quantized or sharded.
     """
     folder = Path(trainer.args.output_dir)
     if trainer.is_fsdp_enabled:
@@ -399,28 +397,28 @@ def save(trainer: FlashSlothTrainer, model_args: ModelArguments) -> None:
         trainer.save_model(str(folder / ADAPTER_FOLDER))
         if model_args.is_quantized or trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             adapter = shlex.quote(str(folder / ADAPTER_FOLDER))
-            logger.info("The adapters are in %s. To merge them: flashsloth export %s MERGED", adapter, adapter)
+            logger.info("The adapters are in %s. To merge them: flashsloth export %s OUTPUT", adapter, adapter)
             return
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        tensors = [info for file in find_weight_files(folder) for info in read_tensor_infos(file).values()]
+        tensors = [tensor for file in folder.glob("model*.safetensors") for tensor in load_file(file).values()]
         card = build_model_card(
             trainer.model.config,
             name=folder.name,
-            dtype=str(SAFETENSORS_DTYPES[tensors[0].dtype]).removeprefix("torch."),
-            num_parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
+            dtype=str(tensors[0].dtype).removeprefix("torch."),
+            num_parameters=sum(tensor.numel() for tensor in tensors),
             do_image_splitting=trainer.processing_class.image_processor.do_image_splitting,
-            origin=f"Trained by `examples/finetune.py`, stage {model_args.stage}.",
+            origin=f"Trained with `examples/finetune.py`, stage {model_args.stage}.",
             **_lineage(model_args.model_name_or_path),
         )
         card.save(folder / "README.md")
         shown = shlex.quote(str(folder))
-        logger.info("The model is in %s. To ask it: flashsloth ask IMAGE QUESTION --model %s", shown, shown)
+        logger.info("The model is in %s. To use it: flashsloth ask IMAGE QUESTION --model %s", shown, shown)
 
 
 def _lineage(source: str) -> dict[str, Any]:
-    """Licence and base models of what was trained, as its card has them."""
+    """Licence and base models in the card of the trained model."""
     card = Path(source) / "README.md"
     if not card.is_file():
         return {"license_id": None, "base_models": None if Path(source).is_dir() else [source]}
@@ -429,21 +427,21 @@ def _lineage(source: str) -> dict[str, Any]:
 
 
 def set_up_logging(model_args: ModelArguments, args: RecipeArguments) -> None:
-    """Let this script and the package say what they do, on one process."""
+    """Show the messages of this script and of the package, in one process."""
     logging.basicConfig(format="%(message)s")
     for name in (__name__, "flashsloth"):
         logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
     if model_args.load_in_8bit:
-        # Said of every layer in every step, though that is how bitsandbytes computes.
-        logger.info("bitsandbytes computes layers in 8 bits by way of float16, whatever type the rest has.")
+        # bitsandbytes warns about this for every layer in every step.
+        logger.info("bitsandbytes computes 8-bit layers in float16, whatever the data type of the other layers.")
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "MatMul8bitLt" not in record.msg)
 
 
 def load_processor(model_args: ModelArguments) -> FlashSlothProcessor:
-    """Load the model's processor, and find out at once if there is no such model.
+    """Load the model's processor, after checking that the model exists.
 
     Raises:
-        CommandError: If it is no FlashSloth.
+        CommandError: If it is not a FlashSloth.
         UsageError: If the processor cannot be loaded.
     """
     check_model(model_args.model_name_or_path)
@@ -460,11 +458,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, and save a complete model repository; or check the data.
 
     Returns:
-        Exit code: 1 if the data were checked and rows are bad; else 0.
+        Exit code: 1 if `--check_data` found bad rows, else 0.
     """
     model_args, data_args, args = parse(sys.argv[1:] if arguments is None else arguments)
     if not (args.output_dir or args.check_data):
-        raise UsageError("give --output_dir, a folder for checkpoints and the finished model")
+        raise UsageError("set --output_dir, the folder for checkpoints and the finished model")
     if args.output_dir and Path(model_args.model_name_or_path).resolve() == Path(args.output_dir).resolve():
         raise UsageError(f"Model and output folder are both {args.output_dir}; choose another --output_dir.")
     set_up_logging(model_args, args)
@@ -476,7 +474,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train_rows, eval_rows = rows["train_data"], rows.get("eval_data")
     if data_args.streaming:
         args.dataloader_num_workers = min(args.dataloader_num_workers, train_rows.num_shards)
-        train_rows = train_rows.repeat(None)  # one endless epoch, in which a resumed run finds its place
+        train_rows = train_rows.repeat(
+            None
+        )  # one endless epoch, in which a resumed run skips the rows of its previous steps
     if eval_rows is None:
         args.eval_strategy = IntervalStrategy.NO
     trainer = FlashSlothTrainer(
@@ -501,16 +501,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> int:
-    """Run `main`, and show what a user can put right without a traceback.
+    """Run `main`, and show errors that a user can fix without a traceback.
 
     Returns:
-        Exit code: as `main`, or 2 for what a user can put right.
+        Exit code: that of `main`, or 2 for such an error.
     """
     try:
         return main()
     except (CommandError, UsageError) as error:
         message = str(error)
-    except BadRowError as error:  # a loader's worker puts its traceback in front
+    except BadRowError as error:  # a data loader's worker prepends its traceback
         reason = str(error).rpartition(f"{BadRowError.__name__}: ")[2].strip()
         message = f"{reason} --check_data lists all bad rows."
     sys.stderr.write(f"{Path(__file__).name}: error: {message}\n")

@@ -1,10 +1,10 @@
-"""Trains a FlashSloth in a plain PyTorch loop; its parameters are divided among the processes (FSDP2).
+"""Trains a FlashSloth in a plain PyTorch loop with FSDP2, which shards the parameters over all processes.
 
     torchrun --nproc_per_node 8 examples/fsdp2.py MODEL conversations.json OUTPUT --num_steps 5000
 
-For loops of your own, and for CPUs, where accelerate divides nothing; with the Trainer, `examples/finetune.py` does the
-same under `accelerate launch`. A run that was stopped goes on from its last checkpoint when it is started again, on any
-number of processes; when it ends, OUTPUT is a complete model repository.
+Use it as a template for your own loop, or on CPUs, where accelerate does not shard. With the Trainer, use
+`examples/finetune.py` under `accelerate launch`. Start an interrupted run again to resume it from its last checkpoint,
+with any number of processes. At the end, OUTPUT is a complete model repository.
 """
 
 import argparse
@@ -39,10 +39,10 @@ MAX_GRAD_NORM = 1.0
 
 
 def start_processes() -> torch.device:
-    """Join the other processes.
+    """Join the process group.
 
     Returns:
-        This one's device.
+        The device of this process.
     """
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
@@ -53,10 +53,10 @@ def start_processes() -> torch.device:
     return device
 
 
-def divide(model: FlashSlothForConditionalGeneration) -> FlashSlothForConditionalGeneration:
-    """Divide a model's parameters, in the groups that it names, and what is left in one more.
+def shard(model: FlashSlothForConditionalGeneration) -> FlashSlothForConditionalGeneration:
+    """Shard a model: one group of parameters per module of `_no_split_modules`, and one for the rest.
 
-    On a GPU it then computes in bfloat16; parameters, sums of gradients and optimiser stay float32.
+    On a GPU, the model computes in bfloat16; parameters, gradient reductions and optimizer state are float32.
     """
     policy = MixedPrecisionPolicy()
     if model.device.type == "cuda":
@@ -68,13 +68,13 @@ def divide(model: FlashSlothForConditionalGeneration) -> FlashSlothForConditiona
 
 
 def rows_of_steps(num_rows: int, batch_size: int, first_step: int, num_steps: int) -> Iterator[list[int]]:
-    """This process's rows of every step: each epoch has an order of its own, which follows from its number alone."""
+    """Yield this process's rows of every step. The order of an epoch depends only on its number."""
     rank, num_processes = dist.get_rank(), dist.get_world_size()
     steps_an_epoch = num_rows // (batch_size * num_processes)
     if not steps_an_epoch:
         raise ValueError(
-            f"{num_rows} rows are less than a batch of {batch_size} on each of {num_processes} processes; lower "
-            "--batch_size."
+            f"Expected at least a batch of {batch_size} rows for each of {num_processes} processes, found {num_rows} "
+            "rows in total; lower --batch_size."
         )
     for step in range(first_step, num_steps):
         epoch, place = divmod(step, steps_an_epoch)
@@ -86,15 +86,15 @@ def rows_of_steps(num_rows: int, batch_size: int, first_step: int, num_steps: in
 def train_step(
     model: FlashSlothForConditionalGeneration, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]
 ) -> float:
-    """One step of the optimiser; every answer token of all processes counts alike.
+    """Run one optimizer step, with equal weight for every answer token of all processes.
 
     Returns:
-        The mean loss over the tokens of all processes.
+        The mean loss over the answer tokens of all processes.
     """
     num_tokens = (batch["labels"][:, 1:] != -100).sum()
     dist.all_reduce(num_tokens)
     loss = model(**batch, num_items_in_batch=num_tokens).loss
-    (loss * dist.get_world_size()).backward()  # gradients are averaged, and each loss is a part of a sum
+    (loss * dist.get_world_size()).backward()  # FSDP averages gradients, but the losses are to be summed
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad()
@@ -106,7 +106,7 @@ def train_step(
 def save_checkpoint(
     folder: Path, step: int, model: FlashSlothForConditionalGeneration, optimizer: torch.optim.Optimizer, **state: Any
 ) -> None:
-    """Write what a run needs to go on behind a step; every process writes its share."""
+    """Write what a run needs to resume after a step; every process writes its shard."""
     state |= dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.save(state, checkpoint_id=folder / f"checkpoint-{step}")
 
@@ -114,10 +114,10 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: FlashSlothForConditionalGeneration, optimizer: torch.optim.Optimizer, **state: Any
 ) -> int:
-    """Read the newest whole checkpoint, if there is one, into a model, its optimiser and further objects with a state.
+    """Load the newest complete checkpoint, if any, into model, optimizer and other stateful objects.
 
     Returns:
-        How many steps were done.
+        The number of steps done.
     """
     steps = [int(path.parent.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*/.metadata")]  # written last
     if not steps:
@@ -129,10 +129,10 @@ def load_checkpoint(
 
 
 def save_model(folder: Path, model: FlashSlothForConditionalGeneration) -> None:
-    """Gather the whole model, and let the first process write it."""
+    """Gather the model, and write it in the first process."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     for copy in model.all_tied_weights_keys:
-        whole.pop(copy, None)  # only the first process has what was gathered
+        whole.pop(copy, None)  # `whole` is empty in all processes but the first
     model.save_pretrained(folder, state_dict=whole, is_main_process=dist.get_rank() == 0)
 
 
@@ -140,11 +140,11 @@ def main() -> None:
     """Train, and save a complete model repository."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of a FlashSloth")
-    parser.add_argument("train_data", help="conversations: a .json, .jsonl or .parquet file, a folder or Hub id")
-    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("train_data", help="conversations: .json, .jsonl or .parquet file, folder or Hub id")
+    parser.add_argument("output_dir", type=Path, help="folder for checkpoints and the finished model")
     parser.add_argument("--num_steps", type=int, default=1000)
     parser.add_argument("--save_steps", type=int, default=500)
-    parser.add_argument("--batch_size", type=int, default=16, help="rows of a process")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows per process")
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--stage", type=int, default=2, choices=(1, 2))
     args = parser.parse_args()
@@ -162,14 +162,14 @@ def main() -> None:
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).to(device).train()
     freeze_for_stage(model, args.stage, train_vision_tower=processor.image_processor.do_image_splitting)
     model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(divide(model).parameters(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(shard(model).parameters(), lr=args.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_SHARE * args.num_steps), args.num_steps)
 
     done = load_checkpoint(args.output_dir, model, optimizer, schedule=schedule)
     if done >= args.num_steps:
-        logger.info("step %d was reached before; nothing is trained", done)
+        logger.info("already trained for %d steps", done)
     for step, indices in enumerate(rows_of_steps(len(rows), args.batch_size, done, args.num_steps), start=done + 1):
-        torch.manual_seed(step)  # of the dropout, so that a resumed run draws what an uninterrupted one does
+        torch.manual_seed(step)  # so that a resumed run has the same dropout as an uninterrupted one
         loss = train_step(model, optimizer, collator([rows[index] for index in indices]).to(device))
         schedule.step()
         logger.info("step %d: loss %.6f", step, loss)
@@ -179,7 +179,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         processor.save_pretrained(args.output_dir)
         shown = shlex.quote(str(args.output_dir))
-        logger.info("The model is in %s. To ask it: flashsloth ask IMAGE QUESTION --model %s", shown, shown)
+        logger.info("The model is in %s. To use it: flashsloth ask IMAGE QUESTION --model %s", shown, shown)
     dist.destroy_process_group()
 
 

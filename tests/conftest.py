@@ -1,7 +1,9 @@
 """Tiny real models, of several decoder families, and the processor that goes with them."""
 
 import copy
+import logging as python_logging
 import os
+import traceback
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of huggingface is imported
 
@@ -39,6 +41,45 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+
+
+# transformers logs most of its deprecations. Messages about calls that are its own, not ours, with the file that makes
+# the call.
+CALLS_OF_TRANSFORMERS = [
+    ("Passing `generation_config` together with generation-related arguments", "candidate_generator.py"),
+]
+
+
+class DeprecationRecorder(python_logging.Handler):
+    """Keeps what transformers logs about calls that are deprecated."""
+
+    def __init__(self):
+        super().__init__(python_logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        message = record.getMessage()
+        if "deprecated" not in message.lower():
+            return
+        files = {os.path.basename(frame.filename) for frame in traceback.extract_stack()}  # noqa: PTH119
+        if not any(part in message and file in files for part, file in CALLS_OF_TRANSFORMERS):
+            self.messages.append(message)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deprecations():
+    recorder = DeprecationRecorder()
+    logging.add_handler(recorder)
+    yield recorder
+    logging.remove_handler(recorder)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated_is_called(deprecations):
+    yield
+    python_logging.Logger.warning_once.cache_clear()  # so that every test hears what it calls itself
+    messages, deprecations.messages = deprecations.messages, []
+    assert messages == []
 
 
 @pytest.fixture(autouse=True)

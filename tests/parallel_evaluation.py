@@ -1,4 +1,4 @@
-"""One process of an evaluation by the Trainer, whose processes have different numbers of images.
+"""One process of an evaluation with the Trainer; the processes have different numbers of images.
 
 torchrun --nproc_per_node 2 parallel_evaluation.py MODEL OUTPUT
 """

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 parallel_training.py MODEL OUTPUT [stream | plain-stream]
 
-Rows with and without images take turns, so that some process has no image in some steps. A stream is read by
-`FlashSlothTrainer` as it is, by the plain `Trainer` with the option that docs/training.md names.
+Rows with and without images alternate, so that in some steps one process has no image. `FlashSlothTrainer` reads a
+stream without further options, the plain `Trainer` with the option that docs/training.md names.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""One process of a sharded (FSDP2) training run: train, save a checkpoint, go on, resume from it, save the model.
+"""One process of a sharded (FSDP2) training run: train, save a checkpoint, continue, resume from it, save the model.
 
     torchrun --nproc_per_node 2 sharded_training.py FOLDER
 
-FOLDER holds `model`, and `batch_{step}_{rank}.pt` for every process and step. Two steps are made before the checkpoint
-and two behind it; `losses.json` says what process 0 saw, straight on and resumed.
+FOLDER contains `model`, and `batch_{step}_{rank}.pt` for every step and process. The run has two steps before the
+checkpoint and two after it; `losses.json` has the losses of process 0, uninterrupted and resumed.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from fsdp2 import divide, load_checkpoint, save_checkpoint, save_model, start_processes
+from fsdp2 import load_checkpoint, save_checkpoint, save_model, shard, start_processes
 
 from flashsloth import FlashSlothForConditionalGeneration
 
@@ -24,7 +24,7 @@ MOMENTUM = 0.9
 
 
 def sharded_model(folder):
-    model = divide(FlashSlothForConditionalGeneration.from_pretrained(folder / "model").train())
+    model = shard(FlashSlothForConditionalGeneration.from_pretrained(folder / "model").train())
     return model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
 
 
@@ -58,7 +58,7 @@ def main():
 
 
 def evaluate(model, folder):
-    """Only one of the two processes has an image; they wait for each other if they gather other parameters."""
+    """Only one of the two processes has an image; they would deadlock if they gathered different parameters."""
     batch = torch.load(folder / f"batch_0_{dist.get_rank()}.pt")
     with torch.no_grad():
         assert model.eval()(**batch).logits.isfinite().all()

@@ -1,16 +1,12 @@
-"""The ablation's variants differ in what they claim to differ in, and in nothing else."""
+"""The ablation's variants differ only in the property that they are named after."""
 
 import json
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import ablation
 import ablation_scenes as scenes
+import pytest
+import torch
 from ablation import VARIANTS
 
 BATCH = 4
@@ -38,7 +34,7 @@ def trained_a_little(name, features, num_steps=2):
     return model.eval()
 
 
-def test_every_letter_and_every_dot_has_a_patch_of_its_own():
+def test_every_letter_and_every_dot_has_its_own_patch():
     for index in range(200):
         scene = scenes.scene_at("train", index)
         names, _, letters, _ = scenes.patch_targets(scene).unbind(-1)
@@ -59,12 +55,12 @@ def test_answers_follow_from_the_scene():
         assert scene.background == answers["background"]
 
 
-def test_all_variants_train_as_many_parameters_within_one_per_cent():
+def test_all_variants_train_the_same_number_of_parameters_within_one_per_cent():
     trained = {name: ablation.num_trained(ablation.build_model_to_budget(VARIANTS[name])) for name in VARIANTS}
     assert max(trained.values()) < 1.01 * min(trained.values())
 
 
-def test_all_variants_are_asked_the_same(features):
+def test_all_variants_are_trained_on_the_same_questions(features):
     def words(name):
         dataset = ablation.ConversationDataset(features, 40, 5, VARIANTS[name])
         special = [scenes.VOCABULARY[word] for word in (scenes.IMAGE, scenes.QUERY)]
@@ -80,7 +76,7 @@ def test_token_counts_are_those_of_the_table():
     assert counts["average-embq"] == counts["sap-embq"] == counts["sap-queries"] == (9, 4)
 
 
-def test_only_averages_weigh_all_patches_of_a_window_the_same(name, features):
+def test_only_average_pooling_has_equal_weights_in_a_window(name, features):
     pooling = trained_a_little(name, features).model.spatial_attention_pooling
     weights = pooling.window_weights(10 * features.flatten(2).transpose(1, 2))
     is_uniform = torch.allclose(weights, torch.full_like(weights, 1 / weights.shape[-1]))
@@ -97,7 +93,7 @@ def test_only_variants_with_the_module_let_it_change_an_answer(name, features):
 
 
 def test_one_pass_counts_what_generate_answers(features):
-    """On evaluation images that the model was made to learn by heart, so that some answers are right."""
+    """On evaluation images that the model has memorized, so that some answers are right."""
     variant = VARIANTS["sap-embq"]
     model = trained_a_little("sap-embq", features, num_steps=60)
     accuracy = ablation.evaluate(model, features, variant)
@@ -115,7 +111,7 @@ def test_one_pass_counts_what_generate_answers(features):
     assert 0 < sum(accuracy.values()) < len(accuracy)
 
 
-def test_the_script_writes_its_tables_and_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_the_script_writes_its_tables_and_resumes(tmp_path, monkeypatch):
     sizes = ["--tower-steps", "1", "--steps", "1", "--images", "8", "--evaluation-images", "4"]
     command = ["ablation.py", "--output", str(tmp_path), *sizes, "--variants", "sap", "sap-embq", "--seeds"]
     monkeypatch.setattr(sys, "argv", [*command, "0"])

@@ -1,31 +1,20 @@
-"""The benchmarks measure what they say."""
+"""The benchmarks measure what they claim to measure."""
 
-import importlib.util
-import sys
+import json
 from pathlib import Path
 
+import latency
+import maps
 import pytest
+import quantized_cache
+import step_cost
 import torch
+from report import markdown_table
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def training():
-    return load("training")
-
-
-def load(name):
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +23,37 @@ def shipped():
     return model, FlashSlothProcessor.from_pretrained(ROOT)
 
 
-def test_both_models_have_the_same_size_and_other_lengths(training):
-    cases = [training.Case(model, 2, False) for model in training.MODELS]
-    sizes = [sum(p.numel() for p in training.build_model(case, "small", "meta").parameters()) for case in cases]
-    # All patches have no pooling, which is 2 % of so small a model.
+def test_a_table_aligns_text_left_and_numbers_right():
+    table = markdown_table(("a", "b", "c"), [("x", 1, "y"), ("z", 2.5, "")], text_columns=(0, 2))
+    assert table == "| a | b | c |\n| --- | ---: | --- |\n| x | 1 | y |\n| z | 2.5 |  |"
+
+
+@pytest.mark.parametrize("name", ["counts", "latency_cpu", "latency_cpu_batch8", "latency_cpu_batch32"])
+def test_committed_latency_tables_follow_from_their_json(name):
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    text = f"{report['machine']}\n\n{latency.as_markdown(report['cases'])}\n"
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == text
+
+
+def test_the_committed_table_of_training_costs_follows_from_its_json():
+    report = json.loads((RESULTS / "step_cost_cpu.json").read_text())
+    text = f"{report['machine']}\n\n{step_cost.as_table(report['rows'])}\n"
+    assert (RESULTS / "step_cost_cpu.md").read_text(encoding="utf-8") == text
+
+
+def test_both_models_have_nearly_the_same_size_and_different_prompt_lengths():
+    cases = [step_cost.Case(model, 2, False) for model in step_cost.MODELS]
+    sizes = [sum(p.numel() for p in step_cost.build_model(case, "small", "meta").parameters()) for case in cases]
+    # Pooling, which "all patches" lacks, is 2 % of this small model.
     assert 0.97 < sizes[1] / sizes[0] < 1
-    lengths = [training.build_batch(case, "small", 1)["input_ids"].shape[1] for case in cases]
+    lengths = [step_cost.build_batch(case, "small", 1)["input_ids"].shape[1] for case in cases]
     assert lengths[1] - lengths[0] == 729 - 81 - 9
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_step_trains_what_the_stage_trains(training, stage):
-    for model in training.MODELS:
-        run = training.Training(training.Case(model, stage, checkpointing=True), "small", 1, "cpu")
+def test_a_step_trains_what_the_stage_trains(stage):
+    for model in step_cost.MODELS:
+        run = step_cost.Training(step_cost.Case(model, stage, checkpointing=True), "small", 1, "cpu")
         weights = {"projector": run.model.model.multi_modal_projector.linear_1.weight, "head": run.model.lm_head.weight}
         before = {name: weight.detach().clone() for name, weight in weights.items()}
         run.step()
@@ -54,8 +61,8 @@ def test_a_step_trains_what_the_stage_trains(training, stage):
         assert changed == {"projector"} | ({"head"} if stage == 2 else set())
 
 
-def test_counted_memory_is_that_of_the_tensors_alive_at_once(training):
-    with training.CountedMemory() as memory:
+def test_counted_memory_is_that_of_the_tensors_alive_at_once():
+    with step_cost.CountedMemory() as memory:
         a = torch.zeros(1000)
         del a
         b = torch.zeros(1000).view(10, 100)
@@ -65,29 +72,28 @@ def test_counted_memory_is_that_of_the_tensors_alive_at_once(training):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fake_tensors_take_as_much_as_real_ones(training, checkpointing):
-    case = training.Case("FlashSloth", 2, checkpointing)
-    _, counted = training.peak_memory(case, "small", 2, "cpu")
-    run = training.Training(case, "small", 2, "cpu")
-    with training.CountedMemory() as memory:
+def test_fake_tensors_take_as_much_as_real_ones(checkpointing):
+    case = step_cost.Case("FlashSloth", 2, checkpointing)
+    _, counted = step_cost.peak_memory(case, "small", 2, "cpu")
+    run = step_cost.Training(case, "small", 2, "cpu")
+    with step_cost.CountedMemory() as memory:
         run.compute_gradients()
     assert memory.peak == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.slow
-def test_the_table_compares_all_cases(training, monkeypatch):
+def test_the_table_compares_all_cases(monkeypatch):
     for part in ("text_config", "vision_config"):  # a CPU without bfloat16 takes minutes for all layers
-        monkeypatch.setitem(training.SMALL[part], "num_hidden_layers", 3)
-    rows = list(training.measure("small", "cpu", batch_size=1, num_steps=1))
-    assert len(rows) == len(training.MODELS) * len(training.STAGES) * 2
+        monkeypatch.setitem(step_cost.SMALL[part], "num_hidden_layers", 3)
+    rows = list(step_cost.measure("small", "cpu", batch_size=1, num_steps=1))
+    assert len(rows) == len(step_cost.MODELS) * len(step_cost.STAGES) * 2
     assert all(row["bytes"] > row["bytes_per_sample"] > 1e6 for row in rows)
-    lines = training.as_table(rows).splitlines()[2:]
+    lines = step_cost.as_table(rows).splitlines()[2:]
     ratios = [line.split("|")[7].strip() for line in lines if "| FlashSloth |" in line]
     assert ratios == ["1.00"] * len(rows[::2])
 
 
-def test_maps_are_held_against_the_things_of_a_scene(shipped):
-    maps = load("maps")
+def test_maps_are_compared_with_the_objects_of_a_scene(shipped):
     for wording, attribute, names in maps.QUESTIONS:
         scene, thing, text = next(maps.questions_about_one_thing(wording, attribute, names))
         assert thing.name in names
@@ -104,22 +110,21 @@ def test_maps_are_held_against_the_things_of_a_scene(shipped):
     assert strip.size == (4 * 192 + 3 * 8, 192)
 
 
-def test_the_module_is_switched_off_for_comparison(shipped):
-    rows = load("maps").ablation_table(*shipped, num_images=12).splitlines()[2:]
+def test_switching_off_the_module_loses_some_answers(shipped):
+    rows = maps.ablation_table(*shipped, num_images=12).splitlines()[2:]
     asked, right, without = (int(part) for part in rows[-1].strip("| ").split(" | ")[1:])
     assert asked >= right > without > 0
 
 
-def test_caches_are_compared_with_exact_keys_and_values(shipped):
-    pytest.importorskip("optimum.quanto", reason="quantised caches need optimum-quanto")
-    caches = load("quantized_cache")
+def test_quantized_caches_are_compared_with_exact_keys_and_values(shipped):
+    pytest.importorskip("optimum.quanto", reason="quantized caches need optimum-quanto")
     model, processor = shipped
-    questions = list(caches.evaluation_set(2))
-    table = caches.compare(model, processor, questions, ["bfloat16", "4 bits, quanto"])
+    questions = list(quantized_cache.evaluation_set(2))
+    table = quantized_cache.compare(model, processor, questions, ["bfloat16", "4 bits, quanto"])
     exact, rounded = (line.strip("| ").split(" | ") for line in table.splitlines()[2:])
     assert exact[2] == "100.0%"
     sizes = [int(row[3].replace(",", "")) for row in (exact, rounded)]
-    # Six layers of keys and values, of 256 numbers in four bytes; in four bits, and in groups of 64 two numbers more.
+    # Keys and values of six layers, 256 numbers each, in four bytes; or in four bits, plus two numbers per group of 64.
     num_tokens = int(table.split(" tokens")[0].split(", ")[-1])
     assert sizes[0] == num_tokens * 6 * 2 * 256 * 4
     assert sizes[1] < 0.3 * sizes[0]

@@ -146,54 +146,69 @@ def test_the_shipped_checkpoint_is_the_default(run, checkpoint, image, monkeypat
     assert "\n" not in cli.SHIPPED_CHECKPOINT_NOTE
 
 
-def test_images_that_cannot_be_read_are_one_clear_line(refused, tmp_path, checkpoint, image):
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("nothing.png", "no such file"),
+        ("text.png", "not an image"),
+        ("half.png", "cannot be read"),
+        (".", "no such file"),
+        ("http://127.0.0.1:x/", "cannot be read"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_one_clear_line(refused, tmp_path, checkpoint, image, source, reason):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes(image.read_bytes()[:300])
-    for source, reason in {
-        tmp_path / "nothing.png": "no such file",
-        tmp_path / "text.png": "not an image",
-        tmp_path / "half.png": "cannot be read",
-        tmp_path: "cannot be read",
-        "http://127.0.0.1:x/": "cannot be read",
-    }.items():
-        line = refused("ask", source, QUESTION, "--model", checkpoint)
-        assert reason in line
-        assert str(source) in line
+    source = source if "://" in source else tmp_path / source
+    line = refused("ask", source, QUESTION, "--model", checkpoint)
+    assert reason in line
+    assert str(source) in line
 
 
 def test_an_empty_question_is_answered(run, checkpoint, image):
     assert run("ask", image, "", "--model", checkpoint, "--max-new-tokens", NUM_TOKENS)[0] == 0
 
 
-def test_models_that_cannot_be_loaded_are_one_clear_line(refused, tmp_path, checkpoint, image):
-    other, partial, broken, empty = (tmp_path / name for name in ("other", "partial", "broken", "empty"))
-    for folder in (other, partial, broken, empty):
-        folder.mkdir()
+@pytest.fixture(scope="module")
+def unloadable(tmp_path_factory, checkpoint):
+    """A folder of models that cannot be loaded, each for a reason of its own."""
+    folder = tmp_path_factory.mktemp("unloadable")
+    other, partial, broken, empty = (folder / name for name in ("other", "partial", "broken", "empty"))
+    for model in (other, partial, broken, empty):
+        model.mkdir()
     write_json(other / "config.json", {"model_type": "phi"})
-    for folder in (partial, broken):
+    for model in (partial, broken):
         for file in checkpoint.iterdir():
             if file.suffix != ".py":
-                (folder / file.name).write_bytes(file.read_bytes())
+                (model / file.name).write_bytes(file.read_bytes())
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["model.query_tokens"]
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     (broken / "model.safetensors").write_bytes(b"broken")
-    for model, reason in {
-        tmp_path / "nothing": "no such model",
-        "someone/nothing": "no such model",
-        empty: "has no config.json",
-        other: "is not a FlashSloth",
-        partial: "model.query_tokens",
-        broken: "cannot be loaded",
-    }.items():
-        line = refused("ask", image, QUESTION, "--model", model)
-        assert reason in line
-        assert str(model) in line
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("nothing", "no such model"),
+        ("someone/nothing", "no such model"),
+        ("empty", "has no config.json"),
+        ("other", "is not a FlashSloth"),
+        ("partial", "model.query_tokens"),
+        ("broken", "cannot be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(refused, unloadable, image, model, reason):
+    model = model if "/" in model else unloadable / model
+    line = refused("ask", image, QUESTION, "--model", model)
+    assert reason in line
+    assert str(model) in line
 
 
 BROKEN = {  # file, content, part of the message
-    "config is a list": ("config.json", "[]", "should hold a JSON object, but holds a list"),
-    "config is no JSON": ("config.json", "{", "is not a JSON file that can be read"),
+    "config is a list": ("config.json", "[]", "must contain a JSON object, but contains a list"),
+    "config is no JSON": ("config.json", "{", "is not a readable JSON file"),
     "text_config is a number": ("config.json", '{"model_type": "flashsloth", "text_config": 3}', "cannot be loaded"),
     "a field is text": (
         "config.json",
@@ -206,17 +221,21 @@ BROKEN = {  # file, content, part of the message
         "cannot be loaded",
     ),
     "another model": ("config.json", '{"model_type": "phi", "architectures": ["PhiForCausalLM"]}', "its model_type is"),
-    "index without a map": ("model.safetensors.index.json", "{}", "should hold a `weight_map`"),
+    "index without a map": ("model.safetensors.index.json", "{}", "must contain a `weight_map`"),
     "index names a file outside": (
         "model.safetensors.index.json",
         '{"weight_map": {"model.query_tokens": "../outside.safetensors"}}',
-        "without a folder, but names '../outside.safetensors'",
+        "in its own folder, but names '../outside.safetensors'",
     ),
     "tokenizer is broken": ("tokenizer.json", "{}", "cannot be loaded"),
-    "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json should hold a JSON object, but holds a list"),
-    "processor is a list": ("processor_config.json", "[]", "processor_config.json should hold a JSON object"),
+    "tokenizer is a list": ("tokenizer.json", "[]", "tokenizer.json must contain a JSON object, but contains a list"),
+    "processor is a list": ("processor_config.json", "[]", "processor_config.json must contain a JSON object"),
     "processor's sizes are text": ("processor_config.json", '{"image_processor": {"size": "a"}}', "cannot be loaded"),
-    "generation config is a list": ("generation_config.json", "[]", "generation_config.json should hold a JSON object"),
+    "generation config is a list": (
+        "generation_config.json",
+        "[]",
+        "generation_config.json must contain a JSON object",
+    ),
 }
 
 
@@ -238,8 +257,8 @@ def test_broken_checkpoints_are_one_clear_line(refused, tmp_path, checkpoint, im
 def test_convert_says_what_it_wrote_and_shows_progress(run, tmp_path):
     code, output, errors = run("convert", make_original(tmp_path / "in", num_shards=2), tmp_path / "out")
     assert code == 0
-    assert output.startswith(f"{tmp_path / 'out'}: 5,034,393 parameters in 199 tensors, float32, 20.1 MB in 2 shards")
-    assert "100%" in errors
+    assert output.startswith(f"{tmp_path / 'out'}: 5,034,393 parameters in 199 tensors, float32, 20.1 MB in 1 shard\n")
+    assert "Writing model shards: 100%" in errors
 
 
 def test_convert_names_wrong_tensors_and_writes_nothing(run, tmp_path):
@@ -265,11 +284,11 @@ def test_convert_refuses_in_one_line(refused, tmp_path):
 
 
 def test_a_terminated_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
-    def terminated(*args):
-        yield 1
+    def terminated(self, folder, **kwargs):
+        (folder / "model.safetensors").write_text("half")
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(convert, "write_safetensors", terminated)
+    monkeypatch.setattr(convert.FlashSlothForConditionalGeneration, "save_pretrained", terminated)
     handler, source = signal.getsignal(signal.SIGTERM), make_original(tmp_path / "in")
     with pytest.raises(SystemExit) as error:
         cli.main(["convert", str(source), str(tmp_path / "out")])
@@ -389,7 +408,7 @@ def test_an_error_is_one_line_and_exit_code_2_of_the_process(checkpoint):
     result = subprocess.run(command, input=b"no image", capture_output=True)
     assert (result.returncode, result.stdout) == (2, b"")
     assert result.stderr.decode().endswith(
-        "flashsloth: error: standard input is not an image, or of a format that Pillow does not know.\n"
+        "flashsloth: error: standard input is not an image in a format that Pillow reads.\n"
     )
 
 

@@ -298,7 +298,9 @@ def test_no_length_cuts_images_or_queries(processor, model, rows):
     for max_length in range(1, start + 60):
         collator = FlashSlothDataCollator(processor, max_length=max_length)
         if max_length <= start:
-            with pytest.raises(BadRowError, match=rf"Row 2 .*take {start} tokens.*`max_length`={max_length}; raise it"):
+            with pytest.raises(
+                BadRowError, match=rf"Row 2 .*take {start} tokens.*`max_length`={max_length}; raise `max_length`"
+            ):
                 collator(rows[2:])
             continue
         batch = collator(rows[2:])
@@ -327,7 +329,7 @@ BAD_ROWS = {
     "empty answer": (row(([], "Why?", " ")), "an answer is empty"),
     "no message": ({"messages": []}, "the last message must be the assistant's answer"),
     "placeholder": ({"conversations": [{"from": "human", "value": "<image>"}]}, "0 images, but 1 places"),
-    "role": ({"conversations": [{"from": "robot", "value": "Hi"}]}, "a message is by 'robot'"),
+    "role": ({"conversations": [{"from": "robot", "value": "Hi"}]}, "a message has the role 'robot'"),
     "late system": (
         {"messages": [{"role": role, "content": "x"} for role in ("user", "system", "assistant")]},
         "found system",

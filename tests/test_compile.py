@@ -121,7 +121,8 @@ def test_an_image_that_a_static_cache_cannot_hold_is_refused(make_model, model, 
 
 def test_beams_from_a_static_cache_are_refused(model, ask, images):
     known = model.image_prefix_cache(max_cache_len=MAX_CACHE_LEN)(ask([(images[:1], "What is it?")]))
-    with pytest.raises(ValueError, match=r"need a DynamicCache to continue from, found a StaticPrefixCache.*leave `max_cache_len` out"):
+    expected = r"need a DynamicCache to continue from, found a StaticPrefixCache.*leave `max_cache_len` out"
+    with pytest.raises(ValueError, match=expected):
         model.generate(**known, **GREEDY, num_beams=2)
 
 

@@ -146,20 +146,23 @@ def test_an_answer_may_write_the_placeholder():
         (llava("<image>\nWhy?", "So."), "the row has 0 images, but 1 places for them"),
         (llava("Why?", "So.", image="red.png"), "the row has 1 images, but 0 places for them"),
         (llava("<image>", "So.", image=["red.png", "blue.png"]), "has 2 images, but 1 places"),
-        ({"conversations": [{"from": "robot", "value": "Hi"}]}, "a message is by 'robot', but only human, user, gpt"),
-        ({"conversations": [{"from": "human", "value": 5}]}, "must be text or parts, but is a int"),
-        ({"conversations": ["Hi"]}, "a message must be a dict, but is a str"),
+        (
+            {"conversations": [{"from": "robot", "value": "Hi"}]},
+            "a message has the role 'robot', but must have one of human, user, gpt",
+        ),
+        ({"conversations": [{"from": "human", "value": 5}]}, "must be text or a list of parts, but is of type int"),
+        ({"conversations": ["Hi"]}, "a message must be a dict, but is of type str"),
         ({"image": "red.png"}, r"the row has the columns \['image'\], but must have `messages`"),
-        ({"image": 5, "caption": "red"}, "an image must be a path, a URL, an image or its bytes, but is a int"),
+        ({"image": 5, "caption": "red"}, "an image must be a PIL image, an array, a path, .* but is of type int"),
         ({"image": {"name": "x"}, "caption": "red"}, r"must have `bytes` or `path`, but has \['name'\]"),
         (
             {"image": "red.png", "caption": " "},
             "a caption needs an image and text, but has 1 images and the text ''",
         ),
-        ({"messages": messages([{"type": "audio"}])}, "a part of type 'audio', but only text and image"),
-        ({"messages": messages([text(None)])}, "a text must be a string, but is a NoneType"),
-        ({"messages": messages(["Hi"])}, "a part of a message must be a dict, but is a str"),
-        ('["Hi"]', "a row must be a dict, but is a list"),
+        ({"messages": messages([{"type": "audio"}])}, "a part of type 'audio', but must have text or image"),
+        ({"messages": messages([text(None)])}, "a text must be a string, but is of type NoneType"),
+        ({"messages": messages(["Hi"])}, "a part of a message must be a dict, but is of type str"),
+        ('["Hi"]', "a row must be a dict, but is of type list"),
         ('{"image": ', "the line is not JSON: Expecting value"),
     ],
 )
@@ -174,7 +177,7 @@ def test_a_bad_row_is_found_out_when_it_is_used(folder, row, reason):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.json", '{"a": 1}', "must hold a list of rows, but holds a dict"),
+        ("rows.json", '{"a": 1}', "must contain a list of rows, but contains a dict"),
         ("rows.json", '{"a": 1}\n{"a": 1}', r"is not JSON: Extra data.*name it `\.jsonl`"),
     ],
 )
@@ -187,7 +190,7 @@ def test_other_json_is_refused(tmp_path, name, content, message):
 def test_what_is_not_there_is_refused(folder):
     with pytest.raises(FileNotFoundError, match=r"There is no file .*none\.jsonl"):
         load_rows(folder / "none.jsonl")
-    with pytest.raises(ValueError, match=r"has the split `train` only, not `test`"):
+    with pytest.raises(ValueError, match=r"has only the split `train`, not `test`"):
         load_rows(write_lines(folder / "rows.jsonl", LLAVA_ROWS), split="test")
 
 
@@ -309,7 +312,7 @@ def test_parts_may_bring_their_images(part):
 def test_a_part_may_hold_base64_but_not_text_and_an_image_at_once():
     row = normalize_row({"messages": messages([{"type": "image", "base64": "AAAA"}, text("Why?")])})
     assert row["messages"][0]["content"][0] == image("data:;base64,AAAA")
-    with pytest.raises(ValueError, match="a part of type text also has path; give it a part of type image"):
+    with pytest.raises(ValueError, match="a part of type text also has path; move it to a part of type image"):
         normalize_row({"messages": messages([{**text("Why?"), "path": "a.png"}])})
 
 
@@ -419,7 +422,7 @@ def test_the_order_depends_on_seed_and_epoch_only(lengths):
 
 
 def test_lengths_and_kinds_must_be_of_the_same_rows():
-    with pytest.raises(ValueError, match=r"of as many rows, but are of 2 and 1; take both from `row_lengths`"):
+    with pytest.raises(ValueError, match=r"the same number of rows, but have 2 and 1; take both from `row_lengths`"):
         ModalityLengthSampler([1, 2], [True], batch_size=1)
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, but is 0"):
         ModalityLengthSampler([1], [True], batch_size=0)

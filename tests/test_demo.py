@@ -1,4 +1,4 @@
-"""The demo in a browser: an image goes in, answers and what the model looked at come out."""
+"""The demo in a browser: visitors show an image, and get answers and heat maps."""
 
 import base64
 import io
@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import socket
-import sys
 import tempfile
 import time
 import urllib.error
@@ -34,19 +33,16 @@ pytestmark = pytest.mark.skipif(
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
     "--disable-background-networking --disable-component-update --disable-sync --force-device-scale-factor=1 "
-    "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream"  # a camera, which needs no permission
+    "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream"  # a fake camera that needs no permission
 )
 WIDE, NARROW = (1280, 1000), (400, 900)
-TIMEOUT = 120  # seconds; a machine that also runs other tests may stand still for a while
+TIMEOUT = 120  # seconds; enough for a machine that also runs other tests
 
 
 @pytest.fixture(scope="module")
 def demo():
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import demo
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
+    import demo
+
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
     shown = demo.Demo(model, FlashSlothProcessor.from_pretrained(ROOT))
     with socket.socket() as free:
@@ -74,7 +70,7 @@ def browser(tmp_path_factory):
 
 
 def film(image, file):
-    """Write what a camera sees that points at an image, as uncompressed video (YUV4MPEG2)."""
+    """Write an image as uncompressed video (YUV4MPEG2), for the fake camera."""
     frame = Image.open(image).convert("YCbCr").resize((480, 480))
     luma, *chroma = frame.split()
     planes = luma.tobytes() + b"".join(plane.reduce(2).tobytes() for plane in chroma)
@@ -99,14 +95,14 @@ class Page:
     def show(self, name):
         self.upload(ROOT / "examples" / name)
         self.wait.until(lambda _: self.all("#image img"))
-        time.sleep(0.5)  # the page tells the server, which empties the chat
+        time.sleep(0.5)  # until the server has cleared the chat
 
     def ask(self, question):
         self.all("#question textarea")[0].send_keys(question)
         self.all("#send")[0].click()
 
     def type(self, text):
-        """Put a text in the question's box, at once."""
+        """Put a text in the question's box at once, not key by key."""
         self.browser.execute_script(
             "const [box, text] = arguments;"
             "Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set.call(box, text);"
@@ -120,7 +116,7 @@ class Page:
         return self.all("#question textarea")[0].get_attribute("value")
 
     def set(self, selector, number):
-        """Put a number beside a slider."""
+        """Enter a number in the box of a slider."""
         (box,) = self.all(f"{selector} input[type=number]")
         box.clear()
         box.send_keys(str(number), Keys.TAB)
@@ -134,7 +130,7 @@ class Page:
         return [message.text.strip() for message in self.all("#chat .bot.message")]
 
     def views(self):
-        """The heat maps that are shown, by their addresses."""
+        """Addresses of the heat maps that are shown."""
         return [image.get_attribute("src") for i in range(3) for image in self.all(f"#view{i} img")]
 
     def wait_for_views(self, others=()):
@@ -143,7 +139,7 @@ class Page:
 
     def warning(self):
         texts = self.wait.until(lambda _: list(filter(None, (toast.text for toast in self.all(".toast-body")))))
-        return texts[0]  # what fades in has a text in one moment, and none in the next
+        return texts[0]  # while fading in, the text comes and goes
 
 
 @pytest.fixture
@@ -161,7 +157,7 @@ def encodings(demo):
     hook.remove()
 
 
-def test_a_visitor_uploads_asks_and_sees_what_was_looked_at(page, encodings):
+def test_a_visitor_uploads_an_image_asks_and_sees_heat_maps(page, encodings):
     page.show("scene.png")
     page.ask("Read the sign.")
     first = page.wait_for_views()
@@ -169,7 +165,7 @@ def test_a_visitor_uploads_asks_and_sees_what_was_looked_at(page, encodings):
     page.ask("Which colour is the star?")
     page.wait_for_views(first)
     assert page.answers() == ["PULL", "green"]
-    assert sum(encodings) == 1  # one tile, once
+    assert sum(encodings) == 1  # the image's one tile is encoded once
     hosts = set()
     for entry in page.browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]
@@ -190,11 +186,11 @@ def test_a_visitor_takes_an_image_with_the_camera(page):
     time.sleep(0.5)
     page.ask("Read the sign.")
     page.wait_for_views()
-    assert page.answers() == ["PULL"]  # so it is not mirrored
+    assert page.answers() == ["PULL"]  # so the image is not mirrored
 
 
-def test_high_definition_reads_five_tiles_once(page, encodings):
-    page.all("#high input")[0].click()
+def test_high_resolution_encodes_five_tiles_once(page, encodings):
+    page.all("#splitting input")[0].click()
     page.show("shapes.png")
     page.ask("Which colour is the star?")
     first = page.wait_for_views()
@@ -218,12 +214,12 @@ def test_a_map_is_drawn_over_the_image(page):
     assert drawn.size == image.size
     brighter = ImageChops.subtract(drawn, image)
     _, _, right, bottom = brighter.point(lambda level: 255 * (level > 40)).getbbox()
-    assert right < 200  # the green star stands top left
+    assert right < 200  # the green star is at the top left
     assert bottom < 200
 
 
 def test_the_stop_button_ends_an_answer(page, demo):
-    demo.model.generation_config.min_new_tokens = 400  # it would go on and on
+    demo.model.generation_config.min_new_tokens = 400  # a long answer
     try:
         page.show("shapes.png")
         page.ask("Describe the picture.")
@@ -236,7 +232,7 @@ def test_the_stop_button_ends_an_answer(page, demo):
         demo.model.generation_config.min_new_tokens = None
 
 
-def test_a_new_chat_begins_while_an_answer_is_being_given(page, demo):
+def test_a_new_chat_discards_an_answer_that_is_being_generated(page, demo):
     demo.model.generation_config.min_new_tokens = 400
     try:
         for leave in (lambda: page.all("#clear")[0].click(), lambda: page.show("scene.png")):
@@ -246,7 +242,7 @@ def test_a_new_chat_begins_while_an_answer_is_being_given(page, demo):
             leave()
             page.wait.until(lambda _: not demo.answering)
             page.wait.until(lambda _: not page.answers())
-            time.sleep(1)  # nothing of the old answer comes after
+            time.sleep(1)  # time for the rest of the old answer, which must not appear
             assert (page.answers(), page.views()) == ([], [])
             page.browser.refresh()
             page.wait.until(lambda _: page.all("#image input[type=file]"))
@@ -254,7 +250,7 @@ def test_a_new_chat_begins_while_an_answer_is_being_given(page, demo):
         demo.model.generation_config.min_new_tokens = None
 
 
-def test_what_is_typed_during_an_answer_stays(page, demo):
+def test_text_typed_during_an_answer_stays(page, demo):
     demo.model.generation_config.min_new_tokens = 400
     try:
         page.show("shapes.png")
@@ -271,7 +267,7 @@ def test_what_is_typed_during_an_answer_stays(page, demo):
         demo.model.generation_config.min_new_tokens = None
 
 
-def test_an_image_that_the_model_refuses_is_explained(page, tmp_path):
+def test_an_image_that_the_model_rejects_is_explained(page, tmp_path):
     Image.new("RGB", (70000, 4)).save(tmp_path / "long.png")
     page.upload(tmp_path / "long.png")
     page.wait.until(lambda _: page.all("#image img"))
@@ -279,11 +275,11 @@ def test_an_image_that_the_model_refuses_is_explained(page, tmp_path):
     page.ask("What is it?")
     page.wait.until(lambda _: page.answers())
     assert "70000" in page.answers()[0]
-    assert "/" not in page.answers()[0]  # where the server keeps it is nobody's business
+    assert "/" not in page.answers()[0]  # no server path
     assert not page.all(".toast-body")
 
 
-def test_what_is_missing_is_said(page, tmp_path):
+def test_a_missing_image_or_question_is_reported(page, tmp_path):
     page.ask("Read the sign.")
     assert "choose an image first" in page.warning()
     page.browser.refresh()
@@ -296,10 +292,10 @@ def test_what_is_missing_is_said(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes((ROOT / "examples" / "scene.png").read_bytes()[:300])
     page.upload(broken)
-    assert "not an image that can be read" in page.warning()
+    assert "cannot be read as an image" in page.warning()
 
 
-def test_an_earlier_question_can_be_looked_at_again(page):
+def test_heat_maps_of_an_earlier_question_can_be_shown_again(page):
     page.show("shapes.png")
     page.ask("Which colour is the star?")
     first = page.wait_for_views()
@@ -314,15 +310,15 @@ def test_an_earlier_question_can_be_looked_at_again(page):
     page.wait.until(lambda _: not page.views() and not page.answers())
 
 
-def test_a_question_that_is_too_long_is_explained_where_it_stays(page, capfd):
+def test_a_question_that_is_too_long_is_explained_and_stays_in_its_box(page, capfd):
     page.show("scene.png")
     page.ask("Read the sign.")
     first = page.wait_for_views()
     page.type("star " * 2000)
     page.all("#send")[0].click()
     page.wait.until(lambda _: len(page.answers()) == 2)
-    assert "longer than the model can read" in page.answers()[1]
-    assert re.search(r"has \d{4} tokens, and with the answer 1024 are possible", page.answers()[1])
+    assert "conversation is too long" in page.answers()[1]
+    assert re.search(r"has \d{4} tokens, and the model can process 1024 including the answer", page.answers()[1])
     assert not page.all(".toast-body")
     assert not page.all("#chat .error")
     assert page.question() == ("star " * 2000).strip()  # to be shortened
@@ -330,25 +326,25 @@ def test_a_question_that_is_too_long_is_explained_where_it_stays(page, capfd):
     page.type("Which colour is the star?")
     page.all("#send")[0].click()
     page.wait_for_views(first)
-    assert page.answers() == ["PULL", "green"]  # the refused one was not part of the conversation
+    assert page.answers() == ["PULL", "green"]  # the rejected one was not part of the conversation
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_an_error_of_the_model_is_told_without_its_words(page, demo, caplog):
-    demo.model.generation_config.num_beams = 2  # which cannot stream
+def test_an_error_of_the_model_is_shown_without_its_message(page, demo, caplog):
+    demo.model.generation_config.num_beams = 2  # beam search cannot stream
     try:
         page.show("scene.png")
         page.ask("Read the sign.")
         page.wait.until(lambda _: page.answers())
         assert "The model could not answer" in page.answers()[0]
         assert "streamer" not in page.answers()[0]
-        assert "streamer" in caplog.text  # but whoever runs the demo is told
+        assert "streamer" in caplog.text  # the server's log has it
         assert not page.is_active("#stop")
     finally:
         demo.model.generation_config.num_beams = None
 
 
-def test_stop_is_active_only_while_an_answer_is_given(page, demo):
+def test_stop_is_active_only_during_an_answer(page, demo):
     assert not page.is_active("#stop")
     demo.model.generation_config.min_new_tokens = 400
     try:
@@ -389,7 +385,7 @@ def test_an_example_fills_image_and_question(page):
     assert page.answers() == ["PULL"]
 
 
-def test_words_are_chosen_as_the_folded_settings_say(page):
+def test_the_folded_sampling_settings_change_answers(page):
     assert not page.all("#temperature input[type=number]") or not page.all("#temperature")[0].is_displayed()
     page.show("shapes.png")
     page.ask("Describe the picture.")
@@ -413,7 +409,7 @@ def test_words_are_chosen_as_the_folded_settings_say(page):
     assert len(answers | {greedy}) > 1
 
 
-def test_the_page_names_the_model_and_says_what_it_knows(page, demo, tmp_path):
+def test_the_page_names_the_model_and_describes_the_shipped_one(page, demo, tmp_path):
     import demo as module
 
     text = page.all("#about")[0].text
@@ -432,7 +428,7 @@ def test_the_page_names_the_model_and_says_what_it_knows(page, demo, tmp_path):
 
 
 class Stranger:
-    """Somebody who sends requests without the page."""
+    """A client that sends requests without the page."""
 
     def __init__(self, url):
         self.url, self.visitor = url.rstrip("/"), uuid.uuid4().hex
@@ -456,7 +452,7 @@ class Stranger:
         return self.post("/gradio_api/upload", body, f"multipart/form-data; boundary={boundary}")[0]
 
     def send(self, index, *data):
-        """All that comes back, as text."""
+        """Send an event, and return the whole reply as text."""
         body = {"data": data, "fn_index": index, "session_hash": self.visitor}
         self.post("/gradio_api/queue/join", json.dumps(body).encode())
         return self.get(f"/gradio_api/queue/data?session_hash={self.visitor}")
@@ -471,7 +467,7 @@ def stranger(demo):
 
 
 def words(reply):
-    """An answer, of the pieces in which it comes."""
+    """Join the streamed pieces of an answer."""
     return "".join(re.findall(r'\["append",\[\d+,"content",0,"text"\],"(.*?)"\]', reply)).strip()
 
 
@@ -479,7 +475,7 @@ META = {"_type": "gradio.FileData"}
 
 
 def secrets_of(folder, website):
-    """Ways to name an image that is not the visitor's: `{name: what stands for an image}`."""
+    """Images in requests that refer to files which the visitor did not upload, by name."""
     secret = folder / "secret.png"
     shutil.copy(ROOT / "examples" / "scene.png", secret)
     upwards = "../" * 20
@@ -516,32 +512,32 @@ def test_a_stranger_reads_no_image_of_the_server(stranger, demo, tmp_path, capfd
     capfd.readouterr()
 
 
-def test_a_stranger_cannot_have_files_fetched_in_the_place_of_a_question(stranger, tmp_path):
+def test_a_stranger_cannot_have_files_fetched_in_place_of_a_question(stranger, tmp_path):
     secret = tmp_path / "secret.png"
     shutil.copy(ROOT / "examples" / "scene.png", secret)
     image = {"path": stranger.upload((ROOT / "examples" / "scene.png").read_bytes()), "meta": META}
     for path in (str(secret), "http://127.0.0.1:9/nothing.png", "https://example.org/nothing.png"):
         for question in ({"path": path, "meta": META}, [[{"deep": {"path": path, "meta": META}}]]):
             reply = stranger.ask(image, question)
-            assert "was not uploaded here" in reply
+            assert "was not uploaded" in reply
             assert str(tmp_path) not in reply
 
 
-def test_what_was_uploaded_is_read(stranger):
+def test_an_uploaded_image_is_read(stranger):
     path = stranger.upload((ROOT / "examples" / "scene.png").read_bytes())
     assert words(stranger.ask({"path": path, "meta": META})) == "PULL"
     encoded = base64.b64encode((ROOT / "examples" / "scene.png").read_bytes()).decode()
     assert words(stranger.ask({"url": f"data:image/png;base64,{encoded}"})) == "PULL"
 
 
-def test_a_link_in_the_upload_folder_leads_nowhere_else(stranger, tmp_path):
+def test_a_link_in_the_upload_folder_cannot_lead_out_of_it(stranger, tmp_path):
     shutil.copy(ROOT / "examples" / "scene.png", tmp_path / "secret.png")
     link = Path(stranger.upload(b"anything")).with_name("link.png")
     link.symlink_to(tmp_path / "secret.png")
     try:
         for mark in MARKS.values():
             reply = stranger.ask({"path": str(link)} | mark)
-            assert "was not uploaded here" in reply
+            assert "was not uploaded" in reply
             assert str(tmp_path) not in reply
     finally:
         link.unlink()
@@ -558,25 +554,25 @@ def test_a_stranger_gets_no_file_of_the_repository(stranger, tmp_path):
     assert str(ROOT) not in stranger.get("/config")
 
 
-def test_what_is_uploaded_has_a_limit(stranger):
-    with pytest.raises(urllib.error.URLError):  # status 413, or a connection that ends before all is sent
+def test_uploads_have_a_size_limit(stranger):
+    with pytest.raises(urllib.error.URLError):  # status 413, or a connection that is closed early
         stranger.upload(bytes(40 * 2**20))
     assert stranger.upload(bytes(2**20))
 
 
-def test_a_program_is_not_run_to_draw_an_image(stranger):
+def test_no_external_program_renders_an_image(stranger):
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     reply = stranger.ask({"path": stranger.upload(program, "program.png"), "meta": META})
-    assert "not an image that can be read" in reply
+    assert "cannot be read as an image" in reply
 
 
-def test_the_question_box_is_on_a_phones_first_screen_and_examples_stand_above_the_maps(browser, demo):
+def test_the_question_box_is_on_a_phones_first_screen_and_examples_are_above_the_maps(browser, demo):
     browser.set_window_size(*NARROW)
     try:
         page = Page(browser, demo.url)
         for number in range(2):
             box = page.all("#question textarea")[0].rect
-            assert box["y"] + box["height"] < 620  # pixels: of a small phone, without the browser's own bars
+            assert box["y"] + box["height"] < 620  # pixels of a small phone, without the browser's bars
             if number == 0:
                 page.show("scene.png")
         page.wait.until(lambda _: page.all("#examples"))
@@ -586,7 +582,7 @@ def test_the_question_box_is_on_a_phones_first_screen_and_examples_stand_above_t
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_phone_shows_all_of_it(browser, demo, theme):
+def test_the_page_fits_a_phone(browser, demo, theme):
     browser.set_window_size(*NARROW)
     try:
         page = Page(browser, f"{demo.url}?__theme={theme}")

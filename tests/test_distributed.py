@@ -1,4 +1,4 @@
-"""Two processes train as one would, also when one of them has no image; and what they save loads anywhere."""
+"""Two processes train like one, even if one of them has no image, and what they save loads anywhere."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_processes(script, *args, number=2):
-    """Returns what they wrote to stderr."""
+    """Run a script in several processes, and return their stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     done = subprocess.run(
         [*command, str(script), *map(str, args)],
@@ -35,7 +35,7 @@ def run_processes(script, *args, number=2):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, make_model, ask, images):
-    """A model, and for every step a batch for each process: with an image for both, one of them, or none."""
+    """A model, and batches for every step and process: both, one or none of the processes have images."""
     folder = tmp_path_factory.mktemp("two_processes")
     make_model("llama", pooling_dropout=0.0).save_pretrained(folder / "model")
     seeing = ask([(images[:1], "What is it?")], [(images[1:3], "Which?")])
@@ -49,7 +49,7 @@ def prepared(tmp_path_factory, make_model, ask, images):
 
 @pytest.fixture(scope="module")
 def trained_alone(prepared):
-    """The same steps in one process, and the losses of the first one's batches."""
+    """A model trained with the same steps in one process, and the losses of the first process's batches."""
     model = FlashSlothForConditionalGeneration.from_pretrained(prepared / "model").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     losses = []
@@ -74,7 +74,7 @@ def test_sharded_training_equals_that_of_one_process(prepared, trained_alone):
 
 
 def test_what_sharded_training_saves_loads_without_the_package(prepared, tmp_path):
-    """Its class is named, and its code brought along, though `fully_shard` gave the model another class."""
+    """It has its class name and code, although `fully_shard` changes the class of the model."""
     config = json.loads((prepared / "trained" / "config.json").read_text())
     assert config["architectures"] == ["FlashSlothForConditionalGeneration"]
     code, expected = ({path.name for path in (prepared / name).glob("*.py")} for name in ("trained", "model"))
@@ -91,7 +91,7 @@ def test_what_sharded_training_saves_loads_without_the_package(prepared, tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_plain_loop_trains_as_one_process_does_and_goes_on_where_it_was(prepared, processor, images, tmp_path):
+def test_the_plain_loop_trains_like_one_process_and_resumes(prepared, processor, images, tmp_path):
     processor.save_pretrained(prepared / "model")
     rows = []
     for number, (image, answer) in enumerate(zip(images[:3], ("red", "a green one", "blue it is"), strict=True)):

@@ -217,8 +217,8 @@ def test_an_original_release_is_exported_and_an_adapter_for_one_is_merged(run, t
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[]", "should hold a JSON object"),
-        ("{", "is not a JSON file"),
+        ("[]", "must contain a JSON object"),
+        ("{", "is not a readable JSON file"),
         ("{}", "does not name a base model"),
         ('{"base_model_name_or_path": 3}', "does not name a base model"),
         ('{"base_model_name_or_path": ""}', "does not name a base model"),
@@ -268,16 +268,16 @@ BROKEN = {
     "there is no such folder": shutil.rmtree,
     "it has no config.json": remove("config.json"),
     "its model_type is 'phi'": change_json("config.json", model_type="phi"),
-    "holds no weights": remove("model.safetensors"),
-    "1 tensors are missing in its weights, such as model.query_tokens": change_tensors(
+    "contains no weights": remove("model.safetensors"),
+    "tensors are missing from its weights: 1, such as model.query_tokens": change_tensors(
         lambda tensors: tensors.pop("model.query_tokens")
     ),
-    "tensors that the model would not use, such as model.extra": change_tensors(
+    "its weights hold unexpected tensors: 1, such as model.extra": change_tensors(
         lambda tensors: tensors.update({"model.extra": torch.zeros(1)})
     ),
     "cannot be exported: ": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),
     "name one with --processor": remove("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    "its number of query tokens is 5, but the model's 4": change_json("processor_config.json", num_query_tokens=5),
+    "its number of query tokens is 5, but the model's is 4": change_json("processor_config.json", num_query_tokens=5),
     "`asked` and `right`": lambda folder: (folder / "evaluation.json").write_text('{"colour": 1}'),
 }
 

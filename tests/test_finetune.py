@@ -1,4 +1,4 @@
-"""`examples/finetune.py` does what the paper did, and the usual tools train a FlashSloth."""
+"""`examples/finetune.py` follows the paper, and the usual tools train a FlashSloth."""
 
 import copy
 import importlib.util
@@ -138,7 +138,7 @@ def stage2(recipe, arguments, data, tmp_path_factory):
 
 
 def history(folder):
-    """Logged values, step by step, without what measures time."""
+    """Logged values of every step, without timings."""
     states = folder.glob("checkpoint-*/trainer_state.json")
     last = max(states, key=lambda state: int(state.parent.name.partition("-")[2]))
     return [
@@ -185,7 +185,7 @@ def test_a_later_recipe_changes_an_earlier_one(recipe):
     assert (model_args.lora_modules_to_save, args.learning_rate) == (list(PAPER_MODULES), 2e-4)
 
 
-def test_a_global_batch_that_cannot_be_reached_is_refused(recipe, arguments, tmp_path):
+def test_an_impossible_global_batch_is_rejected(recipe, arguments, tmp_path):
     with pytest.raises(ValueError, match="global_batch_size=5 must be a multiple"):
         recipe.parse(arguments("stage2", tmp_path, global_batch_size=5))
 
@@ -193,11 +193,11 @@ def test_a_global_batch_that_cannot_be_reached_is_refused(recipe, arguments, tmp
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"load_in_8bit": True}, "in 8 bits trains by adapters only"),
-        ({"load_in_4bit": True}, "in 4 bits trains by adapters only"),
-        ({"load_in_8bit": True, "load_in_4bit": True, "lora_rank": 4}, "leave out --load_in_8bit or --load_in_4bit"),
-        ({"stage": 1, "lora_rank": 4}, "leaves the language model"),
-        ({"train_vision_tower": True, "lora_rank": 4}, "leave out --train_vision_tower"),
+        ({"load_in_8bit": True}, "in 8 bits can be trained with adapters only"),
+        ({"load_in_4bit": True}, "in 4 bits can be trained with adapters only"),
+        ({"load_in_8bit": True, "load_in_4bit": True, "lora_rank": 4}, "remove --load_in_8bit or --load_in_4bit"),
+        ({"stage": 1, "lora_rank": 4}, "does not train the language model"),
+        ({"train_vision_tower": True, "lora_rank": 4}, "remove --train_vision_tower"),
         ({"streaming": True, "max_steps": -1}, "--streaming needs --max_steps"),
         ({"fp16": True, "bf16": False}, "fp16 needs a GPU"),
         ({"fp16": True, "bf16": False, "dtype": "bfloat16", "check_data": True}, "set it to float32"),
@@ -205,27 +205,27 @@ def test_a_global_batch_that_cannot_be_reached_is_refused(recipe, arguments, tmp
         ({"learning_rate": "much"}, "invalid float value: 'much'; --help lists all arguments"),
     ],
 )
-def test_arguments_that_contradict_each_other_are_refused(recipe, arguments, tmp_path, changes, error):
+def test_contradictory_arguments_are_rejected(recipe, arguments, tmp_path, changes, error):
     with pytest.raises(ValueError, match=error):
         recipe.parse(arguments("stage2", tmp_path, **changes))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
-def test_a_cpu_must_be_asked_for(recipe):
-    with pytest.raises(recipe.UsageError, match=r"no GPU .* add `--use_cpu true`.*fp16\.yaml"):
+def test_training_on_a_cpu_must_be_requested(recipe):
+    with pytest.raises(recipe.UsageError, match=r"no GPU with bfloat16.* add `--use_cpu true`.*fp16\.yaml"):
         recipe.parse([str(RECIPES / "stage2.yaml"), *NEEDED[:-1]])
 
 
 def test_the_recipe_for_gpus_without_bfloat16_scales_gradients_of_float32(recipe):
     files = [str(RECIPES / f"{name}.yaml") for name in ("stage2", "fp16")]
-    model_args, _, args = recipe.parse([*files, *NEEDED, "--check_data"])  # the only use that a CPU allows
+    model_args, _, args = recipe.parse([*files, *NEEDED, "--check_data"])  # the only use of fp16 on a CPU
     assert (args.fp16, args.bf16, model_args.dtype) == (True, False, "float32")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_float16_trains_on_a_gpu(recipe, arguments, base, tmp_path):
-    """The first steps are skipped while the scale of the loss is found."""
+    """The first steps are skipped until the loss scale is small enough."""
     recipe.main(arguments("stage2", tmp_path, "fp16", use_cpu=False, max_steps=20, report_to="none"))
     assert changed_parts(base, tmp_path) == ALL_PARTS - {"model.vision_tower"}
     weights = load_file(tmp_path / "model.safetensors")
@@ -233,7 +233,7 @@ def test_float16_trains_on_a_gpu(recipe, arguments, base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
-def test_both_names_of_recomputing_are_taken_at_any_version(recipe, name):
+def test_both_names_of_checkpointing_work_in_every_version(recipe, name):
     arguments = [*NEEDED, f"--{name}", "true", f"--{name}_kwargs", '{"use_reentrant": false}']
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
@@ -250,7 +250,7 @@ def test_more_workers_than_cpus_are_not_started(recipe, monkeypatch):
 
 
 def run_script(*arguments, **environment):
-    """What the script writes to stderr, without what the installation of bitsandbytes and torchao says at import."""
+    """Exit code and stderr of the script, without warnings of bitsandbytes and torchao at import."""
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -262,20 +262,20 @@ def run_script(*arguments, **environment):
 WRONG = {
     "no recipe": ({"recipe": "none.yaml"}, "there is no recipe none.yaml"),
     "a broken recipe": ({"recipe": "broken.yaml"}, "the recipe broken.yaml cannot be read: while parsing"),
-    "a list": ({"recipe": "list.yaml"}, "must hold lines `argument: value`, but holds a list"),
+    "a list": ({"recipe": "list.yaml"}, "expected lines `argument: value` in the recipe list.yaml, found a list"),
     "no model": ({"model_name_or_path": "no/model"}, "no such model: no/model (neither a folder nor a Hub id"),
     "another model": ({"model_name_or_path": "llama"}, "llama is not a FlashSloth"),
     "no data": ({"train_data": "none.json"}, "--train_data none.json cannot be read: There is no file"),
     "broken data": ({"train_data": "rows.parquet"}, "--train_data rows.parquet cannot be read: Parquet file"),
-    "empty data": ({"train_data": "empty.jsonl"}, "--train_data empty.jsonl holds no rows"),
+    "empty data": ({"train_data": "empty.jsonl"}, "--train_data empty.jsonl has no rows"),
     "no data for the evaluation": ({"eval_data": "none.json"}, "--eval_data none.json cannot be read: There is no"),
     "no folder of images": ({"image_folder": "nowhere"}, "there is no folder nowhere (--image_folder)"),
-    "no output": ({"output_dir": ""}, "give --output_dir, a folder for checkpoints"),
+    "no output": ({"output_dir": ""}, "set --output_dir, the folder for checkpoints"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_a_user_can_put_right_is_one_line_before_weights_are_loaded(
+def test_errors_that_a_user_can_fix_are_one_line_before_weights_are_loaded(
     recipe, arguments, tmp_path, monkeypatch, capsys, name
 ):
     changes, error = WRONG[name]
@@ -295,7 +295,7 @@ def test_what_a_user_can_put_right_is_one_line_before_weights_are_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_row_ends_the_run_with_one_line_from_a_worker_too(arguments, data, tmp_path):
+def test_a_bad_row_ends_the_run_with_one_line_also_from_a_worker(arguments, data, tmp_path):
     bad = tmp_path / "rows.jsonl"
     bad.write_text((data / "conversations.jsonl").read_text().replace("7.png", "none.png"))
     for workers in (0, 1):
@@ -306,8 +306,8 @@ def test_a_bad_row_ends_the_run_with_one_line_from_a_worker_too(arguments, data,
         assert not any("Traceback" in line for line in said)
 
 
-def test_a_run_and_its_repetition_say_what_was_done_and_nothing_else(base, data, arguments, make_model, processor):
-    """With tied weights, recomputed activations and more workers than CPUs; what 5.17 says of tokens cannot go."""
+def test_a_run_and_its_repetition_log_only_the_result(base, data, arguments, make_model, processor):
+    """With tied weights, gradient checkpointing and more workers than CPUs; 5.17's warning on tokens is allowed."""
     tied = base.parent / "tied"
     make_model("qwen3").save_pretrained(tied)
     processor.save_pretrained(tied)
@@ -321,7 +321,7 @@ def test_a_run_and_its_repetition_say_what_was_done_and_nothing_else(base, data,
         assert code == 0, said
         found.append([line for line in said if not re.match(usual, line)])
         shutil.rmtree(output / "checkpoint-4", ignore_errors=True)
-    end = f"The model is in {output}. To ask it: flashsloth ask IMAGE QUESTION --model {output}"
+    end = f"The model is in {output}. To use it: flashsloth ask IMAGE QUESTION --model {output}"
     assert found == [[end], [end]]
 
 
@@ -330,7 +330,7 @@ def test_the_model_cannot_be_overwritten_by_its_own_training(recipe, arguments, 
         recipe.main(arguments("stage2", base))
 
 
-def test_a_stage_that_the_paper_does_not_have_is_refused(model):
+def test_an_unknown_stage_is_rejected(model):
     with pytest.raises(ValueError, match="but is 3"):
         freeze_for_stage(model, 3)
 
@@ -350,13 +350,13 @@ def test_stage_2_in_high_definition_trains_all(recipe, arguments, base, tmp_path
     assert FlashSlothProcessor.from_pretrained(tmp_path).image_processor.do_image_splitting
 
 
-def test_the_tower_may_stay_as_it_was_in_high_definition(recipe, arguments, base, tmp_path):
+def test_the_tower_can_stay_frozen_in_high_definition(recipe, arguments, base, tmp_path):
     """As in the authors' code."""
     recipe.main(arguments("stage2_hd", tmp_path, train_vision_tower=False))
     assert changed_parts(base, tmp_path) == ALL_PARTS - {"model.vision_tower"}
 
 
-def test_an_original_release_trains_as_it_is(recipe, arguments, tmp_path):
+def test_an_original_release_can_be_trained(recipe, arguments, tmp_path):
     make_original(tmp_path / "original")
     changes = {"model_name_or_path": tmp_path / "original", "report_to": "none"}
     recipe.main(arguments("stage2", tmp_path / "trained", **changes))
@@ -384,8 +384,8 @@ def test_training_is_evaluated_and_logged(stage2):
     assert list(stage2.glob("runs/*/events.out.tfevents.*"))
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, arguments, tmp_path):
-    """Losses, gradients and weights are the same to the last bit; it is killed in its second epoch or later."""
+def test_a_killed_run_resumes_exactly(recipe, arguments, tmp_path):
+    """Losses, gradients and weights are bitwise the same; the run is killed in its second epoch or later."""
     many = {"max_steps": 16, "save_steps": 4, "eval_strategy": "no", "report_to": "none"}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     script = [sys.executable, str(SCRIPT), *arguments("stage2", killed, **many)]
@@ -406,8 +406,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, arguments, tmp_
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
-def test_a_stream_goes_on_as_if_nothing_had_happened(recipe, arguments, tmp_path):
-    """In its second pass over the rows, which are three steps."""
+def test_a_stream_resumes_exactly(recipe, arguments, tmp_path):
+    """In its second pass over the rows; a pass has three steps."""
     command = arguments("stage2", tmp_path, streaming=True, max_steps=6, save_steps=4, report_to="none")
     recipe.main(command)
     found = history(tmp_path)
@@ -435,14 +435,14 @@ def test_a_finished_run_is_not_trained_further(recipe, arguments, tmp_path, capl
     (tmp_path / "model.safetensors").unlink()
     caplog.clear()
     recipe.main(command)
-    assert re.search(r"Step (\d) of \1 was reached before; nothing is trained", caplog.text)
+    assert re.search(r"Step (\d) of \1 has already been reached, so nothing is trained", caplog.text)
     assert {folder.name for folder in tmp_path.glob("checkpoint-*")} == steps
     assert history(tmp_path) == found
     again = load_file(tmp_path / "model.safetensors")
     assert all(again[name].equal(weights[name]) for name in weights)
 
 
-def test_a_finished_run_goes_on_if_asked_for_more(recipe, arguments, tmp_path):
+def test_a_finished_run_continues_with_more_steps(recipe, arguments, tmp_path):
     for max_steps in (2, 3):
         recipe.main(arguments("stage2", tmp_path, report_to="none", max_steps=max_steps))
         assert history(tmp_path)[-1]["step"] == max_steps
@@ -461,12 +461,12 @@ def test_data_are_checked_without_training(recipe, arguments, data, tmp_path, ca
         assert recipe.main([*command, *more]) == 1
         written = capfd.readouterr().out
         checked, evaluated = written.split(f"{data / 'conversations.jsonl'} (eval_data)")
-        assert "rows.jsonl (train_data): 12 rows, 2 of them bad, 0 cut to 400 tokens\n" in checked
-        assert "row 4 is bad: the line is not JSON" in checked
-        assert "row 7 is bad: there is no image" in checked
-        assert ": 12 rows, 0 of them bad" in evaluated
+        assert "rows.jsonl (train_data): 12 rows, 2 bad, 0 cut to 400 tokens\n" in checked
+        assert "bad row 4: the line is not JSON" in checked
+        assert "bad row 7: there is no image" in checked
+        assert ": 12 rows, 0 bad" in evaluated
         lengths = [
-            tuple(map(int, found)) for found in re.findall(r"long: row (\d+) has (\d+) tokens, [01] images?\n", checked)
+            tuple(map(int, found)) for found in re.findall(r"long row (\d+): (\d+) tokens, [01] images?\n", checked)
         ]
         assert len(lengths) == 5
         assert lengths == sorted(lengths, key=lambda one: -one[1])
@@ -478,12 +478,12 @@ def test_data_are_checked_without_training(recipe, arguments, data, tmp_path, ca
     assert lengths[0][1] == max(length for row, length in enumerate(longest) if row not in (4, 7))
 
 
-def test_a_check_tells_what_is_cut_and_what_the_model_has_no_place_for(recipe, arguments, tmp_path, capfd):
+def test_a_check_reports_rows_that_are_cut_or_too_long_for_the_model(recipe, arguments, tmp_path, capfd):
     turns = [{"role": role, "content": "word " * 60} for role in ("user", "assistant")] * 2
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     command = arguments("stage2", tmp_path, train_data=tmp_path / "rows.jsonl", check_data=True)
     assert recipe.main(command) == 0
-    assert "the model has 512 positions; longer rows need --max_length 512" in capfd.readouterr().out
+    assert "the model has 512 positions; cut longer rows with --max_length 512" in capfd.readouterr().out
     assert recipe.main([*command, "--max_length", "900"]) == 0
     written = capfd.readouterr().out
     assert "1 cut to 900 tokens" in written
@@ -494,8 +494,8 @@ def test_a_check_tells_what_is_cut_and_what_the_model_has_no_place_for(recipe, a
 
 @pytest.mark.slow
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="5.17 cannot resume it on CPUs")
-def test_two_processes_go_on_as_if_nothing_had_happened(arguments, tmp_path):
-    """In the second epoch, whose order of rows is another than that of the first."""
+def test_two_processes_resume_exactly(arguments, tmp_path):
+    """In the second epoch, which has a different order of rows."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     command = [*launch, *arguments("stage2", tmp_path, max_steps=6, save_steps=4, report_to="none")]
     found = []
@@ -508,7 +508,7 @@ def test_two_processes_go_on_as_if_nothing_had_happened(arguments, tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_checkpoint_that_was_being_written_is_passed_over(recipe, tmp_path):
+def test_an_incomplete_checkpoint_is_skipped(recipe, tmp_path):
     for step, state in ((2, '{"global_step": 2}'), (10, '{"global_st'), (12, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state:
@@ -518,7 +518,7 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(recipe, tmp_path):
 
 
 def train(model, processor, rows, folder, **changes):
-    """Train by `FlashSlothTrainer`, plainly."""
+    """Train with `FlashSlothTrainer` and plain settings."""
     arguments = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1}
     fixed = {"use_cpu": True, "remove_unused_columns": False, "report_to": [], "save_strategy": "no"}
     args = TrainingArguments(str(folder), **fixed, disable_tqdm=True, **(arguments | changes))
@@ -538,7 +538,7 @@ def rows(data):
 
 
 def test_accumulated_batches_equal_one_big_batch(make_model, processor, rows, tmp_path):
-    """Answers differ in length, so a mean of means would be another loss."""
+    """Answers differ in length, so a mean of means would be a different loss."""
     trained = []
     for size in (1, 4):
         changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "optim": "sgd"}
@@ -560,7 +560,7 @@ def test_checkpointing_and_half_precision_train_alike(make_model, processor, row
     assert half.model.dtype == torch.float32
 
 
-def test_reentrant_checkpointing_is_refused_by_the_recipe(recipe, arguments, tmp_path):
+def test_reentrant_checkpointing_is_rejected_by_the_recipe(recipe, arguments, tmp_path):
     reentrant = {"gradient_checkpointing_kwargs": json.dumps({"use_reentrant": True})}
     with pytest.raises(ValueError, match="use_reentrant=False"):
         recipe.main(arguments("stage2", tmp_path, **reentrant))
@@ -599,10 +599,10 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("on_bad_row", ["raise", "skip"])
-def test_a_plain_trainer_that_takes_columns_away_names_the_flag(
+def test_a_plain_trainer_that_removes_columns_names_the_flag(
     make_model, processor, data, tmp_path, caplog, form, on_bad_row
 ):
-    """Skipping must not make a training on nothing of it."""
+    """`on_bad_row="skip"` must not turn this into a training without data."""
     args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
     collator = FlashSlothDataCollator(processor, on_bad_row=on_bad_row)
     dataset = FORMS[form](data / "conversations.jsonl")
@@ -612,7 +612,7 @@ def test_a_plain_trainer_that_takes_columns_away_names_the_flag(
 
 
 @pytest.mark.parametrize("enable", ["gradient_checkpointing_enable", "activation_checkpointing_enable"])
-def test_recomputing_is_turned_on_and_off_without_a_warning(make_model, processor, rows, caplog, enable):
+def test_gradient_checkpointing_is_enabled_and_disabled_without_a_warning(make_model, processor, rows, caplog, enable):
     model = make_model().train()
     if not hasattr(model, enable):
         pytest.skip("transformers has no such name")
@@ -629,7 +629,7 @@ def test_recomputing_is_turned_on_and_off_without_a_warning(make_model, processo
     assert not caplog.records
 
 
-def test_a_tied_weight_may_be_missing_among_those_that_are_loaded(make_model, tmp_path):
+def test_a_tied_weight_may_be_missing_in_a_state_dict(make_model, tmp_path):
     model = make_model("qwen3")
     model.save_pretrained(tmp_path)
     saved = {name: 2 * tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
@@ -702,7 +702,7 @@ def bitsandbytes():
 
 @pytest.fixture(params=[8, 4])
 def load_in_few_bits(request, recipe, base, bitsandbytes):
-    """Loads the model as the recipe does, in 8 or in 4 bits."""
+    """Load the model in 8 or in 4 bits, as the recipe does."""
     option = f"load_in_{request.param}bit"
 
     def load(source=base):
@@ -715,7 +715,7 @@ def load_in_few_bits(request, recipe, base, bitsandbytes):
     return load
 
 
-def test_the_language_model_is_quantised_and_nothing_else(load_in_few_bits):
+def test_only_the_language_model_is_quantized(load_in_few_bits):
     model = load_in_few_bits()
     quantised = {name for name, module in model.named_modules() if isinstance(module, load_in_few_bits.layer)}
     assert quantised == {name for name, _ in model.named_modules() if re.fullmatch(LORA_TARGET_MODULES, name)}
@@ -724,7 +724,7 @@ def test_the_language_model_is_quantised_and_nothing_else(load_in_few_bits):
 
 
 def test_an_evaluation_leaves_gradients_as_they_are(recipe, base, processor, rows, load_in_few_bits, tmp_path):
-    """In 4 bits on some CPUs, gradients would not pass a layer that has answered."""
+    """On some CPUs, gradients would not pass a 4-bit layer after generation."""
     model_args, _, args = recipe.parse([*NEEDED, f"--{load_in_few_bits.option}", "--lora_rank", "4"])
     model_args.model_name_or_path, args.output_dir = str(ROOT), str(tmp_path)
     processor = FlashSlothProcessor.from_pretrained(ROOT)
@@ -752,8 +752,8 @@ def batch_logits(model, processor, rows):
         return model.eval()(**FlashSlothDataCollator(processor)(rows)).logits.float()
 
 
-def test_adapters_train_on_a_language_model_in_few_bits(recipe, arguments, data, load_in_few_bits, tmp_path, caplog):
-    """With evaluation between the steps; the model is the shipped one, whose widths all kernels take."""
+def test_adapters_train_on_a_quantized_language_model(recipe, arguments, data, load_in_few_bits, tmp_path, caplog):
+    """With evaluation between the steps; on the shipped model, whose widths all kernels support."""
     lora = "qlora" if load_in_few_bits.option == "load_in_4bit" else "lora"
     changes = {"eval_data": data / "conversations.jsonl", "eval_steps": 1, "num_eval_answers": 2, "save_steps": 2}
     changes |= {load_in_few_bits.option: True, "model_name_or_path": ROOT, "max_steps": 4, "report_to": "none"}
@@ -785,7 +785,7 @@ def test_adapters_train_on_a_language_model_in_few_bits(recipe, arguments, data,
 
 
 def chat_rows(data, *, as_prompts):
-    """What TRL reads: every image in a column of its own."""
+    """Rows for TRL: images are in a separate column."""
     found = []
     for row in load_rows(data / "conversations.jsonl"):
         images = [part["image"] for m in row["messages"] for part in m["content"] if part["type"] == "image"]
@@ -832,7 +832,7 @@ def test_trl_learns_completions(make_model, processor, data, tmp_path):
 
 
 def test_trl_takes_our_collator(make_model, processor, data, tmp_path):
-    """With it, answers of every turn are learned on transformers 5.17, too."""
+    """It also learns the answers of every turn with transformers 5.17."""
     options = {"data_collator": FlashSlothDataCollator(processor), "dataset_kwargs": {"skip_prepare_dataset": True}}
     dataset = chat_rows(data, as_prompts=False)
     check_training(sft_trainer(make_model(), processor, dataset, tmp_path, remove_unused_columns=False, **options))
@@ -846,7 +846,7 @@ def test_the_zero_3_file_leaves_sizes_to_the_recipe(model):
         assert config.get_value(name) == "auto"
 
 
-def test_the_fsdp_2_file_divides_what_the_model_names(any_model):
+def test_the_fsdp_2_file_wraps_the_modules_that_the_model_names(any_model):
     launched = load_config_from_file(str(RECIPES / "fsdp2.yaml"))
     assert (launched.distributed_type, launched.mixed_precision) == ("FSDP", "bf16")
     options = {name.removeprefix("fsdp_"): value for name, value in launched.fsdp_config.items()}

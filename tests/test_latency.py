@@ -1,23 +1,19 @@
-"""The latency benchmark counts and measures what it says, on tiny versions of all its models."""
+"""The latency benchmark counts and measures what it claims to, on tiny versions of all its models."""
 
 import copy
-import importlib
 import json
 import mmap
-import sys
 from pathlib import Path
 
+import decoder_attention
+import latency
+import memory
+import preprocessing
 import pytest
+import quantization
+import second_question
 import torch
-
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
-sys.path.insert(0, BENCHMARKS)
-decoder_attention, latency, memory, preprocessing, quantization, second_question = (
-    importlib.import_module(name)
-    for name in ("decoder_attention", "latency", "memory", "preprocessing", "quantization", "second_question")
-)
-PEERS = latency.PEERS
-sys.path.remove(BENCHMARKS)
+from peers import PEERS
 
 TEXT = {
     "hidden_size": 64,
@@ -35,7 +31,7 @@ LINEAR = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-SMALLER = {  # what differs, or is needed beside the widths above
+SMALLER = {  # needed in addition to the widths above, or different from them
     "lfm2_vl": {"text_config": {"full_attn_idxs": [1]}, "projector_hidden_size": 48},
     "minicpmv4_6": {
         "text_config": {**LINEAR, "layer_types": ["linear_attention", "full_attention"]},
@@ -62,7 +58,7 @@ DEFAULTS = {
 
 
 def shrink(peer):
-    """The same model, with the same tokens, patches and tiles, but narrow and shallow."""
+    """Make a model narrow and shallow, with the same tokens, patches and tiles."""
     config = copy.deepcopy(peer.config)
     family = config.get("model_type", "flashsloth")
     if family == "fast_vlm":
@@ -90,7 +86,7 @@ def small_ceilings(monkeypatch):
 
 
 def slow_if_many_windows(peer, side):
-    is_slow = (peer.name, side) == ("MiniCPM-V-4.6", 1344)  # thousands of windows, which transformers cuts one by one
+    is_slow = (peer.name, side) == ("MiniCPM-V-4.6", 1344)  # transformers processes its thousands of windows one by one
     return pytest.param(peer, side, marks=[pytest.mark.slow] * is_slow, id=f"{peer.name}-{side}")
 
 
@@ -154,7 +150,7 @@ def test_counts_equal_hand_arithmetic():
 
     prompt = patches + latency.QUESTION_TOKENS
     assert counts["prompt_tokens"] == prompt
-    # Some versions of transformers make rotary angles by a matrix product.
+    # Some versions of transformers compute rotary angles by a matrix product.
     assert counts["prefill_flops"] == pytest.approx(decoder(prompt, prompt), rel=1e-4)
     assert counts["token_flops"] == pytest.approx(decoder(1, prompt + 1), rel=1e-4)
     assert counts["kv_token_bytes"] == 2 * layers * key_value * 2
@@ -175,7 +171,7 @@ def test_a_released_model_is_counted_at_its_size():
     assert (counts["vision_flops"] + counts["prefill_flops"]) / 1e12 == pytest.approx(1.31, abs=0.02)
 
 
-def test_whole_numbers_are_real_and_others_have_no_data():
+def test_integers_have_values_and_floating_point_tensors_have_none():
     with latency.RealIntegers():
         places = torch.arange(5, device="meta")
         states = torch.ones(5, 3, device="meta")
@@ -186,7 +182,7 @@ def test_whole_numbers_are_real_and_others_have_no_data():
         assert not (states == 0).any() and (states != 0).all()
 
 
-def test_weights_fill_memory_of_their_own():
+def test_no_two_weights_share_memory():
     model = latency.build_filled(shrink(PEERS[0]), "cpu")
     storages = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     assert len(storages) == len(list(model.parameters()))
@@ -209,14 +205,14 @@ def test_the_roofline_is_the_longer_of_arithmetic_and_memory():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux")
-def test_peak_memory_sees_what_is_gone_again():
-    with latency.PeakMemory("cpu") as memory, mmap.mmap(-1, 2**26) as pages:  # not from what an allocator kept
+def test_peak_memory_includes_memory_that_was_freed():
+    with latency.PeakMemory("cpu") as memory, mmap.mmap(-1, 2**26) as pages:  # new pages, not ones that torch kept
         for offset in range(0, len(pages), mmap.PAGESIZE):
             pages[offset] = 1
-    assert memory.above == pytest.approx(2**26, rel=0.1)
+    assert memory.above == pytest.approx(2**26, rel=0.05)
 
 
-def test_measuring_is_resumed_and_told_as_ratios(tmp_path):
+def test_an_interrupted_run_resumes_and_reports_ratios(tmp_path):
     peers = tuple(shrink(named(name)) for name in ("FlashSloth-3.2B", "PaliGemma-3B-224"))
     names = [peer.name for peer in peers]
     options = ["--device", "cpu", "--images", "336", "--batch-sizes", "1", "2", "--rounds", "1"]
@@ -257,7 +253,7 @@ def test_a_second_question_is_timed_without_the_image():
     num_tiles, num_rounds = [], 2
     model.model.vision_tower.register_forward_hook(lambda _, __, output: num_tiles.append(len(output[0])))
     seconds, num_bytes = second_question.measure(latency.Candidate(peer, model), num_rounds)
-    assert num_tiles == [5, 5] * (num_rounds + 1)  # without a cache, and for the first question
+    assert num_tiles == [5, 5] * (num_rounds + 1)  # without a cache, and for the first question only
     assert all(value > 0 for value in seconds)
     assert num_bytes > 5 * 729 * VISION["hidden_size"] * 2
 
@@ -283,14 +279,14 @@ def test_counted_prefill_equals_that_of_real_tensors():
     real = memory.count_prefill(latency.build_filled(peer, "cpu"), prompts)
     with memory.FakeTensorMode(), memory.no_init_weights():
         counted = memory.count_prefill(peer.build_model().eval(), prompts)
-    # Two layers of keys and values, of two heads of 16 numbers in two bytes, for each token of the two rows.
+    # Keys and values of two layers, two heads of 16 numbers in two bytes, for each token of the two rows.
     assert real["kept"] == counted["kept"] == 2 * 2 * 32 * 2 * 2 * (2 * 81 + 1 + memory.QUESTION_TOKENS + 9)
     assert counted == pytest.approx(real, rel=0.02)
     assert counted["tower"] > 4 * 729 * VISION["hidden_size"] * 2
-    assert max(counted["tower"], counted["behind"]) <= counted["peak"]
+    assert max(counted["tower"], counted["rest"]) <= counted["both"]
 
 
-def test_new_processes_tell_what_loading_takes(tmp_path):
+def test_loading_is_measured_in_new_processes(tmp_path):
     model = latency.build_filled(shrink(PEERS[0]), "cpu")
     model.save_pretrained(tmp_path)
     lines = memory.loading_table(tmp_path, rounds=1).splitlines()
@@ -306,7 +302,7 @@ def test_preprocessing_is_timed_on_images_and_on_files():
         name: preprocessing.measure(preprocessing.opener(64, 96, 2, is_file), 1)
         for name, is_file in (("images", False), ("files", True))
     }
-    report = preprocessing.table(results).splitlines()
+    report = preprocessing.as_table(results).splitlines()
     assert [line.split(" | ")[0] for line in report[-2:]] == ["| images", "| files"]
     assert all(value > 0 for times in results.values() for value in times.values())
 
@@ -324,7 +320,7 @@ def test_eight_and_four_bits_are_timed_at_every_number_of_threads():
     assert [row[:2] for row in rows] == [(name, threads) for threads in (1, 2) for name in precisions]
     assert all(row.first_token_s > 0 and row.token_s > 0 for row in rows)
     lines = [line.strip("| ").split(" | ") for line in quantization.times_table(rows).splitlines()]
-    assert lines[2][3:5] == ["1.00", "1.00"]  # bfloat16 with one thread, beside itself
+    assert lines[2][3:5] == ["1.00", "1.00"]  # bfloat16 with one thread is its own reference
     assert float(lines[6][3]) == pytest.approx(rows[4].first_token_s / rows[3].first_token_s, abs=0.005)
     assert float(lines[6][7]) == pytest.approx(rows[4].token_s / rows[1].token_s, abs=0.005)
 
@@ -346,6 +342,8 @@ def test_answers_with_eight_and_four_bits_are_compared():
     assert [row.recipe for row in rows] == list(quantization.RECIPES)
     assert all(row.num_asked == rows[0].num_asked >= row.num_right > row.num_asked / 2 for row in rows)
     assert all(row.num_layer_bytes < 0.6 * rows[0].num_layer_bytes for row in rows[1:])
-    plain, *others = (row.golden_difference for row in rows)
-    assert all(0 < plain < other < 0.5 for other in others)
+    differences = [row.golden_difference for row in rows]
+    tolerances = [0.02 if row.recipe == "bfloat16" else 0.05 if "8" in row.recipe else 0.35 for row in rows]
+    assert all(difference < tolerance for difference, tolerance in zip(differences, tolerances, strict=True))
+    assert 0 < differences[0] < min(differences[1:])
     assert len(quantization.answers_table(rows).splitlines()) == 2 + len(rows)

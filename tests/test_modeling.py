@@ -233,8 +233,8 @@ def test_config_and_model_survive_pickling(model, ask, images):
     torch.testing.assert_close(logits_of(twin, inputs), logits_of(model, inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_works(make_model, ask, conversations, dtype):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.003), (torch.bfloat16, 0.02)])
+def test_half_precision_works(make_model, ask, conversations, dtype, tolerance):
     model = make_model("phi").to(dtype)
     inputs = ask(*conversations)
     logits = logits_of(model, inputs)
@@ -242,7 +242,7 @@ def test_half_precision_works(make_model, ask, conversations, dtype):
     expected = logits_of(make_model("phi"), inputs)
     mask = inputs["attention_mask"].bool()
     difference = (logits.float() - expected)[mask].norm() / expected[mask].norm()
-    assert difference < 0.1
+    assert difference < tolerance
 
 
 def test_resizing_the_vocabulary_keeps_answers(make_model, ask, images):

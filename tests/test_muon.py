@@ -1,10 +1,10 @@
-"""The tiny recipe's optimizer: orthogonal steps for matrices, torch's AdamW for the rest, in one process or two."""
+"""The tiny checkpoint's optimizer: orthogonalized updates for matrices, torch's AdamW for the rest."""
 
 import copy
 
 import pytest
 import torch
-from muon import Muon, orthogonalize
+from muon_optimizer import Muon, orthogonalize
 from torch import distributed, multiprocessing, nn
 
 NUM_STEPS = 4
@@ -29,7 +29,7 @@ def train(model, optimizer, num_steps=NUM_STEPS, *, start=0):
 
 
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32), (32, 64)])
-def test_singular_values_come_near_one_and_their_vectors_stay(shape):
+def test_singular_values_become_near_one_and_vectors_stay_the_same(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalize(matrix))
     assert values.min() > 0.6 and values.max() < 1.3
@@ -38,19 +38,19 @@ def test_singular_values_come_near_one_and_their_vectors_stay(shape):
     torch.testing.assert_close(turned, turned.diagonal().diag(), atol=1e-4, rtol=0)
 
 
-def test_a_gradient_of_zeros_moves_nothing():
+def test_a_zero_gradient_changes_nothing():
     assert not orthogonalize(torch.zeros(4, 8)).any()
 
 
-def test_a_first_step_is_as_long_as_one_of_adamw():
+def test_the_first_update_is_as_large_as_adamws():
     model = build_model()
     before = model[0].weight.detach().clone()
     train(model, Muon(model, 0.01, weight_decay=0.0), 1)
     length = (model[0].weight.detach() - before).square().mean().sqrt()
-    assert 0.1 < length / 0.01 < 0.3  # Liu and others: 0.2
+    assert 0.1 < length / 0.01 < 0.3  # Liu et al.: 0.2
 
 
-def test_embeddings_and_vectors_are_stepped_by_torch_adamw():
+def test_embeddings_and_vectors_are_updated_by_torch_adamw():
     model = build_model()
     vectors = [model[0].bias, *model[3].parameters(), model.embed_tokens.weight]
     gradients = [torch.randn_like(vector) for vector in vectors]
@@ -66,14 +66,14 @@ def test_embeddings_and_vectors_are_stepped_by_torch_adamw():
         assert torch.equal(vector, twin)
 
 
-def test_frozen_weights_are_left_out():
+def test_frozen_weights_are_skipped():
     model = build_model()
     model[0].requires_grad_(False)
     taken = {id(weight) for group in Muon(model, 0.01).param_groups for weight in group["params"]}
     assert taken == {id(weight) for weight in model.parameters() if weight.requires_grad}
 
 
-def test_a_saved_optimizer_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_saved_optimizer_resumes_exactly(tmp_path):
     model = build_model()
     optimizer = Muon(model, 0.01)
     train(model, optimizer)
@@ -95,7 +95,7 @@ def _train_in_a_group(rank, folder):
     distributed.destroy_process_group()
 
 
-def test_two_processes_step_as_one(tmp_path):
+def test_two_processes_update_like_one(tmp_path):
     alone = build_model()
     train(alone, Muon(alone, 0.01))
     multiprocessing.spawn(_train_in_a_group, (tmp_path,), nprocs=2)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from jinja2 import TemplateError
-from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from flashsloth import FlashSlothProcessor
@@ -141,6 +141,25 @@ def test_both_padding_sides_work(processor, images, padding_side):
     assert not mask.all()
 
 
+def test_encoded_conversations_are_padded_on_the_left_and_read_with_the_arguments_of_the_call(processor, images):
+    conversations = [[user({"type": "image", "image": images[0]}, "Why?")], [user("A longer question, or so?")]]
+    arguments = {"add_generation_prompt": True, **TOKENIZED}
+    for splitting in (False, True):
+        images_kwargs = {"do_image_splitting": splitting}
+        expected = processor.apply_chat_template(
+            conversations,
+            processor_kwargs={"padding": True, "padding_side": "left", "images_kwargs": images_kwargs},
+            **arguments,
+        )
+        found = processor.encode_conversations(conversations, padding=True, images_kwargs=images_kwargs)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, found = (
+        processor.apply_chat_template(conversations[0], **arguments),
+        processor.encode_conversations(conversations[0]),
+    )
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_images_come_flat_or_by_row(processor, images, nested):
     text = ["<image><image>", "none", "<image>"]
@@ -186,7 +205,7 @@ def test_the_answer_mask_covers_answers_and_their_end(processor, images):
     image = {"type": "image", "image": images[0]}
     messages = [user(image, "Why?"), answer("So."), user(image, "And?"), answer("Yes.")]
     arguments = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    if not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):  # transformers 5.17
+    if transformers.__version__.startswith("5.17"):
         with pytest.raises(NotImplementedError, match=r"needs transformers 5\.18"):
             processor.apply_chat_template(messages, **arguments)
         return
@@ -201,10 +220,10 @@ def test_the_answer_mask_covers_answers_and_their_end(processor, images):
 @pytest.mark.parametrize(
     ("text", "num_images", "message"),
     [
-        ("no placeholder", 1, r"0 in all, but 1 images"),
-        ("<image>", 2, r"1 in all, but 2 images"),
-        ("<image><image>", 1, r"2 in all, but 1 images"),
-        ("<image>", 0, r"1 in all, but 0 images.*pass one image for each placeholder"),
+        ("no placeholder", 1, r"0 in total, but 1 images"),
+        ("<image>", 2, r"1 in total, but 2 images"),
+        ("<image><image>", 1, r"2 in total, but 1 images"),
+        ("<image>", 0, r"1 in total, but 0 images.*pass one image for each placeholder"),
     ],
 )
 def test_images_and_placeholders_must_agree(processor, images, text, num_images, message):
@@ -213,13 +232,13 @@ def test_images_and_placeholders_must_agree(processor, images, text, num_images,
 
 
 def test_images_in_the_wrong_row_are_refused(processor, images):
-    with pytest.raises(ValueError, match=r"\[1, 0\] `<image>` placeholders a row.*\[0, 1\]"):
+    with pytest.raises(ValueError, match=r"\[1, 0\] `<image>` placeholders per row.*\[0, 1\]"):
         processor(images=[[], images[:1]], text=["<image>", "none"])
 
 
 @pytest.mark.parametrize("max_length", [3, 8])
 def test_truncation_through_placeholders_is_refused(processor, images, max_length):
-    with pytest.raises(ValueError, match=r"Row 0 has \d `<\w+>` tokens, but \d are left.*Raise `max_length`"):
+    with pytest.raises(ValueError, match=r"Row 0 has \d `<\w+>` tokens, but only \d after.*Raise `max_length`"):
         processor(images=images[0], text="<image>abc<learnable>", truncation=True, max_length=max_length)
 
 
@@ -239,7 +258,7 @@ def test_other_modalities_are_refused(processor):
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(processor):
-    with pytest.raises(ValueError, match=r"does not know `<img>`; add it with"):
+    with pytest.raises(ValueError, match=r"has no token `<img>`; add it with"):
         FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<img>")
     with pytest.raises(TypeError, match="needs a fast tokenizer, but got NoneType"):
         FlashSlothProcessor(processor.image_processor, None)
@@ -271,6 +290,8 @@ TEXT = {"type": "text", "text": "Why?"}
         ([{"type": "image", "image": "x.png", "url": "y.png"}, TEXT], "one of image, url, .*, but has image, url"),
         ([{"type": "image", "video": "x.gif"}, TEXT], "one of image, url, .*, but has video"),
         ([{"type": "video", "file": "x.gif"}, TEXT], "one of video, url, path, video_url, but has none"),
+        ([TEXT, {"type": "image", "image": 3}], "Part 1 of message 0, of type 'image'.*a base64 string, but has 3"),
+        ([{"type": "image", "image": {"file": "x.png"}}], "of type 'image'.*but has {'file': 'x.png'}"),
         ([], "has neither text nor an image"),
         ((), "has neither text nor an image"),
         (None, "`content` of message 0 should be text or a list of parts, but is None"),
@@ -287,7 +308,7 @@ def test_content_that_would_vanish_or_become_none_is_refused(processor, content,
     ("conversation", "reason"),
     [
         ([], "at least one message, but is \\[\\]"),
-        ([[]], "messages of conversation 0 should be a list with at least one, but are \\[\\]"),
+        ([[]], "messages of conversation 0 should be a list with at least one message, but are \\[\\]"),
         (user("Why?"), r"list.*such as \[\{'role'"),
         ("Why?", r"list.*such as .*is 'Why\?'|is 'Why\?'"),
         (None, "is None"),
@@ -301,10 +322,11 @@ def test_content_that_would_vanish_or_become_none_is_refused(processor, content,
         ([user("Why?"), answer(None)], "`content` of message 1 .*is None"),
         ([{"role": "system", "content": None}, user("Why?")], "`content` of message 0 .*is None"),
         ([{"role": "User", "content": "Why?"}], "found User"),
-        ([user("Why?"), {"role": "system", "content": "Be brief."}], "system for the first message"),
-        ([user("Why?"), {"role": "assistant", "content": [IMAGE]}], "of the role 'assistant'.*of the user only"),
-        ([{"role": "system", "content": [IMAGE]}, user("Why?")], "of the role 'system'.*of the user only"),
-        ([user("Why?"), {"role": "assistant", "content": [{"type": "video", "path": "x"}]}], "the role 'assistant'"),
+        ([user("Why?"), {"role": "system", "content": "Be brief."}], "system in the first message"),
+        ([user("Why?"), {"role": "assistant", "content": [IMAGE]}], "of role 'assistant'.*only in user messages"),
+        ([{"role": "system", "content": [IMAGE]}, user("Why?")], "of role 'system'.*only in user messages"),
+        ([user("Why?"), {"role": "assistant", "content": [{"type": "video", "path": "x"}]}], "of role 'assistant'"),
+        ([user({"type": "video", "video": 3}, "Why?")], "Expected a video as a path.*found int"),
     ],
 )
 @pytest.mark.parametrize("tokenize", [False, True])
@@ -408,7 +430,7 @@ def test_the_chat_template_alone_refuses_what_it_would_leave_out(processor, part
     render = processor.tokenizer.apply_chat_template
     with pytest.raises(TemplateError, match="FlashSloth reads parts of type text"):
         render([user(part, "Why?")], chat_template=processor.chat_template, tokenize=False)
-    with pytest.raises(TemplateError, match="a message of assistant has a part of type image"):
+    with pytest.raises(TemplateError, match="a part of type image in a message of role assistant"):
         messages = [user("Why?"), {"role": "assistant", "content": [IMAGE]}]
         render(messages, chat_template=processor.chat_template, tokenize=False)
 

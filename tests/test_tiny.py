@@ -1,4 +1,4 @@
-"""The script that trains the shipped checkpoint runs from nothing to a folder that loads."""
+"""The script that trains the shipped checkpoint runs from scratch to a folder that loads."""
 
 import json
 import subprocess
@@ -50,13 +50,13 @@ def test_captions_are_descriptions_and_nothing_else():
         assert answer == describe(scene_at("train", index))
 
 
-def test_questions_ask_also_where_things_stand():
+def test_training_also_asks_where_objects_are():
     asked = [m["content"][-1]["text"] for i in range(50) for m in conversation(i, 96, QUESTIONS) if m["role"] == "user"]
     assert any(question.startswith("Where is the") for question in asked)
     assert any(question.endswith(" left or right?") for question in asked)
 
 
-def test_blocks_of_conversations_are_sorted_and_lose_none():
+def test_blocks_of_conversations_are_sorted_and_complete():
     plain, sorted_ = (ConversationDataset(5, 10, 96, QUESTIONS, block=block) for block in (1, 4))
     texts = [
         [str(row["messages"][1:]) for row in rows]
@@ -66,14 +66,14 @@ def test_blocks_of_conversations_are_sorted_and_lose_none():
         assert set(texts[0][start : start + 4]) == set(texts[1][start : start + 4])
         lengths = [len(processed(sorted_[row])) for row in range(start, min(start + 4, 10))]
         assert lengths == sorted(lengths)
-    assert str(sorted_[7]["messages"][1:]) == texts[1][7]  # in whatever order they are asked for
+    assert str(sorted_[7]["messages"][1:]) == texts[1][7]  # independent of the order of access
 
 
 def processed(row):
     return "".join(content.get("text", "") for message in row["messages"] for content in message["content"])
 
 
-def test_every_question_has_another_one_before_it_as_a_second_turn():
+def test_every_second_turn_follows_a_different_question():
     questions = list(evaluation_set(50))
     assert {question.kind for question in questions} == set(QUESTION_KINDS)
     for question in questions:
@@ -82,7 +82,7 @@ def test_every_question_has_another_one_before_it_as_a_second_turn():
         assert question.before in [(other.text, other.answer) for other in others]
 
 
-def test_a_curve_goes_on_from_stage_to_stage(tmp_path):
+def test_a_learning_curve_continues_across_stages(tmp_path):
     right = {kind: [1, 2] for kind in (*QUESTION_KINDS, "all")}
     for stage, images in (("captions", [10, 20]), ("conversations", [5, 10, 10])):
         points = [{"stage": stage, "step": n, "images": n, "right": right} for n in images]

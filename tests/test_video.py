@@ -302,7 +302,7 @@ def test_more_images_than_the_model_has_positions_for_are_counted_in_a_warning(c
     prepare(processor, question({"type": "video", "video": frames}), num_frames=50)
     assert "tiles of images" not in caplog.text
     prepare(processor, question({"type": "video", "video": frames}), num_frames=64)
-    assert "1024 of them for 64 tiles of images, but the model was made for 1024" in caplog.text
+    assert "1024 are image tokens of 64 tiles, but the model was made for 1024" in caplog.text
 
 
 def test_thirty_images_in_one_row_are_as_good_as_one(model, processor, images):

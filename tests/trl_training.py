@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 trl_training.py MODEL OUTPUT
 
-Rows with one image, two, and none take turns, so that processes have different numbers of images, or none.
+Rows with one, two and no images alternate, so that processes have different numbers of images, or none.
 """
 
 import json
@@ -62,7 +62,7 @@ def main():
         model = FlashSlothForConditionalGeneration.from_pretrained(source)
         given = {} if reward_funcs is None else {"reward_funcs": reward_funcs}
         options = SHARED | options
-        if trainer_class is SFTTrainer:  # which has no such option
+        if trainer_class is SFTTrainer:  # it has no such option
             options.pop("disable_dropout")
         trainer = trainer_class(
             model,
@@ -83,7 +83,7 @@ def main():
     train("sft", SFTTrainer, SFTConfig, pairs, learning_rate=0.05, max_length=None, **evaluated)
     preferences = prompts.add_column("chosen", right).add_column("rejected", wrong)
     train("dpo", DPOTrainer, DPOConfig, preferences, learning_rate=0.05, max_length=None, **evaluated)
-    # Or else TRL logs images where there are some, and this process would wait for ever for another without.
+    # Otherwise TRL logs images in processes that have some, and would wait forever for a process without any.
     policy = {
         "log_multimodal": False,
         "num_generations": 2,

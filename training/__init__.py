@@ -1,6 +1,6 @@
-"""Training: data sets, the collator that makes batches and labels of them, and how to order them.
+"""Training: data sets, the collator that turns rows into batches with labels, and a sampler.
 
-Nothing here is needed to run a model. `load_rows` needs the package `datasets` for everything but JSON files:
+Running a model needs none of this. `load_rows` needs the package `datasets` for everything but JSON files:
 `pip install "flashsloth[train]"`.
 """
 

@@ -1,4 +1,4 @@
-"""Reading rows as training would, without training: which are bad, and which are long."""
+"""Checks a data set before training: which rows cannot be used, and how long the others are."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,14 +10,14 @@ from .collator import FlashSlothDataCollator
 
 
 class RowReport(NamedTuple):
-    """What training makes of a row.
+    """Result of checking a row.
 
     Attributes:
-        index: Number of the row in its source, from 0.
-        error: Why it cannot be used; `None`: it can.
-        num_tokens: Tokens of the whole row, image and query tokens included.
+        index: Index of the row in its source.
+        error: Why the row cannot be used, or `None`.
+        num_tokens: Tokens of the whole row, including image and query tokens.
         num_images: Images of the whole row.
-        is_cut: Whether training cuts it to `max_length`.
+        is_cut: Whether training truncates it to `max_length`.
     """
 
     index: int
@@ -28,12 +28,12 @@ class RowReport(NamedTuple):
 
 
 def check_rows(rows: Any, collator: FlashSlothDataCollator, *, num_workers: int = 0) -> Iterator[RowReport]:
-    """Read rows as training would, with their images and answers.
+    """Read rows as training does, including their images.
 
     Args:
-        rows: What `load_rows` gives.
-        collator: That of the training; its `on_bad_row` plays no part.
-        num_workers: Processes that read rows; a stream is read by this process.
+        rows: The output of `load_rows`.
+        collator: The collator used for training; its `on_bad_row` is ignored.
+        num_workers: Number of processes that read rows; a stream is read by this process.
 
     Yields:
         A report on every row, in order.
@@ -53,7 +53,7 @@ def check_rows(rows: Any, collator: FlashSlothDataCollator, *, num_workers: int 
 def _examine(index: int, get_row: Callable[[int], Any], collator: FlashSlothDataCollator) -> RowReport:
     try:
         sample = collator.prepare(get_row(index))
-    except Exception as error:  # a row may be broken in any way
+    except Exception as error:  # a bad row may raise anything
         return RowReport(index, error=str(error).strip() or type(error).__name__)
     is_cut = len(sample.input_ids) < sample.whole_length
     return RowReport(index, None, sample.whole_length, sample.num_images, is_cut)

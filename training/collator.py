@@ -1,4 +1,4 @@
-"""Batches with labels, made of the rows that `load_rows` gives."""
+"""Data collator: turns rows of `load_rows` into batches with labels."""
 
 import logging
 import re
@@ -16,13 +16,13 @@ from .data import is_url, normalize_row
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""Label of what is not learned; PyTorch's cross-entropy leaves it out."""
+"""Label of tokens that are not trained on; PyTorch's cross-entropy ignores it."""
 MODEL_COLUMNS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "labels", "label", "label_ids"}
-"""What `Trainer` may leave of a row if it is not told to leave all columns."""
+"""Columns that `Trainer` keeps with `remove_unused_columns=True`."""
 
 
 class BadRowError(ValueError):
-    """A row that cannot be trained on; the message has its index and the reason."""
+    """A row cannot be used for training; the message has its index and the reason."""
 
 
 class Sample(NamedTuple):
@@ -30,10 +30,10 @@ class Sample(NamedTuple):
 
     Attributes:
         input_ids: `(seq_length,)`.
-        labels: `(seq_length,)`, -100 everywhere but at answers and their end tokens.
-        pixel_values: `(num_tiles, 3, height, width)`; `None`: no image.
-        whole_length: Tokens of the row before it was cut to `max_length`.
-        num_images: Images of the row before it was cut.
+        labels: `(seq_length,)`, -100 except for answers and their end tokens.
+        pixel_values: `(num_tiles, 3, height, width)`, or `None` without images.
+        whole_length: Tokens of the row before truncation to `max_length`.
+        num_images: Images of the row before truncation.
     """
 
     input_ids: list[int]
@@ -44,26 +44,26 @@ class Sample(NamedTuple):
 
 
 class FlashSlothDataCollator:
-    """Makes batches, with labels for the answers: for every turn, the answer and its end token.
+    """Builds batches with labels for the answer and the end token of every turn.
 
-    What an answer is, the chat template says by its `{% generation %}` blocks; a token that an answer shares with what
-    stands before it is learned. Control tokens in a row's text stay text, as everywhere in `FlashSlothProcessor`.
+    Answers are what the chat template puts inside `{% generation %}`; a token that spans the start of an answer is
+    trained on. Control tokens in the text of a row stay text, as everywhere in `FlashSlothProcessor`.
 
-    A row that is longer than `max_length` is cut behind the last answer that fits, its end token included, and the
-    turns behind that go with their images. If not even the first answer fits, that answer is cut and has no end
-    token. So image and query tokens are never cut, and no question stays without its answer. A row whose images and
-    first question leave no room for an answer is a bad row.
+    A row longer than `max_length` is truncated after the end token of the last answer that fits; later turns are
+    dropped with their images. If not even the first answer fits, it is truncated and has no end token. So image and
+    query tokens are never truncated, and every question keeps its answer. A row whose images and first question leave
+    no room for an answer cannot be used.
 
     Args:
         processor: Processor of the model.
-        max_length: Most tokens of a row, image and query tokens included. Default: no bound.
+        max_length: Maximum number of tokens in a row, including image and query tokens. Default: no limit.
         pad_to_multiple_of: Pad to a multiple of this many tokens.
-        padding_free: Lay all rows of a batch one after the other into a single one, with `position_ids` that start
-            anew with each, and no padding; the model keeps them apart.
-        on_bad_row: What to do about a row that cannot be used (no such file, a broken image, no answer): `"raise"` a
-            `BadRowError`, or `"skip"` it with a warning. If nothing is left of a batch, it becomes the two end tokens
-            `</s></s>`, of which the second is learned: nothing that a prompt ever asks for, while a batch without any
-            label would give a loss of 0/0 and ruin the weights.
+        padding_free: Concatenate all rows of a batch into one, without padding, with `position_ids` that restart at
+            each row; the model keeps the rows separate.
+        on_bad_row: What to do with a row that cannot be used (missing file, broken image, no answer): `"raise"` a
+            `BadRowError`, or `"skip"` it with a warning. A batch in which no row is left becomes two end tokens,
+            `</s></s>`, of which the second is a label. No prompt ends like that, so this does no harm, while a batch
+            without labels would give a loss of 0/0 and ruin the weights.
 
     Raises:
         ValueError: If the chat template does not mark answers, or an argument is out of range.
@@ -87,14 +87,14 @@ class FlashSlothDataCollator:
         if on_bad_row not in ("raise", "skip"):
             raise ValueError(f'`on_bad_row` must be "raise" or "skip", but is {on_bad_row!r}.')
         if max_length is not None and max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1 token, but is {max_length}; leave it out for no bound.")
+            raise ValueError(f"`max_length` must be at least 1 token, but is {max_length}; omit it for no limit.")
         if not re.search(r"\{%-?\s*generation\s*-?%\}", processor.chat_template or ""):
             raise ValueError(
-                "The processor's chat template does not mark answers, so there is nothing to make labels of; put what "
-                "the assistant writes, with its end token, inside `{% generation %}` and `{% endgeneration %}`."
+                "The processor's chat template does not mark answers, so there are no labels; put the assistant's text "
+                "and its end token inside `{% generation %}` and `{% endgeneration %}`."
             )
         if padding_free and pad_to_multiple_of is not None:
-            raise ValueError("`pad_to_multiple_of` and `padding_free` contradict each other; leave one of them out.")
+            raise ValueError("`pad_to_multiple_of` and `padding_free` cannot be combined; omit one of them.")
         self.processor = processor
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -102,24 +102,24 @@ class FlashSlothDataCollator:
         self.on_bad_row = on_bad_row
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:
-        """Make a batch.
+        """Build a batch.
 
         Args:
-            rows: What `load_rows` gives, or any row that `normalize_row` takes.
+            rows: Rows of `load_rows`, or in any form that `normalize_row` reads.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, `(batch, seq_length)`, padded on the right, or `padding_free`
-            `input_ids`, `position_ids` and `labels`, `(1, total_length)`; `pixel_values`, `(num_tiles, 3, height,
-            width)`, if there are images.
+            `input_ids`, `attention_mask` and `labels`, `(batch, seq_length)`, padded on the right. With `padding_free`,
+            `input_ids`, `position_ids` and `labels`, `(1, total_length)`. If there are images, also `pixel_values`,
+            `(num_tiles, 3, height, width)`.
 
         Raises:
-            BadRowError: If a row cannot be used, unless those are to be skipped.
-            ValueError: If the rows have lost their columns.
+            BadRowError: If a row cannot be used and `on_bad_row="raise"`.
+            ValueError: If the columns of the rows have been removed.
         """
         if rows and all(isinstance(row, dict) and row.keys() <= MODEL_COLUMNS for row in rows):
             raise ValueError(
-                "The rows come without the columns that the collator reads: `Trainer` removes what the model's forward "
-                "does not take. Pass `remove_unused_columns=False` to `TrainingArguments`, or use `FlashSlothTrainer`."
+                "The rows lack the columns that the collator reads: `Trainer` removes columns that the model does not "
+                "take. Pass `remove_unused_columns=False` to `TrainingArguments`, or use `FlashSlothTrainer`."
             )
         samples = [sample for position, row in enumerate(rows) if (sample := self._try_to_prepare(row, position))]
         if not samples:
@@ -154,7 +154,7 @@ class FlashSlothDataCollator:
         """Tokenize a row, load its images and label its answers.
 
         Raises:
-            Exception: Whatever is wrong with the row, its images or its text.
+            Exception: Of any type, if the row, its images or its text cannot be used.
         """
         row = normalize_row(row)
         text, answers = self._render_caption(row) if "caption" in row else self._render_messages(row["messages"])
@@ -170,7 +170,7 @@ class FlashSlothDataCollator:
         answers = _shift(answers, encoded["text_replacement_offsets"][0])
         runs = _token_runs(answers, encoded["offset_mapping"][0])
         if not runs:
-            raise ValueError("the chat template left out the answers; nothing of the row can be learned")
+            raise ValueError("the chat template drops the answers, so there are no labels")
         return self._make_sample(encoded["input_ids"][0], runs, encoded.get("pixel_values"), len(images))
 
     def _try_to_prepare(self, row: dict[str, Any], position: int) -> Sample | None:
@@ -180,14 +180,14 @@ class FlashSlothDataCollator:
             name = f"Row {row['index']}" if "index" in row else f"A row without an index ({position} in its batch)"
             report = f"{name} cannot be used: {str(error).rstrip('.')}."
             if self.on_bad_row == "raise":
-                raise BadRowError(f'{report} Mend or remove it, or pass on_bad_row="skip".') from error
+                raise BadRowError(f'{report} Fix or remove it, or pass on_bad_row="skip".') from error
             logger.warning("%s It is skipped.", report)
             return None
 
     def _render_messages(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """Prompt with placeholders, and where in it answers with their end token stand (characters)."""
+        """Prompt with placeholders, and the spans of the answers and their end tokens in it (characters)."""
         if not messages or messages[-1]["role"] != "assistant":
-            raise ValueError("the last message must be the assistant's answer, or there is nothing to learn from it")
+            raise ValueError("the last message must be the assistant's answer")
         for message in messages:
             if message["role"] == "assistant" and not _text_of(message).strip():
                 raise ValueError("an answer is empty")
@@ -200,7 +200,7 @@ class FlashSlothDataCollator:
         return prompts[0], spans[0]
 
     def _render_caption(self, row: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """The prompt of stage 1, images and caption and nothing else, and where the caption stands (characters)."""
+        """Prompt of stage 1, which has only images and a caption, and the span of the caption in it (characters)."""
         prompt = self.processor.image_token * len(_images(row))
         text = prompt + self.processor.guard_control_tokens(row["caption"]) + self.processor.tokenizer.eos_token
         return text, [(len(prompt), len(text))]
@@ -228,7 +228,7 @@ class FlashSlothDataCollator:
             return self.max_length
         raise ValueError(
             f"images and first question take {runs[0][0]} tokens, which leaves no room for an answer within "
-            f"`max_length`={self.max_length}; raise it"
+            f"`max_length`={self.max_length}; raise `max_length`"
         )
 
 
@@ -244,12 +244,12 @@ def _images(row: dict[str, Any]) -> list:
 
 def _checked(image: Any) -> Any:
     if isinstance(image, str) and not is_url(image) and not Path(image).is_file():
-        raise FileNotFoundError(f"there is no image {image}; set `image_folder` to where images lie")
+        raise FileNotFoundError(f"there is no image {image}; set `image_folder` to the folder of the images")
     return image
 
 
 def _shift(spans: list[tuple[int, int]], replacements: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Move spans of a prompt to where they are when its placeholders are expanded; answers hold no placeholders."""
+    """Shift spans of a prompt by the growth of the placeholders before them; answers contain no placeholders."""
     return [
         (start + growth, end + growth)
         for start, end in spans
@@ -258,7 +258,7 @@ def _shift(spans: list[tuple[int, int]], replacements: list[dict[str, Any]]) -> 
 
 
 def _token_runs(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """From characters to tokens: from the first that overlaps a span to behind the last."""
+    """Convert character spans to token spans that include every overlapping token."""
     runs = []
     for span_start, span_end in spans:
         inside = [i for i, (start, end) in enumerate(offsets) if start < span_end and end > span_start]

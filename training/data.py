@@ -1,7 +1,7 @@
-"""Data sets of images and text: LLaVA's JSON, `messages` of chat data sets, captions, in one form.
+"""Reads data sets of images and text (LLaVA's JSON, chat data sets with `messages`, captions) into one form.
 
-What is wrong with a row shows when the row is used, and then as a row `{"index": …, "error": reason}`, so that a data
-loader does not die of it: `FlashSlothDataCollator` reports it, and stops or goes on as it was told.
+A bad row is detected when it is used. It then becomes `{"index": …, "error": reason}`, so that it does not stop the
+data loader; `FlashSlothDataCollator` raises or skips it, as configured.
 """
 
 import io
@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+from ..image_processing_flashsloth import open_image
 from ..processing_flashsloth import PART_TYPES, SOURCE_KEYS, is_absent
 
 PLACEHOLDER = "<image>"
-"""What stands for an image in the text of LLaVA's data sets."""
+"""Placeholder of an image in the text of LLaVA's data sets."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 
@@ -31,24 +32,24 @@ def load_rows(
     streaming: bool = False,
     as_captions: bool = False,
 ) -> Dataset | IterableDataset:
-    """Read a data set, as rows for `FlashSlothDataCollator`.
+    """Read a data set into rows for `FlashSlothDataCollator`.
 
     Args:
         source: A `.json`, `.jsonl` or `.parquet` file, or a folder or Hub id for `datasets.load_dataset`.
-        image_folder: What relative image paths are relative to. Default: the folder of `source`.
-        split: Which split of a folder or Hub id; slices such as `train[:100]` work there. A file has `train` only.
-        streaming: Whether to read rows as they are needed, in order, into a `datasets.IterableDataset`.
-        as_captions: Whether to take conversations as captions, the first answer being the caption: for stage 1 on
-            files such as LLaVA's `blip_laion_cc_sbu_558k.json`.
+        image_folder: Folder of relative image paths. Default: the folder of `source`.
+        split: Split of a folder or Hub id, also a slice such as `train[:100]`. A file has only `train`.
+        streaming: Whether to read rows on demand, in order, as a `datasets.IterableDataset`.
+        as_captions: Whether to use the first answer of a conversation as a caption: for stage 1 on files such as
+            LLaVA's `blip_laion_cc_sbu_558k.json`.
 
     Returns:
-        Rows as `normalize_row` gives them, with their number in the source, from 0, as `index`. When several workers
-        read a stream, each counts its own rows.
+        Rows in the form of `normalize_row`, with `index`, their index in the source. If several workers read a stream,
+        each counts its own rows.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ImportError: If the package `datasets` is missing; JSON files that are not streamed do without it.
-        ValueError: If a JSON file holds no list, or another split of it is asked for.
+        FileNotFoundError: If the file does not exist.
+        ImportError: If the package `datasets` is missing and `source` is not a JSON file, or is streamed.
+        ValueError: If a JSON file does not contain a list, or another split of a file is requested.
 
     Example:
     ```python
@@ -67,10 +68,12 @@ def load_rows(
     if suffix not in (".json", ".jsonl"):
         records = _load_dataset(source, is_file=is_file, split=split, streaming=streaming)
     elif split != "train":
-        raise ValueError(f"{source} has the split `train` only, not `{split}`; part it with `torch.utils.data.Subset`.")
+        raise ValueError(
+            f"{source} has only the split `train`, not `{split}`; split it with `torch.utils.data.Subset`."
+        )
     else:
         records = JsonLines(source) if suffix == ".jsonl" else _read_json(source)
-        if streaming:  # rows whole, for not every record has the columns of the first
+        if streaming:  # as whole rows, because later records may have other columns than the first
             rows = Rows(records, normalize)
             return _import_datasets(source).IterableDataset.from_generator(_iterate, gen_kwargs={"rows": [rows]})
     if not streaming:
@@ -80,16 +83,16 @@ def load_rows(
 
 
 class Rows(Dataset):
-    """Records of a data set, normalised when they are asked for.
+    """Records of a data set, normalised on access.
 
     Args:
-        records: What `len` and an index work on: a list, `JsonLines` or `datasets.Dataset`.
+        records: A sequence of records: a list, `JsonLines` or `datasets.Dataset`.
         normalize: Turns a record and its index into a row.
     """
 
     def __init__(self, records: Any, normalize: Any) -> None:
         self.normalize = normalize
-        # Arrow's own view leaves embedded images encoded, so that a broken one breaks only its own row.
+        # The Arrow format keeps embedded images encoded, so that a broken one affects only its row.
         self.is_arrow = hasattr(records, "with_format")
         self.records = records.with_format("arrow") if self.is_arrow else records
 
@@ -101,13 +104,13 @@ class Rows(Dataset):
         return self.normalize(self.record(index), index)
 
     def record(self, index: int) -> dict[str, Any]:
-        """The row as the source has it."""
+        """The record as it is in the source."""
         record = self.records[index]
         return record.to_pylist()[0] if self.is_arrow else record
 
 
 class JsonLines:
-    """The lines of a file by number, of which only the places are kept in memory; blank lines do not count."""
+    """The non-blank lines of a file by index; only their positions are kept in memory."""
 
     def __init__(self, file: str | Path) -> None:
         self.file = Path(file)
@@ -133,32 +136,32 @@ class JsonLines:
 
 
 def normalize_row(row: dict[str, Any], *, image_folder: str | Path | None = None, as_captions: bool = False) -> dict:
-    """Bring a row into the one form that the collator reads.
+    """Convert a row to the form that the collator reads.
 
-    Taken are, by the columns that a row has:
+    Supported columns:
 
-    - `conversations` with `from` and `value`, and `image`, a path or a list of them (LLaVA). There must be as many
-      `<image>` in what the human says as there are images; images go before the text of their message.
+    - `conversations` with `from` and `value`, and `image`, a path or a list of paths (LLaVA). The human's text must
+      have one `<image>` per image; images are placed before the text of their message.
     - `messages` with `role` and `content`. Parts `{"type": "image"}` without an image take the next one of the column
-      `images` (or `image`). If there is only text, the images stand where `<image>` is written, or else before the
-      first question (TRL's convention).
+      `images` (or `image`). If the content is only text, images are placed at `<image>`, or else before the first
+      question (TRL's convention).
     - `caption` or `text`, with `image` or `images`.
 
     Images may be paths, URLs, PIL images, arrays, or encoded: `bytes`, or a dict with `bytes` or `path`.
 
     Args:
-        row: A row; what is normalised already stays as it is.
-        image_folder: What relative image paths are relative to. Default: the working folder.
-        as_captions: Whether to take the first answer of a conversation as a caption of its images.
+        row: A row; one that is already normalised stays the same.
+        image_folder: Folder of relative image paths. Default: the working directory.
+        as_captions: Whether to use the first answer of a conversation as a caption of its images.
 
     Returns:
         `{"messages": [{"role", "content": [part, ...]}, ...]}` with parts `{"type": "image", "image": image}` and
-        `{"type": "text", "text": str}`, as `processor.apply_chat_template` takes them, or
-        `{"image": [image, ...], "caption": str}`; an image is a PIL image, an array, a path or a URL.
+        `{"type": "text", "text": str}`, as `processor.apply_chat_template` reads them, or
+        `{"image": [image, ...], "caption": str}`. An image is a PIL image, an array, a path or a URL.
 
     Raises:
-        ValueError: If the row has another form, or images and placeholders differ in number.
-        TypeError: If a text is no text, or an image no image.
+        ValueError: If the row has none of these forms, or not as many placeholders as images.
+        TypeError: If a text is not a string, or an image of an unsupported type.
         OSError: If an encoded image is broken.
     """
     _check_dict(row, "a row")
@@ -176,21 +179,21 @@ def normalize_row(row: dict[str, Any], *, image_folder: str | Path | None = None
         return _caption_row(images, caption)
     else:
         raise ValueError(
-            f"the row has the columns {sorted(row)}, but must have `messages`, `conversations`, or a `caption` (or "
-            "`text`) with an `image`; rename the columns"
+            f"the row has the columns {sorted(row)}, but must have `messages`, `conversations`, or `caption` (or "
+            "`text`) and `image`; rename the columns"
         )
     return _as_caption_row(messages) if as_captions else {"messages": messages}
 
 
 def row_lengths(rows: Sequence[dict[str, Any]] | Dataset, *, tokens_per_image: int) -> tuple[list[int], list[bool]]:
-    """Estimate how long rows are, without opening an image, for `ModalityLengthSampler`.
+    """Estimate the lengths of rows for `ModalityLengthSampler`, without opening images.
 
     Args:
-        rows: What `load_rows` gave without `streaming`, or other rows of these forms.
-        tokens_per_image: Image tokens of one image: `image_seq_length`, times 5 for high definition.
+        rows: Rows of `load_rows` without `streaming`, or in any form that `normalize_row` reads.
+        tokens_per_image: Image tokens per image: `image_seq_length`, times 5 with `do_image_splitting`.
 
     Returns:
-        Estimated number of tokens of every row, and whether it has images.
+        Estimated number of tokens of every row, and whether each row has images.
     """
     if isinstance(rows, Rows):
         columns = _image_counts(rows.records) if rows.is_arrow else {}
@@ -205,7 +208,7 @@ def row_lengths(rows: Sequence[dict[str, Any]] | Dataset, *, tokens_per_image: i
 
 
 def is_url(image: str) -> bool:
-    """Whether an image's address is not a path."""
+    """Whether the source of an image is a URL, not a path."""
     return image.startswith(("http://", "https://", "file://", "data:"))
 
 
@@ -214,8 +217,8 @@ def _import_datasets(source: str | Path) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"Reading {source} needs the package `datasets`; only `.json` and `.jsonl` files that are not streamed do "
-            'without it. Install it with `pip install "flashsloth[train]"`.'
+            f"Reading {source} needs the package `datasets`; only `.json` and `.jsonl` files without streaming do not. "
+            'Install it with `pip install "flashsloth[train]"`.'
         ) from error
     return datasets
 
@@ -224,7 +227,7 @@ def _load_dataset(source: str | Path, *, is_file: bool, split: str, streaming: b
     datasets = _import_datasets(source)
     where = {"path": "parquet", "data_files": {"train": str(source)}} if is_file else {"path": str(source)}
     records = datasets.load_dataset(**where, split=split, streaming=streaming)
-    # A stream without known columns decodes nothing anyway.
+    # A stream without known columns never decodes images.
     return records.decode(False) if streaming and records.features else records
 
 
@@ -232,9 +235,9 @@ def _read_json(file: str | Path) -> list[dict[str, Any]]:
     try:
         records = json.loads(Path(file).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}. If it has one row a line, name it `.jsonl`.") from error
+        raise ValueError(f"{file} is not JSON: {error}. If it has one row per line, name it `.jsonl`.") from error
     if not isinstance(records, list):
-        raise ValueError(f"{file} must hold a list of rows, but holds a {type(records).__name__}.")
+        raise ValueError(f"{file} must contain a list of rows, but contains a {type(records).__name__}.")
     return records
 
 
@@ -246,13 +249,13 @@ def _iterate(rows: list[Any]) -> Any:
 def _normalize_or_report(record: dict, index: int, **options: Any) -> dict[str, Any]:
     try:
         return normalize_row(record, **options) | {"index": index}
-    except Exception as error:  # a row may be broken in any way
+    except Exception as error:  # a bad row may raise anything
         return {"error": str(error), "index": index}
 
 
 def _check_dict(value: Any, what: str) -> None:
     if not isinstance(value, dict):
-        raise TypeError(f"{what} must be a dict, but is a {type(value).__name__}")
+        raise TypeError(f"{what} must be a dict, but is of type {type(value).__name__}")
 
 
 def _image_column(row: dict[str, Any]) -> list:
@@ -271,25 +274,31 @@ def _image(value: Any, image_folder: str | Path | None) -> Any:
             raise TypeError(f"an image must have `bytes` or `path`, but has {sorted(value)}")
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(value)))  # as a file is read
+        return open_image(io.BytesIO(value))
     if isinstance(value, (str, Path)):
         return value if is_url(str(value)) else str(Path(image_folder or "") / value)
     if isinstance(value, Image.Image) or hasattr(value, "shape"):
         return value
-    raise TypeError(f"an image must be a path, a URL, an image or its bytes, but is a {type(value).__name__}")
+    raise TypeError(
+        "an image must be a PIL image, an array, a path, a URL or the bytes of an image file, but is of type "
+        f"{type(value).__name__}"
+    )
 
 
 def _read_message(message: dict, role_key: str, content_key: str, image_folder: str | Path | None) -> dict[str, Any]:
-    """A message with a known role, whose content is text or parts without empty fields, as Arrow makes them."""
+    """A message with a known role, whose content is text, or parts without the empty fields that Arrow adds."""
     _check_dict(message, "a message")
     role = message.get(role_key, message.get("role"))
     content = message.get(content_key, message.get("content"))
     if role not in ROLES:
-        raise ValueError(f"a message is by {role!r}, but only {', '.join(ROLES)} are known")
+        raise ValueError(f"a message has the role {role!r}, but must have one of {', '.join(ROLES)}")
     if isinstance(content, (list, tuple)):
         content = [_read_part(part, image_folder) for part in content]
     elif not isinstance(content, str):
-        raise TypeError(f"a message of {role!r} must be text or parts, but is a {type(content).__name__}")
+        raise TypeError(
+            f"the content of a message of {role!r} must be text or a list of parts, but is of type "
+            f"{type(content).__name__}"
+        )
     return {"role": ROLES[role], "content": content}
 
 
@@ -297,11 +306,11 @@ def _read_part(part: dict, image_folder: str | Path | None) -> dict[str, Any]:
     _check_dict(part, "a part of a message")
     kind = PART_TYPES.get(part.get("type"))
     if kind not in ("text", "image"):
-        raise ValueError(f"a message has a part of type {part.get('type')!r}, but only text and image are known")
+        raise ValueError(f"a message has a part of type {part.get('type')!r}, but must have text or image")
     sources = {key: part[key] for key in SOURCE_KEYS["image"] if not is_absent(part.get(key))}
     if kind == "text":
         if sources:
-            raise ValueError(f"a part of type text also has {', '.join(sources)}; give it a part of type image")
+            raise ValueError(f"a part of type text also has {', '.join(sources)}; move it to a part of type image")
         return _text_part(part.get("text"))
     if not sources:
         return {"type": "image"}
@@ -316,7 +325,7 @@ def _count_marks(message: dict) -> int:
 
 
 def _place(messages: list[dict], images: list, *, is_marked: bool) -> list[dict]:
-    """Put images where empty parts or placeholders wait for them, else before the first question."""
+    """Place images at empty image parts or placeholders, else before the first question."""
     waiting = [part for message in messages for part in _parts(message) if part == {"type": "image"}]
     num_unmarked = 0 if is_marked or waiting else len(images)
     placed = []
@@ -333,8 +342,8 @@ def _place(messages: list[dict], images: list, *, is_marked: bool) -> list[dict]
     waiting = [part for message in placed for part in message["content"] if part == {"type": "image"}]
     if len(waiting) != len(images):
         raise ValueError(
-            f"the row has {len(images)} images, but {len(waiting)} places for them (`{PLACEHOLDER}` in what the "
-            "user says, or parts of type image that hold none); give one for each image"
+            f"the row has {len(images)} images, but {len(waiting)} places for them (`{PLACEHOLDER}` in the user's "
+            "text, or parts of type image without an image); add one place per image"
         )
     for part, image in zip(waiting, images, strict=True):
         part["image"] = image
@@ -347,7 +356,7 @@ def _parts(message: dict) -> list[dict]:
 
 def _text_part(text: Any) -> dict[str, str]:
     if not isinstance(text, str):
-        raise TypeError(f"a text must be a string, but is a {type(text).__name__}")
+        raise TypeError(f"a text must be a string, but is of type {type(text).__name__}")
     return {"type": "text", "text": text}
 
 
@@ -355,7 +364,7 @@ def _as_caption_row(messages: list[dict]) -> dict[str, Any]:
     parts = [part for message in messages for part in message["content"]]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise ValueError("the conversation has no answer that could be the caption")
+        raise ValueError("the conversation has no answer to use as a caption")
     caption = "".join(part.get("text", "") for part in answers[0])
     return _caption_row([part["image"] for part in parts if part["type"] == "image"], caption)
 
@@ -368,7 +377,7 @@ def _caption_row(images: list, caption: Any) -> dict[str, Any]:
 
 
 def _image_counts(records: Any) -> dict[str, list[int]]:
-    """Number of images in every row of the columns of images, from Arrow's tables, without reading one."""
+    """Number of images in every row, for each image column of an Arrow table, without reading images."""
     import pyarrow.compute
 
     counts = {}
@@ -381,7 +390,7 @@ def _image_counts(records: Any) -> dict[str, list[int]]:
 
 
 def _size(record: dict[str, Any], num_images: int = 0) -> tuple[int, int]:
-    """Characters and images of a row in any form; a bad row has none."""
+    """Number of characters and of images of a row in any form; 0 for a bad row."""
     try:
         texts, num_parts = [record.get("caption") or record.get("text") or ""], 0
         for message in record.get("messages") or record.get("conversations") or []:

@@ -1,4 +1,4 @@
-"""The Trainer of FlashSloth's recipe: what a stage trains, the order of the rows, and answers in the evaluation."""
+"""FlashSloth's training recipe: which modules a stage trains, how rows are grouped, and answers during evaluation."""
 
 import logging
 from itertools import islice
@@ -9,26 +9,29 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..configuration_flashsloth import check_transformers
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from .data import row_lengths
 from .sampler import ModalityLengthSampler
 
 logger = logging.getLogger(__name__)
 
+check_transformers("trainer.Trainer")
+
 
 def freeze_for_stage(
     model: FlashSlothForConditionalGeneration, stage: int, *, train_vision_tower: bool = False
 ) -> FlashSlothForConditionalGeneration:
-    """Choose what trains (paper, section 4.1).
+    """Set which modules are trained (paper, section 4.1).
 
     Args:
-        model: The model, which is changed.
+        model: The model, modified in place.
         stage: 1, alignment: Spatial Attention Pooling and projector. 2, instruction tuning: all but the vision tower.
-        train_vision_tower: Whether stage 2 trains the tower, too, as the paper says of FlashSloth-HD. The authors' code
-            runs the tower under `torch.no_grad` there, so it does not learn: `False` is their way.
+        train_vision_tower: Whether stage 2 also trains the vision tower, as the paper says of FlashSloth-HD. The
+            authors' code runs the tower under `torch.no_grad`, so it is not trained: `False` reproduces their code.
 
     Raises:
-        ValueError: If there is no such stage.
+        ValueError: If `stage` is neither 1 nor 2.
     """
     if stage not in (1, 2):
         raise ValueError(f"`stage` must be 1 (alignment) or 2 (instruction tuning), but is {stage}.")
@@ -42,19 +45,20 @@ def freeze_for_stage(
 
 
 class ResumeCallback(TrainerCallback):
-    """Tells the sampler its epoch, and the user if there is nothing left to train.
+    """Sets the epoch of the sampler, and warns if a resumed run has nothing left to train.
 
-    The data loader that skips what a resumed run has seen does not, when there are several processes: rows would come
-    in the order of the first epoch.
+    With several processes, the data loader that skips the rows a resumed run has already seen does not set the epoch,
+    so rows would come in the order of the first epoch.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say if the run was finished before."""
+        """Warn if the run is already finished."""
         if state.is_world_process_zero and state.global_step >= state.max_steps:
             logger.warning(
-                "Step %d of %d was reached before; nothing is trained. To go on, raise max_steps or num_train_epochs.",
+                "Step %d of %d has already been reached, so nothing is trained. To continue, raise max_steps or "
+                "num_train_epochs.",
                 state.global_step,
                 state.max_steps,
             )
@@ -67,28 +71,28 @@ class ResumeCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Choose the order of the epoch that begins, or goes on."""
+        """Set the order of the rows for the epoch that begins or is resumed."""
         if hasattr(train_dataloader, "set_epoch"):
             train_dataloader.set_epoch(int(state.epoch))
 
 
 class FlashSlothTrainer(Trainer):
-    """`Trainer` that groups rows by length and by kind, and can answer the questions of the evaluation rows.
+    """`Trainer` that groups rows by length and modality, and can answer the questions of evaluation rows.
 
-    With `train_sampling_strategy="group_by_length"` a batch holds rows of like length, all with images or all
+    With `train_sampling_strategy="group_by_length"`, a batch has rows of similar length, either all with images or all
     without. `processing_class` must be the model's processor.
 
-    It sets what `FlashSlothDataCollator` needs: rows keep their columns (`remove_unused_columns`), and every process
-    makes its own batches of a stream (`dispatch_batches`). A finished training that is resumed is not trained further.
+    It sets what `FlashSlothDataCollator` needs: rows keep their columns (`remove_unused_columns=False`), and every
+    process builds its own batches of a stream (`dispatch_batches=False`). Resuming a finished run trains nothing.
 
     Args:
         *args: As for `Trainer`.
-        num_eval_answers: Number of evaluation rows whose last question is answered by `generate` whenever the model is
-            evaluated; the share of answers that are equal to the row's is logged as `eval_exact_match`.
+        num_eval_answers: Number of evaluation rows whose last question `generate` answers in every evaluation. The
+            share of answers that equal the row's is logged as `eval_exact_match`.
         **kwargs: As for `Trainer`.
 
     Raises:
-        ValueError: If the arguments ask for `dispatch_batches`.
+        ValueError: If `dispatch_batches` is True.
     """
 
     def __init__(self, *args: Any, num_eval_answers: int = 0, **kwargs: Any) -> None:
@@ -97,22 +101,23 @@ class FlashSlothTrainer(Trainer):
         self.args.remove_unused_columns = False
         self.add_callback(ResumeCallback)
         for module in self.model.modules():
-            # On some CPUs bitsandbytes lays 4-bit weights out anew when a model answers; no gradient passes them then.
+            # On some CPUs, bitsandbytes repacks 4-bit weights in the first inference, and then gives no gradients. It
+            # has no setting for that but this attribute.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Start accelerate, so that no process divides its batches among the others."""
+        """Create the accelerator with `dispatch_batches=False`."""
         if self.args.accelerator_config.dispatch_batches:
             raise ValueError(
-                "`dispatch_batches` must be False: it divides a batch by rows, which the images of a batch are not. "
-                "Leave it out of `accelerator_config`."
+                "`dispatch_batches` must be False: it splits every tensor of a batch by rows, but `pixel_values` has "
+                "one entry per tile. Remove it from `accelerator_config`."
             )
         self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train one epoch, unless a resumed run was at its last step: `Trainer` looks only after a step."""
+        """Train one epoch, unless a resumed run is already at its last step: `Trainer` only checks after a step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -138,11 +143,11 @@ class FlashSlothTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate; see `Trainer.evaluate` and `num_eval_answers`."""
+        """Evaluate, see `Trainer.evaluate`, and measure `num_eval_answers` answers."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        if self.num_eval_answers and not isinstance(rows, dict):  # of several sets, each comes here by itself
+        if self.num_eval_answers and not isinstance(rows, dict):  # for a dict, `Trainer` calls this for each set
             exact_match = {f"{metric_key_prefix}_exact_match": self._exact_match(rows)}
             self.log(exact_match)
             metrics |= exact_match
@@ -150,13 +155,13 @@ class FlashSlothTrainer(Trainer):
 
     @torch.no_grad()
     def _exact_match(self, rows: Any) -> float:
-        """Share of the first rows' last answers that `generate` finds word by word."""
+        """Share of the first rows whose last answer equals that of `generate`."""
         conversations = [row.get("messages", []) for row in islice(rows, self.num_eval_answers)]
         conversations = [messages for messages in conversations if messages and messages[-1]["role"] == "assistant"]
         if not conversations:
             raise ValueError(
-                "`num_eval_answers` needs evaluation rows that end in an answer (`messages`), but the first "
-                f"{self.num_eval_answers} have none; set it to 0 to evaluate the loss only."
+                "`num_eval_answers` needs evaluation rows with `messages` that end with an answer, but the first "
+                f"{self.num_eval_answers} have none; set it to 0 to evaluate only the loss."
             )
         size = self.args.eval_batch_size
         batches = [conversations[first : first + size] for first in range(0, len(conversations), size)]
@@ -168,16 +173,10 @@ class FlashSlothTrainer(Trainer):
             "".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text").strip()
             for messages in conversations
         ]
-        inputs = processor.apply_chat_template(
-            [messages[:-1] for messages in conversations],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(self.args.device)
+        questions = [messages[:-1] for messages in conversations]
+        inputs = processor.encode_conversations(questions, padding=True).to(self.args.device)
         longest = max(len(ids) for ids in processor.tokenizer([f" {answer}" for answer in expected])["input_ids"])
         model = self.accelerator.unwrap_model(self.model)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=longest + 1)  # and the end token
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=longest + 1)  # plus the end token
         found = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
         return sum(map(str.__eq__, found, expected))

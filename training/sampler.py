@@ -1,4 +1,4 @@
-"""An order of rows in which batches hold rows of like length and of one kind, with images or without."""
+"""Sampler whose batches have rows of similar length, either all with images or all without."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,24 +6,24 @@ import torch
 from torch.utils.data import Sampler
 
 MEGABATCH_SIZE = 50
-"""Batches whose rows are sorted by length together; fewer would pad more, more would leave less to chance."""
+"""Batches whose rows are sorted by length together; a smaller number needs more padding, a larger one shuffles less."""
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Indices of rows, so that consecutive ones make batches of like rows; another order in every epoch.
+    """Orders rows so that consecutive ones form batches of similar rows; the order changes in every epoch.
 
-    Rows with images and rows without are shuffled, sorted by length within megabatches of 50 batches, cut into
-    batches, and the batches of both kinds shuffled together. What does not fill a batch comes last, rows with
-    images first: only there may one batch hold both kinds.
+    Rows with images and rows without are shuffled separately, sorted by length within megabatches of 50 batches, and
+    split into batches; then the batches of both kinds are shuffled together. Rows that do not fill a batch come last,
+    those with images first, so only there may a batch mix both kinds.
 
-    It is a plain sampler of all rows: accelerate deals whole device batches out to the processes in turn, so the rows
-    of one step are like each other on all of them if `batch_size` counts them all.
+    The sampler yields all rows. accelerate distributes whole device batches to the processes in turn, so the rows of
+    one step are similar on all processes if `batch_size` counts all of them.
 
     Args:
-        lengths: Length of every row, in any unit (`row_lengths`).
-        has_image: Whether a row has images (`row_lengths`).
-        batch_size: Rows that one optimiser step takes: rows of a device's batch × accumulated batches × processes.
-        seed: The order depends on seed and epoch only.
+        lengths: Length of every row, in any unit (see `row_lengths`).
+        has_image: Whether each row has images (see `row_lengths`).
+        batch_size: Rows per optimiser step: rows per device × accumulated batches × processes.
+        seed: Seed of the order, together with the epoch.
 
     Raises:
         ValueError: If the lists differ in length or `batch_size` is not positive.
@@ -32,7 +32,7 @@ class ModalityLengthSampler(Sampler[int]):
     def __init__(self, lengths: Sequence[int], has_image: Sequence[bool], *, batch_size: int, seed: int = 0) -> None:
         if len(lengths) != len(has_image):
             raise ValueError(
-                f"`lengths` and `has_image` must be of as many rows, but are of {len(lengths)} and "
+                f"`lengths` and `has_image` must have the same number of rows, but have {len(lengths)} and "
                 f"{len(has_image)}; take both from `row_lengths`."
             )
         if batch_size < 1:
@@ -59,11 +59,11 @@ class ModalityLengthSampler(Sampler[int]):
         yield from rest
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch, counted from 0; accelerate's data loaders call it."""
+        """Set the epoch, counted from 0; accelerate's data loaders call this."""
         self.epoch = epoch
 
     def _grouped(self, rows: list[int]) -> tuple[list[int], list[int]]:
-        """Rows sorted by length within megabatches, and those that fill no batch."""
+        """Rows sorted by length within megabatches, and the remaining rows, which do not fill a batch."""
         num_whole = len(rows) - len(rows) % self.batch_size
         size = self.batch_size * MEGABATCH_SIZE
         whole, rest = rows[:num_whole], rows[num_whole:]

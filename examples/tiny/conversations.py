@@ -1,4 +1,4 @@
-"""What the tiny checkpoint reads: its tokenizer, its processor, and conversations about drawn images."""
+"""Tokenizer, processor and training conversations of the tiny checkpoint."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -21,20 +21,21 @@ SIDES = ("Is the {0} {1}?", "Does the {0} stand {1}?")
 
 @dataclass(frozen=True)
 class Mix:
-    """Which questions a training conversation holds.
+    """Which questions a training conversation contains.
 
-    A description comes last, if at all, more often than first, so that most questions have to be answered from the
-    image and not from what was said.
+    A description more often comes last than first, so that most questions have to be answered from the image and not
+    from an earlier answer.
 
     Attributes:
-        num_questions: How many are drawn; the same one is asked once.
-        weights: How often a kind of question is drawn; 1 if it is not named. If they are named, questions of a kind
-            with the answers yes and no are a kind of their own, and so are "where" and "side", which only training
-            asks: whoever knows whether the star is left or right soon knows whether it is left or right of the circle.
+        num_questions: Number of questions that are drawn; repetitions are dropped.
+        weights: Relative frequency of each kind of question, by default 1. Yes-or-no questions of a kind count as a
+            separate kind if `weights` has an entry for them. "where" and "side" are asked only in training, if
+            `weights` has them: a model that knows whether the star is left or right soon learns whether it is left or
+            right of the circle.
         described_first: Share of the conversations that begin with a description.
-        described_last: Share of the conversations that end with one.
-        num_wordings: How many wordings there are to choose from.
-        num_scenes: Of so many scenes, the first with two things side by side is taken.
+        described_last: Share of the conversations that end with a description.
+        num_wordings: Number of wordings of every question to choose from.
+        num_scenes: Number of candidate scenes; the first one with two objects in a row is used.
     """
 
     num_questions: int
@@ -69,13 +70,13 @@ QUESTIONS = Mix(
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE on questions and answers; words on signs and numbers stay single characters."""
+    """Train a byte-level BPE on questions and answers; texts of signs and numbers remain single characters."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    # `lstrip`: the blank before "ASSISTANT:" belongs to the token.
+    # `lstrip`: the space before "ASSISTANT:" is part of the token.
     control_tokens = [
         AddedToken(token, lstrip=token == ASSISTANT) for token in (PAD, END, IMAGE, QUERY, USER, ASSISTANT)
     ]
@@ -101,12 +102,12 @@ def _tokenizer_corpus() -> Iterator[str]:
     for index in range(NUM_TOKENIZER_SCENES):
         scene = scene_at("train", index)
         for _, question, answer in questions(scene, random.Random(index)):
-            words = [word for word in answer.split() if word.islower()]  # neither written words nor numbers
+            words = [word for word in answer.split() if word.islower()]  # neither texts of signs nor numbers
             yield f"{question} {' '.join(words)}"
 
 
 def build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerFast) -> FlashSlothProcessor:
-    """The processor that fits a config; it has no system prompt."""
+    """Build the processor for a config; it has no system prompt."""
     side = config.vision_config.image_size
     return FlashSlothProcessor(
         FlashSlothImageProcessor(size={"height": side, "width": side}, do_image_splitting=False),
@@ -121,9 +122,9 @@ def conversation(index: int, size: int, mix: Mix = QUESTIONS) -> list[dict]:
     """A training conversation: an image, questions about it and their answers.
 
     Args:
-        index: Which scene of the split "train", or which `mix.num_scenes` of them.
-        size: Side of the image in pixels.
-        mix: Which questions.
+        index: Number of the conversation; it determines the scene, in the split "train".
+        size: Side of the image, in pixels.
+        mix: Which questions are asked.
 
     Returns:
         Messages for `apply_chat_template`.
@@ -132,7 +133,7 @@ def conversation(index: int, size: int, mix: Mix = QUESTIONS) -> list[dict]:
 
 
 def _plan(index: int, mix: Mix) -> tuple[Scene, list[tuple[str, str]]]:
-    """A scene, and questions about it with their answers."""
+    """Choose a scene, questions about it, and their answers."""
     rng = random.Random(f"conversation:{index}")
     scene = _choose_scene(index, mix.num_scenes)
     (_, describe, description), *others = questions(scene, rng)
@@ -174,7 +175,7 @@ def _choose_scene(index: int, num_scenes: int) -> Scene:
 
 
 def _by_kind(asked: list[tuple[str, str, str]], scene: Scene, mix: Mix) -> dict[str, list[tuple[str, str]]]:
-    """Questions and answers of every kind that a mix tells apart."""
+    """Group questions and answers by the kinds that a mix distinguishes."""
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for kind, question, answer in asked:
         confirmed = f"{kind}, yes or no"
@@ -189,7 +190,7 @@ def _by_kind(asked: list[tuple[str, str, str]], scene: Scene, mix: Mix) -> dict[
 
 
 def _sides(name: str, thing: Thing) -> Iterator[tuple[str, str]]:
-    """Questions on which side of the image a thing stands; they are worded as those on two things are."""
+    """Questions about the side of the image that an object is on, worded like those about two objects."""
     for place, words in ((thing.column, ("left", "right")), (thing.row, ("above", "below"))):
         if place is not None:
             for wording in SIDES:
@@ -199,16 +200,16 @@ def _sides(name: str, thing: Thing) -> Iterator[tuple[str, str]]:
 
 
 class ConversationDataset(Dataset):
-    """Training conversations from number `start` on, drawn when asked for, as rows for `FlashSlothDataCollator`.
+    """Training conversations, generated on access, as rows for `FlashSlothDataCollator`.
 
-    Batches hold rows of like length if each block is read in order: it begins with its shortest conversation.
+    Each block is sorted by length, so that batches read in order have rows of similar length.
 
     Args:
         start: Number of the first conversation.
-        length: How many there are.
-        size: Side of an image in pixels.
-        mix: Which questions they ask.
-        block: So many conversations are sorted by length, and so on.
+        length: Number of conversations.
+        size: Side of an image, in pixels.
+        mix: Which questions are asked.
+        block: Number of conversations in a sorted block.
     """
 
     def __init__(self, start: int, length: int, size: int, mix: Mix, *, block: int = 1) -> None:

@@ -1,8 +1,8 @@
-"""Learning curves: how many questions a model answers right while it learns.
+"""Learning curves: share of questions that a model answers correctly during training.
 
     python examples/tiny/curve.py tiny-flashsloth-work --output docs/learning_curve
 
-writes what the stages of `make_checkpoint.py` noted in their folders to OUTPUT.json, and draws it as OUTPUT.png.
+collects the points that the stages of `make_checkpoint.py` wrote into OUTPUT.json, and plots them as OUTPUT.png.
 """
 
 import argparse
@@ -23,15 +23,16 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "learning_curve.jsonl"
-SPLIT = "evaluation"  # tuning may look at these images
+STAGES = ("captions", "conversations")
+SPLIT = "evaluation"  # the split for tuning; the final evaluation uses another one
 
 
 class LearningCurve(TrainerCallback):
-    """Writes down how many questions a model answers right whenever it is saved.
+    """Evaluates a model whenever a checkpoint is saved, and appends the counts to a file.
 
     Args:
         processor: The model's processor.
-        num_images: Images of `SPLIT`; 0: nothing is written.
+        num_images: Number of images of `SPLIT`; 0 disables the evaluation.
     """
 
     def __init__(self, processor: FlashSlothProcessor, num_images: int) -> None:
@@ -61,18 +62,18 @@ class LearningCurve(TrainerCallback):
 
 
 def read_curve(work: Path, stages: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The points of all stages, in order; `images` counts from the beginning of the first one."""
+    """Read the points of all stages, in order; `images` counts from the start of the first stage."""
     points: list[dict[str, Any]] = []
     for stage in stages:
         before = points[-1]["images"] if points else 0
         lines = (work / stage / FILE_NAME).read_text(encoding="utf-8").splitlines()
-        own = {point["step"]: point for point in map(json.loads, lines)}  # a stopped run may note a step twice
+        own = {point["step"]: point for point in map(json.loads, lines)}  # an interrupted run may record a step twice
         points += [point | {"images": before + point["images"]} for _, point in sorted(own.items())]
     return points
 
 
 def plot(points: list[dict[str, Any]], file: Path) -> None:
-    """Draw the share of right answers against the images seen, a line for every kind of question."""
+    """Plot the share of exact answers against the images seen, with a line for every kind of question."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="thousand images", ylabel="exact answers, %")
@@ -92,13 +93,12 @@ def plot(points: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """Collect the points of a run, and draw them."""
+    """Collect the points of a run, and plot them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder for unfinished training of `make_checkpoint.py`")
-    parser.add_argument("--stages", nargs="+", default=("captions", "conversations"))
-    parser.add_argument("--output", type=Path, required=True, help="path without its ending")
+    parser.add_argument("work", type=Path, help="the `--work` folder of `make_checkpoint.py`")
+    parser.add_argument("--output", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
-    points = read_curve(args.work, tuple(args.stages))
+    points = read_curve(args.work, STAGES)
     text = ",\n".join(json.dumps(point) for point in points)
     args.output.with_suffix(".json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
     plot(points, args.output.with_suffix(".png"))

@@ -1,14 +1,15 @@
-"""Trains the tiny checkpoint of this repository from nothing, on two CPU cores.
+"""Trains the tiny checkpoint of this repository from scratch, on two CPU cores.
 
     torchrun --nproc_per_node 2 examples/tiny/make_checkpoint.py --output tiny-flashsloth
 
-1. a tokenizer; 2. the vision tower, on what the drawing program knows of every patch; then, with the tower frozen,
-3. captions, which bring images and words together, and 4. conversations, the two stages of the paper, but for a
-language model that knows nothing yet and so is trained in both; 5. exact match on images that training never sees. A
-run that was stopped goes on where it was.
+1. Train a tokenizer.
+2. Train the vision tower to predict the content of every patch, then freeze it.
+3. Train on captions, to align images and words, and 4. on conversations. These are the two stages of the paper, except
+   that the language model, which has no pretraining, is trained in both.
+5. Evaluate exact match on images that are not used in training.
 
-One process with one thread a core suffers less from other work on the machine than one process with many threads; plain
-`python` does the same with one process.
+An interrupted run resumes from its last checkpoint. Plain `python` works, too, with one process; one single-threaded
+process per core suffers less from other work on the machine than one process with many threads.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from conversations import (
     build_tokenizer,
 )
 from curve import LearningCurve
-from muon import Muon
+from muon_optimizer import Muon
 from safetensors.torch import load_file, save_file
 from score import as_table, evaluate
 from tower import PatchDataset, TowerForPatches, TowerTrainer
@@ -49,22 +50,22 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.cli.devices import has_bfloat16
+from flashsloth.cli.devices import default_device, has_bfloat16
 from flashsloth.training import FlashSlothDataCollator
 
 logger = logging.getLogger(__name__)
 
 SEED = 0
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH_SIZE = 64  # images; half as many conversations
+DEVICE = default_device().type
+BATCH_SIZE = 64  # images or captions; conversations: half as many
 LEARNING_RATE = 2e-3
 NUM_SORTED_BATCHES = 4
-# On a CPU, the backward pass of sdpa takes twice as long as that of eager in bfloat16, and a little less in float32.
+# On a CPU, the backward pass of sdpa is half as fast as that of eager in bfloat16, and slightly faster in float32.
 ATTENTION = "eager" if DEVICE == "cpu" and has_bfloat16(DEVICE) else "sdpa"
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
-    """The architecture: 96 px in 8 px patches, 16 image tokens an image, 4 query tokens a question."""
+    """The architecture: images of 96 px, patches of 8 px, 16 image tokens per image, 4 query tokens per question."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, END, IMAGE, QUERY, USER)}
     text_config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -106,7 +107,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
 def training_arguments(
     folder: Path, num_steps: int, *, batch_size: int = BATCH_SIZE, learning_rate: float = LEARNING_RATE, **kwargs: Any
 ) -> TrainingArguments:
-    """What all stages have in common."""
+    """Training arguments common to all stages."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
@@ -124,7 +125,7 @@ def training_arguments(
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         label_names=["labels"],
-        use_cache=True,  # else the Trainer turns the cache off in the config that is saved
+        use_cache=True,  # otherwise the Trainer disables the KV cache in the saved config
         report_to=[],
         disable_tqdm=True,
         seed=SEED,
@@ -133,14 +134,14 @@ def training_arguments(
 
 
 def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> Muon:
-    """What all stages are trained with."""
+    """The optimizer of all stages."""
     return Muon(model, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
 
 
 def pretrain_tower(
     config: FlashSlothConfig, processor: FlashSlothProcessor, folder: Path, num_steps: int
 ) -> dict[str, torch.Tensor]:
-    """Train the vision tower, unless that was done before.
+    """Train the vision tower, unless its weights exist.
 
     Returns:
         Its weights.
@@ -162,7 +163,7 @@ def pretrain_tower(
 
 
 def build_model(config: FlashSlothConfig, tower_weights: dict[str, torch.Tensor]) -> FlashSlothForConditionalGeneration:
-    """A new model around a trained vision tower, which is frozen."""
+    """Build a model around a trained vision tower, which is frozen."""
     set_seed(SEED)
     model = FlashSlothForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower_weights)
@@ -187,7 +188,7 @@ def train_on_conversations(
     first_conversation: int,
     num_curve_images: int,
 ) -> Trainer:
-    """Train what is not frozen of a model.
+    """Train the parameters of a model that are not frozen.
 
     Returns:
         The Trainer.
@@ -249,15 +250,15 @@ def main() -> None:
     """Run all stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint")
-    parser.add_argument("--work", type=Path, help="folder for unfinished training (default: OUTPUT-work)")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints of the stages (default: OUTPUT-work)")
     parser.add_argument("--tower-steps", type=int, default=1500, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument("--caption-steps", type=int, default=200, help=f"steps of {BATCH_SIZE} captions")
     parser.add_argument("--steps", type=int, default=2200, help=f"steps of {BATCH_SIZE // 2} conversations")
-    parser.add_argument("--curve-images", type=int, default=60, help="images behind every point of a learning curve")
+    parser.add_argument("--curve-images", type=int, default=60, help="images for every point of the learning curve")
     parser.add_argument("--evaluation-images", type=int, default=500)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.multiprocessing.set_start_method("spawn")  # forked loaders would keep the memory that earlier parts took
+    torch.multiprocessing.set_start_method("spawn")  # forked data loaders would keep the memory of earlier stages
     work = args.work or args.output.with_name(f"{args.output.name}-work")
 
     tokenizer = build_tokenizer()
@@ -269,7 +270,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         model = model.to(torch.bfloat16).eval()
         model.save_pretrained(args.output)
-        processor.tokenizer.backend_tokenizer.no_padding()  # the curve's evaluations asked for it
+        processor.tokenizer.backend_tokenizer.no_padding()  # undoes the padding set by the learning curve's evaluations
         processor.save_pretrained(args.output)
         result = evaluate(model, processor, args.evaluation_images)
         (args.output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,13 @@
-"""The drawing program of the tiny checkpoint: scenes, their images, their questions and the answers.
+"""The tiny checkpoint's data: generated scenes with their images, questions and answers.
 
-A scene holds one to four things on a loose 2x2 layout: coloured shapes, at most one word on a coloured board (it fills
-a row) and at most one number (it fills a cell). Everything follows from a split and an index:
+A scene has one to four objects in a loose 2x2 layout: coloured shapes, at most one sign (a word on a coloured board,
+which takes a row) and at most one number (which takes a cell). Split and index determine everything:
 
     scene = scene_at("train", 7)
     image = draw(scene, 96)
     conversation = questions(scene, random.Random(7))
 
-Images of the split "train" never hold one of `HELD_OUT_PAIRS`; every other split may.
+Images of the split "train" never contain one of `HELD_OUT_PAIRS`; those of other splits may.
 """
 
 import argparse
@@ -49,7 +49,7 @@ FONTS = (
     "DejaVuSerif-Bold.ttf",
     "DejaVuSansMono-Bold.ttf",
     "STIXGeneralBol.ttf",
-    None,  # the face that Pillow itself carries
+    None,  # Pillow's default font
 )
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 QUESTION_KINDS = ("colour", "shape", "count", "left of", "above", "place", "read word", "read number", "describe")
@@ -73,18 +73,18 @@ _REFERENCE_FONT_SIZE = 100
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of a scene; lengths are fractions of the image's side.
+    """An object of a scene; lengths are fractions of the image's side.
 
     Attributes:
         name: One of `SHAPES`, "sign" (a word on a board) or "number".
-        colour: A key of `COLOURS`; of a sign, the colour of its board.
-        paint: Red, green and blue as drawn, near the colour's own, 0 to 255.
+        colour: A key of `COLOURS`; for a sign, the colour of its board.
+        paint: Red, green and blue as drawn, 0 to 255, close to the named colour.
         row: 0 for the top, 1 for the bottom.
-        column: 0 for the left, 1 for the right, None for a sign, which fills its row.
+        column: 0 for the left, 1 for the right, None for a sign, which takes its whole row.
         centre: x and y.
         half_size: Half the width and half the height.
-        tilt: Degrees by which a shape is turned.
-        text: What a sign or a number says, else "".
+        tilt: Rotation of a shape, in degrees.
+        text: Text of a sign or a number, else "".
         font: Index into `FONTS`.
     """
 
@@ -101,13 +101,13 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Where the thing stands: "top left", or "top" for a sign."""
+        """Position: "top left", or "top" for a sign."""
         row = ("top", "bottom")[self.row]
         return row if self.column is None else f"{row} {('left', 'right')[self.column]}"
 
     @property
     def phrase(self) -> str:
-        """What the thing is: "a red circle", "an orange sign"."""
+        """Description: "a red circle", "an orange sign"."""
         return f"{'an' if self.colour == 'orange' else 'a'} {self.colour} {self.name}"
 
     @property
@@ -119,13 +119,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in reading order on a background.
+    """Objects on a background.
 
     Attributes:
-        things: The things, top row first, left before right.
+        things: The objects in reading order: top row first, left before right.
         background: One of `BACKGROUNDS`.
-        background_colours: Two near colours, 0 to 255, that the background is made of.
-        background_seed: Seed of the background's noise and stripes.
+        background_colours: The background's two similar colours, 0 to 255.
+        background_seed: Seed of the background's noise, stripes and gradient.
     """
 
     things: tuple[Thing, ...]
@@ -135,12 +135,12 @@ class Scene:
 
 
 def scene_at(split: str, index: int) -> Scene:
-    """The scene number `index` of a split; the same on every machine."""
+    """Scene number `index` of a split; the same on every machine."""
     return sample_scene(random.Random(f"{split}:{index}"), split)
 
 
 def sample_scene(rng: random.Random, split: str) -> Scene:
-    """Draws a scene at random; those of the split "train" hold none of `HELD_OUT_PAIRS`."""
+    """Sample a scene; those of the split "train" contain none of `HELD_OUT_PAIRS`."""
     cells = [(row, column) for row in (0, 1) for column in (0, 1)]
     things = []
     if rng.random() < 0.45:
@@ -165,7 +165,7 @@ def sample_scene(rng: random.Random, split: str) -> Scene:
 
 
 def _sample_pair(rng: random.Random, earlier: list[tuple[str, str]], split: str) -> tuple[str, str]:
-    """A colour and a shape; one of the two is often that of an earlier shape, so that there is something to count."""
+    """Sample a colour and a shape; often one of them is that of an earlier shape, to make counting non-trivial."""
     while True:
         colour, shape = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
         if earlier and rng.random() < 0.4:
@@ -207,7 +207,7 @@ def _paint(rng: random.Random, colour: str) -> tuple[int, int, int]:
 
 
 def _centre(rng: random.Random, row: int, column: int, half_width: float, half_height: float) -> tuple[float, float]:
-    """A centre at random, such that the thing stays inside its cell, 0.01 from the edges."""
+    """Sample a centre that keeps the object inside its cell, 0.01 from the edges."""
     x_shift, y_shift = max(0.0, 0.24 - half_width), max(0.0, 0.24 - half_height)
     return (
         (0.25, 0.75)[column] + rng.uniform(-x_shift, x_shift),
@@ -216,12 +216,12 @@ def _centre(rng: random.Random, row: int, column: int, half_width: float, half_h
 
 
 def describe(scene: Scene) -> str:
-    """The one description of a scene: its things in reading order, each with what it is, what it says and its place."""
+    """Describe a scene: its objects in reading order, each with its phrase, text and place."""
     return ", ".join(" ".join(filter(None, (thing.phrase, thing.text, thing.place))) for thing in scene.things)
 
 
 def names_of(thing: Thing, scene: Scene) -> list[str]:
-    """Ways to call a thing that mean no other: "circle", "red circle"."""
+    """Unambiguous names of an object: "circle", "red circle"."""
     names = []
     if [other.name for other in scene.things].count(thing.name) == 1:
         names.append(thing.name)
@@ -231,11 +231,11 @@ def names_of(thing: Thing, scene: Scene) -> list[str]:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
-    """Everything that can be asked about a scene and has one right answer.
+    """All questions about a scene that have exactly one right answer.
 
     Args:
         scene: The scene.
-        rng: Decides between wordings and what to count.
+        rng: Chooses the wordings and what to count.
 
     Returns:
         Triples of a kind from `QUESTION_KINDS`, a question and its answer.
@@ -257,7 +257,7 @@ def _word(question: str, rng: random.Random, *parts: str) -> str:
 def _property_questions(
     scene: Scene, references: dict[Thing, list[str]], rng: random.Random
 ) -> list[tuple[str, str, str]]:
-    """Questions on the colour, the shape and the text of things."""
+    """Questions about the colour, shape and text of objects."""
     asked = []
     colours = [thing.colour for thing in scene.things]
     for thing in scene.things:
@@ -275,7 +275,7 @@ def _property_questions(
 
 
 def _place_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
-    """Questions on what stands in each of the four cells, but for those that a sign fills."""
+    """Questions about the content of each cell, except those of a sign's row."""
     by_place = {thing.place: thing.phrase for thing in scene.things}
     return [
         ("place", _word("place", rng, f"{row} {side}"), by_place.get(f"{row} {side}", "nothing"))
@@ -286,7 +286,7 @@ def _place_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, s
 
 
 def _count_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
-    """How many shapes there are, of any kind, of one kind and of one colour."""
+    """Questions about the number of shapes: all of them, those of one kind, those of one colour."""
     shapes = [thing for thing in scene.things if thing.name in SHAPES]
     shape = rng.choice([thing.name for thing in shapes] + [rng.choice(SHAPES)])
     colour = rng.choice([thing.colour for thing in shapes] + [rng.choice(tuple(COLOURS))])
@@ -301,7 +301,7 @@ def _count_questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, s
 def _position_questions(
     scene: Scene, references: dict[Thing, list[str]], rng: random.Random
 ) -> list[tuple[str, str, str]]:
-    """Questions on what stands beside, above or below what; only things in one row or one column are compared."""
+    """Questions about relative positions; only objects in the same row or column are compared."""
     asked = []
     for anchor, names in references.items():
         neighbours = [(relation, other) for other in scene.things if (relation := _relation(other, anchor))]
@@ -316,7 +316,7 @@ def _position_questions(
 
 
 def _relation_question(name: str, relation: str, anchor_name: str, rng: random.Random) -> tuple[str, str]:
-    """A question with a choice of two relations, or one of them to confirm or deny, and its answer."""
+    """A question that offers two relations, or one to confirm or deny; and its answer."""
     if rng.random() < 0.5:
         choice = "above or below" if relation in ("above", "below") else "left or right of"
         return _word("relation", rng, name, choice, anchor_name), relation.removesuffix(" of")
@@ -325,7 +325,7 @@ def _relation_question(name: str, relation: str, anchor_name: str, rng: random.R
 
 
 def _relation(thing: Thing, anchor: Thing) -> str | None:
-    """How a thing stands to another one in its row or column; None if it is that one or stands diagonally."""
+    """Relation of an object to another one in its row or column; None if they are the same or diagonal."""
     if thing.row == anchor.row:
         if thing.column == anchor.column:
             return None
@@ -343,19 +343,19 @@ def _font(index: int, size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=4096)
 def _text_length(font: int, text: str) -> float:
-    """Width of a text in `_REFERENCE_FONT_SIZE`, in pixels."""
+    """Width of a text at `_REFERENCE_FONT_SIZE`, in pixels."""
     return _font(font, _REFERENCE_FONT_SIZE).getlength(text)
 
 
 @lru_cache(maxsize=len(FONTS))
 def _text_height(font: int) -> float:
-    """Height of a capital letter in `_REFERENCE_FONT_SIZE`, in pixels."""
+    """Height of a capital letter at `_REFERENCE_FONT_SIZE`, in pixels."""
     _, top, _, bottom = _font(font, _REFERENCE_FONT_SIZE).getbbox("H")
     return bottom - top
 
 
 def text_box(thing: Thing) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the letters of a sign or a number."""
+    """Left, top, right and bottom of the text of a sign or a number."""
     margin = 0.04 if thing.name == "sign" else 0.0
     half_width, half_height = thing.half_size[0] - margin, thing.half_size[1] - margin
     ratio = _text_length(thing.font, thing.text) / _text_height(thing.font)
@@ -365,21 +365,21 @@ def text_box(thing: Thing) -> tuple[float, float, float, float]:
 
 
 def character_edges(thing: Thing) -> list[float]:
-    """Where the characters of a text begin and end from left to right: one more number than there are characters."""
+    """Horizontal edges of a text's characters, from left to right: one more than there are characters."""
     left, _, right, _ = text_box(thing)
     scale = (right - left) / _text_length(thing.font, thing.text)
     return [left + scale * _text_length(thing.font, thing.text[:end]) for end in range(len(thing.text) + 1)]
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
-    """The image of a scene.
+    """Draw a scene.
 
     Args:
-        scene: What to draw.
-        size: Side of the square image in pixels.
+        scene: The scene.
+        size: Side of the square image, in pixels.
 
     Returns:
-        An RGB image; it is drawn twice as large and shrunk, so that edges are smooth.
+        An RGB image; it is drawn at twice the size and reduced, for smooth edges.
     """
     image = _draw_background(scene, 2 * size)
     canvas = ImageDraw.Draw(image)
@@ -429,7 +429,7 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, thing: Thing, size: int) -> None:
 
 @lru_cache(maxsize=len(SHAPES))
 def _outline(shape: str) -> np.ndarray:
-    """Corners `(num_corners, 2)` of a shape around the origin, y downwards, about 1 from the centre to the edge."""
+    """Corners `(num_corners, 2)` of a shape around the origin, y downwards, with a radius of about 1."""
     if shape == "square":
         return 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
     if shape == "triangle":
@@ -449,11 +449,11 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def main() -> None:
-    """Save the image of a scene, and log what can be asked about it."""
+    """Save the image of a scene, and log its questions and answers."""
     parser = argparse.ArgumentParser(description="Draw a scene, and list its questions and answers.")
-    parser.add_argument("index", type=int, help="number of the scene in its split")
-    parser.add_argument("--split", default="evaluation", help="'train', or any other name")
-    parser.add_argument("--size", type=int, default=384, help="side of the image in pixels")
+    parser.add_argument("index", type=int, help="index of the scene in its split")
+    parser.add_argument("--split", default="evaluation", help="'train' or any other name (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=384, help="side of the image, in pixels (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="image file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,10 +1,10 @@
-"""Exact match of a tiny checkpoint on images that training never saw, for every kind of question.
+"""Exact match of a tiny checkpoint on images that were not used in training, by kind of question.
 
     python examples/tiny/score.py . --output evaluation.json
 
-Every question is asked alone, with its image, through `generate`; and once more as the second question of a
-conversation, behind another question about the same image and that one's right answer. Some of the images hold a
-pair of colour and shape that no training image holds; the last column counts only the first questions on those.
+Every question is asked twice with its image: alone, and as the second question of a conversation, after another
+question about the same image and its right answer. Some images contain a pair of colour and shape that no training
+image contains; the last column counts only the questions asked alone about those.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from flashsloth.cli.devices import working_dtype
 logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = 96
-SPLIT = "untouched"  # training never sees it; learning curves are drawn on "evaluation"
+SPLIT = "untouched"  # used neither in training nor for learning curves, which use "evaluation"
 MAX_ANSWER_TOKENS = 64
 
 
@@ -37,9 +37,9 @@ class Question(NamedTuple):
         kind: One of `QUESTION_KINDS`.
         image: The image that it is about.
         text: The question.
-        answer: The one right answer.
-        is_held_out: Whether the image holds one of `HELD_OUT_PAIRS`.
-        before: A question of another kind about the same image, no description, and its right answer.
+        answer: The only right answer.
+        is_held_out: Whether the image contains one of `HELD_OUT_PAIRS`.
+        before: Another question about the same image, of another kind than this one and "describe", and its answer.
     """
 
     kind: str
@@ -51,7 +51,7 @@ class Question(NamedTuple):
 
 
 def evaluation_set(num_images: int, split: str = SPLIT) -> Iterator[Question]:
-    """One question of every kind that an image allows, for the first images of a split."""
+    """One question of every possible kind for each of the first images of a split."""
     for index in range(num_images):
         scene = scene_at(split, index)
         image = draw(scene, IMAGE_SIZE)
@@ -70,7 +70,7 @@ def evaluation_set(num_images: int, split: str = SPLIT) -> Iterator[Question]:
 def build_inputs(
     processor: FlashSlothProcessor, batch: list[Question], *, is_second_turn: bool = False
 ) -> BatchFeature:
-    """Prompts of questions, each with its own image.
+    """Build prompts of questions, each with its own image.
 
     Args:
         processor: The model's processor.
@@ -84,14 +84,7 @@ def build_inputs(
         contents = [[{"type": "image", "image": question.image}, first], *([part] for part in others)]
         roles = ("user", "assistant") * len(contents)
         conversations.append([{"role": role, "content": part} for role, part in zip(roles, contents, strict=False)])
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    return processor.encode_conversations(conversations, padding=True)
 
 
 @torch.inference_mode()
@@ -103,14 +96,14 @@ def answer(
     is_second_turn: bool = False,
     **kwargs: Any,
 ) -> list[str]:
-    """Answer questions, each on its own image, by greedy decoding.
+    """Answer questions, each about its own image, by greedy decoding.
 
     Args:
         model: The model.
         processor: Its processor.
         batch: The questions.
         is_second_turn: Whether `before` and its answer precede every question.
-        **kwargs: Passed on to `generate`.
+        **kwargs: Arguments of `generate`.
     """
     inputs = build_inputs(processor, batch, is_second_turn=is_second_turn).to(model.device)
     generated = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, **kwargs)
@@ -131,14 +124,14 @@ def evaluate(
     Args:
         model: The model, in evaluation mode.
         processor: Its processor.
-        num_images: How many images.
-        batch_size: Questions answered at once.
-        split: Where the images come from.
-        with_second_turns: Whether every question is asked as a second one, too.
+        num_images: Number of images.
+        batch_size: Number of questions answered at once.
+        split: Split of the images.
+        with_second_turns: Whether every question is also asked as a second one.
 
     Returns:
-        For every kind of question and for "all": how many were `asked` and `right`, how many were `right_as_second`
-        question, and of the first questions on images with a held-out pair `held_out_asked` and `held_out_right`.
+        Counts for every kind of question and for "all": `asked` and `right` when asked alone, `right_as_second`
+        question, and `held_out_asked` and `held_out_right` when asked alone about images with a held-out pair.
     """
     asked = sorted(evaluation_set(num_images, split), key=lambda question: QUESTION_KINDS.index(question.kind))
     counted = ("asked", "right", *["right_as_second"] * with_second_turns, "held_out_asked", "held_out_right")
@@ -162,7 +155,7 @@ def evaluate(
 
 
 def as_table(result: dict[str, dict[str, int]]) -> str:
-    """A Markdown table of what `evaluate` returned."""
+    """Format the counts of `evaluate` as a Markdown table."""
     rows = [
         "| kind | questions | exact match | as second question | with held-out pairs |",
         "|---|---:|---:|---:|---:|",
@@ -181,8 +174,8 @@ def main() -> None:
     """Evaluate a checkpoint folder or Hub id."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint folder or Hub id")
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--split", default=SPLIT, help="'evaluation' is the one to look at while a recipe is made")
+    parser.add_argument("--images", type=int, default=500, help="number of images (default: %(default)s)")
+    parser.add_argument("--split", default=SPLIT, help="use 'evaluation' for tuning (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file for the counts")
     parser.add_argument("--verbose", action="store_true", help="log wrong answers")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Pretraining of the tiny vision tower on what the drawing program knows of every patch.
+"""Pretraining of the tiny vision tower to predict the content of every patch.
 
-It plays the part that SigLIP's pretraining plays for the released checkpoints. Each patch under a thing predicts that
-thing's name, colour and place; each patch under a text predicts its characters one by one and the one that it lies on.
+It replaces SigLIP's pretraining of the released checkpoints. Each patch on an object predicts the object's name, colour
+and place; each patch on a text predicts all characters of the text, and the character that the patch is on.
 """
 
 import logging
@@ -22,24 +22,24 @@ SHARE_GREY = 0.2
 NAMES = ("nothing", *SHAPES, "sign", "number")
 COLOUR_NAMES = ("nothing", *COLOURS)
 PLACES = ("top left", "top right", "bottom left", "bottom right", "top", "bottom")
-END = len(CHARACTERS)  # the class of a position behind a text's last character
+END = len(CHARACTERS)  # the class of positions after a text's last character
 NUM_CLASSES = (len(NAMES), len(COLOUR_NAMES), len(PLACES), *(MAX_CHARACTERS + 1) * (len(CHARACTERS) + 1,))
 TARGET_WEIGHTS = (4.0, 2.0, 1.0, *(MAX_CHARACTERS + 1) * (1.0,))
 TARGET_NAMES = ("name", "colour", "place", *(f"character {i + 1}" for i in range(MAX_CHARACTERS)), "character on patch")
 
 
 def patch_targets(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """What every patch should say of a scene.
+    """The targets of every patch of a scene.
 
     Args:
         scene: The scene.
-        grid: Patches along a side.
+        grid: Number of patches along a side.
 
     Returns:
-        Class indices `(grid * grid, 3 + MAX_CHARACTERS + 1)`: name, colour, place, the text's characters in order, the
-        character on the patch; `IGNORED` for the place of nothing, and for the characters of a patch without a text.
-        And the weight of every patch, `(grid * grid,)`: those of a thing add up to 1, however large it is, and so do
-        those of the background.
+        Class indices, `(grid * grid, 3 + MAX_CHARACTERS + 1)`: name, colour, place, the text's characters in order, and
+        the character on the patch; `IGNORED` for the place of background patches, and for the characters of patches
+        without text. And the weight of every patch, `(grid * grid,)`: the weights of an object's patches sum to 1,
+        whatever its size, and so do those of the background.
     """
     targets = np.full((grid, grid, len(NUM_CLASSES)), IGNORED, np.int64)
     targets[..., :2] = 0
@@ -62,22 +62,22 @@ def patch_targets(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _covered(box: tuple[float, float, float, float], grid: int) -> tuple[slice, slice]:
-    """Rows and columns of the patches whose centre a box covers."""
+    """Rows and columns of the patches whose centre is in a box."""
     left, top, right, bottom = (round(edge * grid) for edge in box)
     return slice(top, max(top + 1, bottom)), slice(left, max(left + 1, right))
 
 
 class PatchDataset(Dataset):
-    """Images with `patch_targets`, drawn when asked for.
+    """Images with `patch_targets`, drawn on access.
 
-    Some are grey and ask for no colours: a shape has to be known whatever its colour, also in a colour that it never
-    had in training.
+    Some images are grey and have no colour targets, so that the tower learns to recognize shapes independently of their
+    colour, including pairs that never occur in training.
 
     Args:
-        split: Where the scenes come from.
+        split: Split of the scenes.
         length: Number of images.
-        config: Says how large an image and a patch are.
-        preprocess: Makes pixel values of an image.
+        config: Determines the size of images and patches.
+        preprocess: Converts an image to pixel values.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class PatchDataset(Dataset):
 
 
 def sine_positions(grid: int, width: int) -> torch.Tensor:
-    """Sines and cosines of the rows and columns of a patch grid, `(grid * grid, width)`, each from -1 to 1.
+    """Sinusoidal position embeddings of a patch grid, `(grid * grid, width)`, from -1 to 1.
 
-    A tower that begins with them finds a patch's neighbours sooner than one whose positions begin as noise, for the
-    step to a neighbour is the same rotation everywhere.
+    Initialized with these, a tower learns a patch's neighbourhood sooner than from random position embeddings, since
+    the offset to a neighbour is the same rotation everywhere.
     """
     frequencies = 40.0 ** -torch.linspace(0, 1, width // 4)  # the longest wave spans the grid several times
     angles = torch.arange(grid).unsqueeze(1) * frequencies  # (grid, width // 4)
@@ -122,7 +122,7 @@ def sine_positions(grid: int, width: int) -> torch.Tensor:
 
 
 class TowerForPatches(nn.Module):
-    """A vision tower and one linear head for everything that a patch should say.
+    """A vision tower with one linear head for all targets of a patch.
 
     FlashSloth reads the tower's last hidden state without the final norm, so the tower is trained without it.
     """
@@ -137,7 +137,7 @@ class TowerForPatches(nn.Module):
         self.head = nn.Linear(config.hidden_size, sum(NUM_CLASSES))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> ModelOutput:
-        """Add up the cross entropies of all targets, weighted by `TARGET_WEIGHTS`.
+        """Sum the cross entropies of all targets, weighted by `TARGET_WEIGHTS`.
 
         Args:
             pixel_values: `(batch, 3, image_size, image_size)`, in [-1, 1].
@@ -145,7 +145,7 @@ class TowerForPatches(nn.Module):
             weights: `(batch, num_patches)` from `patch_targets`.
 
         Returns:
-            `loss`, and `hits` `(batch, num_patches, num_targets)`: 1 right, 0 wrong, `IGNORED` where nothing is asked.
+            `loss`, and `hits` `(batch, num_patches, num_targets)`: 1 right, 0 wrong, `IGNORED` without a target.
         """
         features = self.vision_tower(pixel_values=pixel_values).last_hidden_state
         logits = self.head(self.norm(features)).float().flatten(0, 1)
@@ -155,13 +155,13 @@ class TowerForPatches(nn.Module):
             asked = labels[:, target] != IGNORED
             part, right, weight = part[asked], labels[asked, target], weights[asked]
             losses = weight * nn.functional.cross_entropy(part, right, reduction="none")
-            loss = loss + TARGET_WEIGHTS[target] * losses.sum() / weight.sum().clamp(min=1e-6)  # a batch without texts
+            loss = loss + TARGET_WEIGHTS[target] * losses.sum() / weight.sum().clamp(min=1e-6)  # 0 without texts
             hits[asked, target] = (part.argmax(-1) == right).long()
         return ModelOutput(loss=loss, hits=hits.view(*features.shape[:2], -1))
 
 
 class TowerTrainer(Trainer):
-    """A Trainer whose log shows the share of right patches of every target in the last batch."""
+    """A Trainer that logs the accuracy of every target in the last batch."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: object

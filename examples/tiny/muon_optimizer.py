@@ -1,11 +1,11 @@
-"""Muon: descent with momentum by orthogonal steps for the matrices of a model's layers, AdamW for everything else.
+"""Muon, momentum with orthogonalized updates, for the matrices of hidden layers; AdamW for all other parameters.
 
-Jordan and others, "Muon: An optimizer for hidden layers in neural networks", 2024,
-https://kellerjordan.github.io/posts/muon; the length of a step as in Liu and others, "Muon is scalable for LLM
-training", 2025, https://arxiv.org/abs/2502.16982, so that one learning rate and one weight decay fit all weights.
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+https://kellerjordan.github.io/posts/muon. Updates are scaled as in Liu et al., "Muon is scalable for LLM training",
+2025, https://arxiv.org/abs/2502.16982, so that one learning rate and one weight decay suit all parameters.
 
-`torch.optim.Muon` takes nothing but matrices, repeats all of its work in every process, and computes in bfloat16, which
-takes many times as long on a CPU that has none.
+`torch.optim.Muon` accepts only matrices, repeats all of its work in every process, and computes in bfloat16, which is
+many times slower on a CPU without bfloat16 instructions.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, so that small singular values grow in a few rounds
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, so that small singular values grow quickly
 NUM_ROUNDS = 5
-STEP_LENGTH = 0.2  # root mean square of an AdamW step
+STEP_LENGTH = 0.2  # root mean square of an AdamW update
 NOT_HIDDEN = ("embed_tokens", "lm_head", "position_embedding", "query_tokens")
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of a matrix to between 0.6 and 1.3 by Newton-Schulz rounds; its vectors stay.
+    """Bring the singular values of a matrix to between 0.6 and 1.3 by Newton-Schulz iterations.
+
+    Singular vectors stay the same.
 
     Args:
-        matrix: `(rows, columns)`; singular values below a thousandth of its norm come out smaller.
+        matrix: `(rows, columns)`; singular values below a thousandth of its norm may end up below 0.6.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
     found = matrix.mT if is_tall else matrix
@@ -38,16 +40,16 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the matrices of a model's layers, AdamW for its embeddings, vectors and convolutions.
+    """Muon for the matrices of a model's hidden layers, AdamW for its embeddings, vectors and convolutions.
 
-    With several processes, each orthogonalises its share. All must have the same gradients, as
-    `DistributedDataParallel` leaves them.
+    With several processes, each orthogonalizes its share of the matrices. All must have the same gradients, as with
+    `DistributedDataParallel`.
 
     Args:
-        model: What is to be trained; frozen weights are left out.
+        model: The model to train; frozen parameters are skipped.
         lr: Learning rate of both.
-        momentum: Share of the earlier gradients that Muon keeps.
-        kwargs: For `torch.optim.AdamW`; `weight_decay` is Muon's, too.
+        momentum: Muon's momentum.
+        kwargs: Arguments of `torch.optim.AdamW`; `weight_decay` also applies to Muon.
     """
 
     def __init__(self, model: nn.Module, lr: float, *, momentum: float = 0.95, **kwargs: Any) -> None:
@@ -80,7 +82,7 @@ class Muon(torch.optim.AdamW):
         directions = []
         for place, weight in enumerate(weights):
             state = self.state[weight]
-            if not state:  # the names that AdamW gives them, which loads and saves them
+            if not state:  # AdamW's names, so that its `state_dict` methods save and load them
                 state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight)}
             state["step"] += 1
             state["exp_avg"].lerp_(weight.grad, 1 - group["momentum"])

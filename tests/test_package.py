@@ -1,0 +1,38 @@
+"""The package as others install and use it: its metadata, its types, and the deprecations that its tests refuse."""
+
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers.utils import logging
+
+import flashsloth
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(flashsloth.__file__).parent / "py.typed").exists()
+    assert '"py.typed"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_the_metadata_has_the_version_of_the_package():
+    assert version("flashsloth") == flashsloth.__version__
+
+
+def test_pre_commit_runs_the_ruff_that_ci_runs():
+    (rev,) = re.findall(r"rev: v(.+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert f'"ruff=={rev}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_a_deprecated_call_of_transformers_is_noticed(deprecations):
+    logging.get_logger("transformers.test").warning_once("`old` is deprecated! Use `new` instead!")
+    logging.get_logger("transformers.test").warning_once("`old` is slow.")
+    assert deprecations.messages == ["`old` is deprecated! Use `new` instead!"]
+    deprecations.messages.clear()
+
+
+def test_pytest_turns_deprecations_of_our_code_into_errors():
+    filters = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    assert {"error::DeprecationWarning:flashsloth", "error::FutureWarning:flashsloth"} <= {*filters["filterwarnings"]}
