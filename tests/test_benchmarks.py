@@ -86,6 +86,7 @@ def test_the_table_compares_all_cases(training, monkeypatch):
     assert ratios == ["1.00"] * len(rows[::2])
 
 
+@pytest.mark.slow
 def test_maps_are_held_against_the_things_of_a_scene(shipped):
     maps = load("maps")
     for wording, attribute, names in maps.QUESTIONS:
@@ -110,6 +111,7 @@ def test_the_module_is_switched_off_for_comparison(shipped):
     assert asked >= right > without > 0
 
 
+@pytest.mark.slow
 def test_caches_are_compared_with_exact_keys_and_values(shipped):
     pytest.importorskip("optimum.quanto", reason="quantised caches need optimum-quanto")
     caches = load("quantized_cache")

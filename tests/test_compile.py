@@ -83,6 +83,7 @@ def test_the_only_read_before_the_first_token_is_behind_the_vision_tower(any_mod
     assert events == ["vision tower", "tolist"]
 
 
+@pytest.mark.slow
 def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, prompts, num_graphs):
     model = make_model("phi")
     for number, inputs in enumerate(prompts):
@@ -98,6 +99,7 @@ def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, prom
     assert num_graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi", "qwen3"])
 def test_cached_prefixes_and_compiled_decoding_go_together(make_model, prompts, num_graphs, family):
     model = make_model(family)
@@ -121,7 +123,9 @@ def test_an_image_that_a_static_cache_cannot_hold_is_refused(make_model, model, 
 
 def test_beams_from_a_static_cache_are_refused(model, ask, images):
     known = model.image_prefix_cache(max_cache_len=MAX_CACHE_LEN)(ask([(images[:1], "What is it?")]))
-    with pytest.raises(ValueError, match=r"need a DynamicCache to continue from, found a StaticPrefixCache.*leave `max_cache_len` out"):
+    with pytest.raises(
+        ValueError, match=r"need a DynamicCache to continue from, found a StaticPrefixCache.*leave `max_cache_len` out"
+    ):
         model.generate(**known, **GREEDY, num_beams=2)
 
 
