@@ -83,6 +83,7 @@ def test_the_only_read_before_the_first_token_is_behind_the_vision_tower(any_mod
     assert events == ["vision tower", "tolist"]
 
 
+@pytest.mark.slow
 def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, prompts, num_graphs):
     model = make_model("phi")
     for number, inputs in enumerate(prompts):
@@ -98,6 +99,7 @@ def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, prom
     assert num_graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi", "qwen3"])
 def test_cached_prefixes_and_compiled_decoding_go_together(make_model, prompts, num_graphs, family):
     model = make_model(family)

@@ -184,6 +184,7 @@ def test_output_is_a_complete_repository(tmp_path, tensors, monkeypatch):
     assert set(index["weight_map"]) == load_all(tmp_path / "out").keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_hd", [False, True])
 def test_output_loads_in_a_fresh_process_without_the_package(tmp_path, tensors, image_hd):
     source = make_original(tmp_path / "in", tensors, num_shards=2, image_hd=image_hd)

@@ -101,6 +101,7 @@ def card_of(folder):
     return ModelCard.load(folder / "README.md").data
 
 
+@pytest.mark.slow
 def test_a_repository_is_complete_and_loads_without_the_package(run, trained, tmp_path):
     code, output, errors = run(trained, tmp_path / "out", "--license", "apache-2.0")
     assert (code, errors) == (0, "")

@@ -44,6 +44,7 @@ def test_a_static_cache_changes_nothing(any_model, ask, conversations):
     torch.testing.assert_close(static, scores_of(any_model, inputs), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi", "qwen3"])
 def test_compiled_decoding_changes_nothing(make_model, ask, conversations, family):
     model, inputs = make_model(family), ask(*conversations)

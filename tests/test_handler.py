@@ -196,11 +196,13 @@ def responses(tmp_path_factory, server):
     return json.loads((folder / "responses.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERED)
 def test_requests_are_answered(responses, name):
     assert responses[name] == [{"generated_text": ANSWERED[name][1]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_requests_are_refused_with_the_reason(responses, name):
     assert isinstance(responses[name], str), responses[name]

@@ -60,6 +60,7 @@ def logits_of(model, processor, messages):
         return model(**inputs).logits
 
 
+@pytest.mark.slow
 def test_a_folder_loads_in_a_fresh_process_without_the_package(saved, model, processor, messages, tmp_path):
     torch.save(([], messages), tmp_path / "inputs.pt")
     script = tmp_path / "script.py"

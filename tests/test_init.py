@@ -209,6 +209,7 @@ def test_what_is_new_depends_on_the_seed_only(bases, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, images, tmp_path):
     messages = [question(images[0]), answer(), question(images[1], text="And this?")]
     torch.save(messages, tmp_path / "messages.pt")
@@ -346,6 +347,7 @@ def tiny_processor(tokenizer, template, starts):
     return processor, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_every_question_is_found_whatever_it_begins_with(adapted, family):
     """Its first token is the first with a character of it, also where it merges with a line break before it."""

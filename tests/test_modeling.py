@@ -152,6 +152,7 @@ def test_embeddings_instead_of_ids_give_the_same_logits(any_model, ask, conversa
     torch.testing.assert_close(logits_of(any_model, inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(DECODERS))
 def test_the_forward_pass_compiles_without_graph_breaks(make_model, ask, conversations, family):
     model = make_model(family)
@@ -380,6 +381,7 @@ def test_packed_samples_do_not_read_each_other(make_model, ask, conversations, a
                 torch.testing.assert_close(logits, logits_of(model, alone[index])[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_packed_samples_apart(make_model, ask, conversations):
     model = make_model("qwen3", pooling_dropout=0.0).train()
     alone = [ask(conversation) for conversation in conversations[:2]]

@@ -183,6 +183,7 @@ def test_the_page_prints_what_it_says(monkeypatch, capsys):
     assert said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(IS_PACKAGE_HIDDEN, reason="this is the second run")
 def test_all_of_this_works_by_remote_code_without_the_package(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

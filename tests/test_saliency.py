@@ -354,6 +354,7 @@ def num_hottest(maps, scenes):
     return sum(hottest(heat, scene) == thing for heat, (scene, thing) in zip(maps, scenes, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("question", "is_wanted", "at_least"),
     [

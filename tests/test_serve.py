@@ -28,6 +28,8 @@ from scenes import describe, draw, scene_at
 
 from flashsloth import FlashSlothProcessor
 
+pytestmark = pytest.mark.slow  # starts a server
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 SHAPES_TEXT = (

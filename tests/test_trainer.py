@@ -103,6 +103,7 @@ def test_label_smoothing_shifts_the_labels(make_model, processor, rows, tmp_path
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_label_smoothing_teaches_the_answers(make_model, processor, rows, tmp_path):
     model = make_model("phi", pooling_dropout=0.0)
     collator = FlashSlothDataCollator(processor)

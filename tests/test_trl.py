@@ -209,6 +209,7 @@ def policy_trainer(trainer, config, model, processor, dataset, folder, image_row
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policy_and_reference_see_each_rows_own_images(trainer, config, load, any_processor, image_rows, tmp_path):
     """Batches of every mixture, dealt out anew, twice: a generation batch has two rows of images and two without."""
@@ -221,6 +222,7 @@ def test_policy_and_reference_see_each_rows_own_images(trainer, config, load, an
     check_log(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policy_trainers_train_adapters(trainer, config, load, any_processor, image_rows, tmp_path):
     """The reference is the model without its adapter."""
@@ -233,6 +235,7 @@ def test_policy_trainers_train_adapters(trainer, config, load, any_processor, im
     assert [entry["eval_reward"] for entry in made.state.log_history if "eval_reward" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 @pytest.mark.parametrize("none", [None, []])
 def test_policies_learn_on_batches_without_images(none, trainer, config, load, any_processor, image_rows, tmp_path):
@@ -243,6 +246,7 @@ def test_policies_learn_on_batches_without_images(none, trainer, config, load, a
     check_log(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policies_never_answer_with_query_tokens(trainer, config, load, processor, image_rows, tmp_path):
     """TRL's own list of tokens that must not be generated has the image token only."""
@@ -252,6 +256,7 @@ def test_policies_never_answer_with_query_tokens(trainer, config, load, processo
     policy_trainer(trainer, config, model, processor, prompts(image_rows), tmp_path, image_rows).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policy_trainers_take_a_column_of_one_image(trainer, config, load, any_processor, image_rows, tmp_path):
     rows = [{"prompt": user(QUESTIONS[i]), "image": image_rows[i][0] if image_rows[i] else None} for i in (0, 1, 3)]
@@ -285,6 +290,7 @@ def mean_sum(log_probs):
     return sum(row.sum().item() for row in log_probs) / len(log_probs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_dpo_compares_answers_to_each_rows_own_images(with_adapters, load, any_processor, image_rows, tmp_path):
     rows = [row | {"rejected": assistant(other)} for row, other in zip(answered(image_rows), OTHERS, strict=True)]
@@ -308,6 +314,7 @@ def test_dpo_compares_answers_to_each_rows_own_images(with_adapters, load, any_p
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
+@pytest.mark.slow
 def test_kto_weighs_answers_to_each_rows_own_images(load, any_processor, image_rows, tmp_path):
     rows = [row | {"label": i % 2 == 0} for i, row in enumerate(answered(image_rows))]
     args = KTOConfig(str(tmp_path), **FIXED, **WHOLE)
@@ -325,6 +332,7 @@ def sft(model, processor, dataset, folder, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["completion", "messages"])
 def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor, image_rows, tmp_path):
     if form == "messages" and Version(transformers.__version__) < Version("5.18"):
@@ -343,6 +351,7 @@ def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor,
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
+@pytest.mark.slow
 def test_text_is_packed_right(load, processor, tmp_path):
     """Of text alone TRL makes rows of several samples; each of them reads itself only."""
     answers = ("yes", "me, as ever", "both of them", "no one at all")
@@ -357,6 +366,7 @@ def test_text_is_packed_right(load, processor, tmp_path):
     assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_images_are_not_packed(load, processor, image_rows, tmp_path):
     dataset = Dataset.from_list(answered(image_rows))
     for name in ("packing", "padding_free"):
@@ -373,6 +383,7 @@ def test_a_prompt_that_trl_cuts_is_refused(load, processor, image_rows, tmp_path
             trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher_is_student", [True, False])
 def test_distillation_shows_images_to_student_and_teacher(
     teacher_is_student, load, any_processor, image_rows, source, tmp_path
@@ -420,6 +431,7 @@ def in_parts(rows, keys):
     return dataset.with_transform(remove_none_values) if "image" in of_image else dataset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", list(EXTRA_KEYS))
 def test_parts_with_more_keys_are_read_like_text(keys, load, processor, image_rows, tmp_path):
     plain = [row | {"rejected": assistant(other)} for row, other in zip(answered(image_rows), OTHERS, strict=True)]
@@ -445,6 +457,7 @@ def test_parts_with_more_keys_are_read_like_text(keys, load, processor, image_ro
         assert all(batches[0][name].equal(batches[1][name]) for name in batches[0])
 
 
+@pytest.mark.slow
 def test_images_in_parts(load, processor, image_rows, tmp_path):
     """`datasets` encodes them. GRPO takes them, SFT with our collator; else TRL looks into its column only."""
     rows = [
