@@ -130,9 +130,8 @@ class ImageInput(gr.Image):
                 image.load()
                 image.filename = ""  # a server path, which error messages would show
         except IMAGE_ERRORS as error:
-            raise gr.Error(
-                "This file cannot be read as an image. Please choose another one.", print_exception=False
-            ) from error
+            text = "This file cannot be read as an image. Please choose another one."
+            raise gr.Error(text, print_exception=False) from error
         return image
 
 
