@@ -171,7 +171,7 @@ def test_an_empty_question_is_answered(run, checkpoint, image):
 
 @pytest.fixture(scope="module")
 def unloadable(tmp_path_factory, checkpoint):
-    """A folder of models that cannot be loaded, each for a reason of its own."""
+    """A folder of models, each unloadable for a different reason."""
     folder = tmp_path_factory.mktemp("unloadable")
     other, partial, broken, empty = (folder / name for name in ("other", "partial", "broken", "empty"))
     for model in (other, partial, broken, empty):

@@ -118,7 +118,7 @@ def load_all(folder):
 
 
 def assert_refused(source, output, *parts, **kwargs):
-    """The conversion fails, its message has all the parts, and nothing is left behind."""
+    """The conversion fails with all parts in its message, and leaves no files."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(ConversionError) as error:
         convert.convert(source, output, **kwargs)

@@ -787,7 +787,7 @@ def test_adapters_train_on_a_quantized_language_model(recipe, arguments, data, l
 
     trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "checkpoint-4")
-    recipe.main(command)  # goes on from step 2
+    recipe.main(command)  # resumes at step 2
     again = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert [entry["loss"] for entry in history(tmp_path) if "loss" in entry] == pytest.approx(found, rel=0.02)
     assert trained.keys() == again.keys()

@@ -127,7 +127,7 @@ def test_offloaded_parts_work(saved, model, processor, messages, tmp_path):
 
 
 def test_missing_weights_are_initialised(model, make_config, tmp_path):
-    """What a checkpoint lacks must not be left as uninitialised memory."""
+    """Missing tensors must not stay uninitialised memory."""
     state = {name: tensor for name, tensor in model.state_dict().items() if "embedded_query" not in name}
     del state["model.query_tokens"]
     model.save_pretrained(tmp_path, state_dict=state)

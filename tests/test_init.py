@@ -359,7 +359,7 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
     if family != "phi":  # whose format is plain text
         contents += ["[INST] Hi", "USER: Hi"]
     befores = [[], [question(text="First"), answer("Second")]]
-    if family != "mistral":  # where nothing but text is between two questions without an answer
+    if family != "mistral":  # which puts only text between two questions without an answer
         befores += [[question(text="a"), answer("b"), question(text="c")]]
     if family not in ("gemma", "mistral"):
         befores += [[system()], [system("Speak 2 "), question(text="a"), answer("b")]]
@@ -380,7 +380,7 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
 
 
 def test_the_original_format_gets_the_patterns_of_the_released_models(adapted):
-    """Not their ids, which are Phi-2's, but what they stand for."""
+    """The same texts; the ids are Phi-2's."""
     _, tokenizer, _, starts = adapted["phi"]
     texts = {tokenizer.decode(pattern) for pattern in starts}
     assert {"<image>\n", "USER:"} <= texts
