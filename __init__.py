@@ -28,7 +28,7 @@ AutoImageProcessor.register(FlashSlothConfig, FlashSlothImageProcessor, exist_ok
 for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM):
     auto_class.register(FlashSlothConfig, FlashSlothForConditionalGeneration, exist_ok=True)
 
-# A class with an auto class saves its own code beside the weights, so that what it saves loads without the package.
+# A class with an auto class saves its code next to the weights, so that the folder loads without the package.
 FlashSlothConfig.register_for_auto_class()
 FlashSlothModel.register_for_auto_class("AutoModel")
 FlashSlothForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

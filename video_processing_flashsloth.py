@@ -1,6 +1,6 @@
-"""Frames of a video as images: FlashSloth reads a clip as a few images in order, for as many tokens each.
+"""Reads frames from videos: FlashSloth sees a video as a sequence of images, with the usual number of tokens each.
 
-What Pillow opens (GIF, animated PNG and WebP) and folders of images need nothing else; films need PyAV.
+Animations (GIF, PNG and WebP) and folders of images are read with Pillow; video files need PyAV.
 """
 
 import os
@@ -20,48 +20,48 @@ from .image_processing_flashsloth import IMAGE_ERRORS, FlashSlothImageProcessor
 
 DEFAULT_NUM_FRAMES = 8
 
-# HD reads an image at twice the side of a tile, 768 pixels with the released sizes.
+# FlashSloth-HD enlarges an image to twice the side of a tile: 768 pixels with the released sizes.
 MAX_SIDE = 1024
 
-# Pillow opens films as well (MPEG), to say that it cannot read them.
+# Pillow also identifies MPEG files, but cannot read them.
 ANIMATIONS = ("GIF", "PNG", "WEBP")
 
-# From so many frames on, seeking the wanted ones beats decoding all, in the formats that tell the time of every frame.
-LONG_FILM = 500
+# For longer videos, seeking is faster than decoding every frame, in formats that store the time of each frame.
+LONG_VIDEO = 500
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
 def video_frames(source: Any, num_frames: int = DEFAULT_NUM_FRAMES, *, max_side: int = MAX_SIDE) -> list[Image.Image]:
-    """Frames of a clip at even distances, the first and the last one included.
+    """Sample evenly spaced frames from a video, including the first and the last one.
 
-    One frame is decoded at a time, and only those that are asked for are kept, so a film of any length takes the memory
-    of `num_frames` images.
+    Frames are decoded one at a time and only the sampled ones are kept, so memory holds `num_frames` images, whatever
+    the length of the video.
 
     Args:
-        source: A film's file or URL, an animated GIF, PNG or WebP, a folder of images in the order of their names
-            (`frame-9.png` before `frame-10.png`), or a sequence of frames: images as the image processor takes
-            them, or an array `(num_frames, height, width, channels)`.
-        num_frames: Most frames to take; a clip that has fewer gives all it has. One: the first.
-        max_side: Longest side of a frame, in pixels; larger ones are scaled down.
+        source: Path or URL of a video, an animated GIF, PNG or WebP, a folder of images in the order of their names
+            (`frame-9.png` before `frame-10.png`), or a sequence of frames: images in any form that the image processor
+            reads, or an array `(num_frames, height, width, channels)`.
+        num_frames: Maximum number of frames; a shorter video gives all of its frames. 1 gives the first frame.
+        max_side: Maximum side of a frame in pixels; larger frames are scaled down.
 
     Returns:
-        Images in RGB, in order.
+        RGB images, in order.
 
     Raises:
-        ValueError: If there is no such clip, it has no frames, or it cannot be read to its end.
-        TypeError: If the source is nothing of the kind.
-        ImportError: If it takes PyAV to read it, and that is not installed.
+        ValueError: If the video does not exist, has no frames, or is incomplete.
+        TypeError: If the source has an unsupported type.
+        ImportError: If reading the video needs PyAV, which is not installed.
     """
     if isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1:
         raise ValueError(f"Expected a whole `num_frames` of 1 or more, found {num_frames!r}.")
     processor = FlashSlothImageProcessor()
     images = []
     for index, frame in enumerate(_sampled(source, num_frames)):
-        image = processor.process_image(processor.fetch_images(frame), name=f"frame {index} of those taken")
+        image = processor.process_image(processor.fetch_images(frame), name=f"sampled frame {index}")
         is_large = max(image.size) > max_side
         images.append(ImageOps.contain(image, (max_side, max_side)) if is_large else image)
     if not images:
-        raise ValueError(f"Expected one frame or more, found none in {_shown(source)}.")
+        raise ValueError(f"Expected at least one frame, found none in {_shown(source)}.")
     return images
 
 
@@ -73,12 +73,12 @@ def _sampled(source: Any, num_frames: int) -> Iterator[Any]:
     else:
         raise TypeError(
             "Expected a video as a path, a URL, a sequence of frames or an array (num_frames, height, width, channels),"
-            f" found {type(source).__name__}; make a list of what can only be read once."
+            f" found {type(source).__name__}; convert iterators to lists."
         )
 
 
 def _spread(count: int, num_frames: int) -> list[int]:
-    """Indices at even distances from the first to the last of `count`."""
+    """Evenly spaced indices from 0 to `count - 1`."""
     return np.linspace(0, count - 1, min(count, num_frames)).round().astype(int).tolist()
 
 
@@ -95,11 +95,11 @@ def _sampled_from_path(path: str, num_frames: int) -> Iterator[Any]:
         animation = None if is_url else Image.open(path, formats=ANIMATIONS)
     except IMAGE_ERRORS:
         animation = None
-    yield from _film(path, num_frames) if animation is None else _animation(animation, path, num_frames)
+    yield from _container(path, num_frames) if animation is None else _animation(animation, path, num_frames)
 
 
 def _frame_files(folder: Path) -> list[Path]:
-    """Images of a folder by name, numbers in names by their value."""
+    """Images of a folder in the order of their names, with numbers compared by value."""
     known = Image.registered_extensions()
     frames = [file for file in folder.iterdir() if file.suffix.lower() in known]
     return sorted(frames, key=_natural_order)
@@ -119,55 +119,57 @@ def _animation(image: Image.Image, path: str, num_frames: int) -> Iterator[Image
         raise _broken(path, error) from error
 
 
-def _film(path: str, num_frames: int) -> Iterator[Image.Image]:
+def _container(path: str, num_frames: int) -> Iterator[Image.Image]:
     try:
         import av
     except ImportError as error:
         raise ImportError(
             f'Reading {path} needs PyAV; install it with `pip install "flashsloth[video]"` or `pip install av`. Lists '
-            "and folders of images, and GIFs, do without it."
+            "and folders of images, and GIFs, can be read without it."
         ) from error
     try:
-        for frame in _film_frames(av.open, path, num_frames):
-            yield frame.to_image().rotate(frame.rotation, expand=True)  # telephones store portraits lying
+        for frame in _container_frames(av.open, path, num_frames):
+            yield frame.to_image().rotate(frame.rotation, expand=True)  # phones store portrait videos as landscape
     except (av.FFmpegError, OSError, IndexError) as error:
         raise _broken(path, error) from error
 
 
-def _film_frames(open_film: Callable, path: str, num_frames: int) -> Iterator[Any]:
-    with open_film(path) as film:
-        if film.format.name in TIMED_FORMATS:
+def _container_frames(open_container: Callable, path: str, num_frames: int) -> Iterator[Any]:
+    with open_container(path) as container:
+        if container.format.name in TIMED_FORMATS:
             packets = [
                 _Packet(packet.pts, packet.dts, packet.is_keyframe)
-                for packet in film.demux(video=0)
+                for packet in container.demux(video=0)
                 if not packet.is_discard
             ]
             packets = sorted(packet for packet in packets if packet.shown is not None)
-            if len(packets) >= LONG_FILM:
-                yield from _sought(film, packets, num_frames)
+            if len(packets) >= LONG_VIDEO:
+                yield from _sought(container, packets, num_frames)
                 return
-    # Only decoding counts frames right in every format: packets may hold half a frame, or one that is never shown.
-    with open_film(path) as film:
-        wanted = set(_spread(sum(1 for _ in film.decode(video=0)), num_frames))
-    with open_film(path) as film:
-        yield from (frame for index, frame in enumerate(film.decode(video=0)) if index in wanted)
+    # Only decoding counts frames reliably: in some formats, packets hold half a frame, or one that is never shown.
+    with open_container(path) as container:
+        wanted = set(_spread(sum(1 for _ in container.decode(video=0)), num_frames))
+    with open_container(path) as container:
+        yield from (frame for index, frame in enumerate(container.decode(video=0)) if index in wanted)
 
 
-def _sought(film: Any, packets: list["_Packet"], num_frames: int) -> Iterator[Any]:
-    """Frames of a long film, each decoded from the key frame before it."""
-    film.streams.video[0].thread_type = "AUTO"
+def _sought(container: Any, packets: list["_Packet"], num_frames: int) -> Iterator[Any]:
+    """Frames of a long video, each decoded from the key frame before it."""
+    container.streams.video[0].thread_type = "AUTO"
     keys = [packet for packet in packets if packet.is_key]
     for time in [packets[index].shown for index in _spread(len(packets), num_frames)]:
         key = keys[max(0, bisect_right([key.shown for key in keys], time) - 1)]
-        film.seek(key.shown if key.decoded is None else min(key.shown, key.decoded), stream=film.streams.video[0])
-        frame = next((frame for frame in film.decode(video=0) if frame.pts >= time), None)
+        container.seek(
+            key.shown if key.decoded is None else min(key.shown, key.decoded), stream=container.streams.video[0]
+        )
+        frame = next((frame for frame in container.decode(video=0) if frame.pts >= time), None)
         if frame is None:
-            raise EOFError(f"it ends before frame {time}")
+            raise EOFError(f"the video ends before the frame at {time}")
         yield frame
 
 
 class _Packet(NamedTuple):
-    """When a packet's frame is shown and decoded, in the film's own unit; `None`: not told."""
+    """Times at which a packet's frame is shown and decoded, in the stream's time base, or `None` if not stored."""
 
     shown: int | None
     decoded: int | None
@@ -177,7 +179,7 @@ class _Packet(NamedTuple):
 def _broken(path: str, error: Exception) -> ValueError:
     return ValueError(
         f"Expected a complete video, found {_shown(path)}, which cannot be read ({type(error).__name__}: "
-        f"{str(error)[:200]}); save it again, or give its frames as images."
+        f"{str(error)[:200]}); save it again, or pass its frames as images."
     )
 
 

@@ -510,16 +510,8 @@ def _models_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
 def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
     counted = {(case["model"], case["side"]): case["counts"] for case in cases if "counts" in case}
     head = (
-        "model",
-        "image, px",
-        "visual tokens",
-        "prompt",
-        "TFLOPs: vision",
-        "prefill",
-        "to first token",
-        "ratio",
-        "GFLOPs a token",
-        "KV MB an image",
+        "model | image, px | visual tokens | prompt | TFLOPs: vision | prefill | to first token | ratio | "
+        "GFLOPs a token | KV MB an image"
     )
     rows = []
     for (name, side), counts in counted.items():
@@ -539,7 +531,7 @@ def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
                 f"{counts['kv_image_bytes'] / 1e6:.1f}",
             )
         )
-    return "### Counts, for one row\n\n" + markdown_table(head, rows)
+    return "### Counts, for one row\n\n" + markdown_table(head.split(" | "), rows)
 
 
 def _measured_table(cases: list[dict]) -> str:

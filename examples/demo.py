@@ -44,9 +44,9 @@ SHOWN_LENGTH = 300  # characters, of a rejected question
 SYSTEM_FONTS = ("system-ui", "sans-serif")
 VIEWS = ("What the answer depends on", "What the queries attended to", "How patches were pooled")
 EXPLANATION = """
-Bright patches are those that the **answer** depends on most (gradient of its probability), that the **queries** after
-the question attended to most (attention of the Embedded Query module), and that **pooling** gave the largest weight in
-the image tokens, whatever the question.
+The first map highlights the patches that the **answer** depends on most (gradient of its probability), the second those
+that the **queries** after the question attended to (attention of the Embedded Query module), and the third those that
+**pooling** put into the image tokens, regardless of the question.
 """
 EXAMPLES = [
     ("scene.png", "Read the sign."),
@@ -130,9 +130,8 @@ class ImageInput(gr.Image):
                 image.load()
                 image.filename = ""  # a server path, which error messages would show
         except IMAGE_ERRORS as error:
-            raise gr.Error(
-                "This file cannot be read as an image. Please choose another one.", print_exception=False
-            ) from error
+            text = "This file cannot be read as an image. Please choose another one."
+            raise gr.Error(text, print_exception=False) from error
         return image
 
 

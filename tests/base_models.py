@@ -1,6 +1,6 @@
 """Tiny vision towers and decoders, as one finds them on the Hub: weights, tokenizer, chat template, pixel statistics.
 
-The tokenizers are trained here, in the way of the families that they stand for, so that line breaks and blanks merge
+The tokenizers are trained here in the manner of their families, so that line breaks and blanks merge
 with what follows them as they do there.
 """
 

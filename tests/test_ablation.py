@@ -111,6 +111,7 @@ def test_one_pass_counts_what_generate_answers(features):
     assert 0 < sum(accuracy.values()) < len(accuracy)
 
 
+@pytest.mark.slow
 def test_the_script_writes_its_tables_and_resumes(tmp_path, monkeypatch):
     sizes = ["--tower-steps", "1", "--steps", "1", "--images", "8", "--evaluation-images", "4"]
     command = ["ablation.py", "--output", str(tmp_path), *sizes, "--variants", "sap", "sap-embq", "--seeds"]

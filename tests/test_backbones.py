@@ -11,7 +11,7 @@ from flashsloth.modeling_flashsloth import build_decoder, build_vision_tower
 
 
 def layer_inputs(tower, pixel_values):
-    """What every layer of a vision tower reads."""
+    """Input of every layer of a vision tower."""
     inputs = []
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in tower.encoder.layers]
     with torch.no_grad():
@@ -22,7 +22,7 @@ def layer_inputs(tower, pixel_values):
 
 
 @pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model"])
-def test_patches_lie_in_memory_as_the_layers_read_them(make_config, family):
+def test_patches_are_contiguous_in_every_layer(make_config, family):
     config = make_config(vision_config={**make_config().vision_config.to_dict(), "model_type": family}).vision_config
     tower, plain = build_vision_tower(config).eval(), AutoModel.from_config(config).eval()
     plain.load_state_dict(tower.state_dict(), strict=False)
@@ -44,13 +44,13 @@ def test_phis_activation_is_the_same_function_in_one_kernel(make_config):
 
 
 @pytest.mark.parametrize("instruction", ["avx512_bf16", "amx_bf16", "bf16"])
-def test_a_cpu_that_has_bfloat16_works_in_the_type_of_the_checkpoint(monkeypatch, instruction):
+def test_a_cpu_with_bfloat16_uses_the_checkpoints_dtype(monkeypatch, instruction):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, instruction: True}, raising=False)
     assert has_bfloat16("cpu")
     assert working_dtype(torch.device("cpu")) == "auto"
 
 
-def test_a_cpu_without_bfloat16_works_in_float32_and_a_gpu_does_not(monkeypatch):
+def test_a_cpu_without_bfloat16_uses_float32_and_a_gpu_does_not(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False}, raising=False)
     assert working_dtype("cpu") == torch.float32
     assert working_dtype("cuda") == "auto"

@@ -93,6 +93,7 @@ def test_the_table_compares_all_cases(monkeypatch):
     assert ratios == ["1.00"] * len(rows[::2])
 
 
+@pytest.mark.slow
 def test_maps_are_compared_with_the_objects_of_a_scene(shipped):
     for wording, attribute, names in maps.QUESTIONS:
         scene, thing, text = next(maps.questions_about_one_thing(wording, attribute, names))
@@ -116,6 +117,7 @@ def test_switching_off_the_module_loses_some_answers(shipped):
     assert asked >= right > without > 0
 
 
+@pytest.mark.slow
 def test_quantized_caches_are_compared_with_exact_keys_and_values(shipped):
     pytest.importorskip("optimum.quanto", reason="quantized caches need optimum-quanto")
     model, processor = shipped

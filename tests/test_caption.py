@@ -110,6 +110,7 @@ def test_answers_are_those_of_generate(folder, answers):
         assert processor.post_process_image_text_to_text(output) == [row["answer"]]
 
 
+@pytest.mark.slow
 def test_two_killed_processes_and_one_that_resumes_answer_like_one(folder, answers, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     process = subprocess.Popen(
@@ -250,6 +251,7 @@ def test_images_are_read_batch_by_batch(folder):
     assert len(batches[1].inputs["pixel_values"]) == 2
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_logs_the_result(folder, tmp_path):
     images = tmp_path / "images"
     images.mkdir()

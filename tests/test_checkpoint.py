@@ -57,6 +57,7 @@ def test_it_is_small():
     assert (ROOT / "model.safetensors").stat().st_size <= 20e6
 
 
+@pytest.mark.slow
 def test_a_fresh_clone_loads_by_remote_code(shipped, images, tmp_path):
     content = [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}]
     messages = [{"role": "user", "content": content}]
@@ -72,6 +73,7 @@ def test_a_fresh_clone_loads_by_remote_code(shipped, images, tmp_path):
         torch.testing.assert_close(logits, shipped[0](**inputs).logits)
 
 
+@pytest.mark.slow
 def test_it_answers_four_of_five_questions(shipped):
     """A part of the evaluation set; `examples/tiny/evaluation.json` has all of it."""
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=working_dtype("cpu")).eval()
@@ -89,6 +91,7 @@ def test_a_batch_answers_like_its_rows_in_bf16(shipped, prompts, alone):
     assert answers(shipped[0], prompts(range(NUM_QUESTIONS))) == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     [
@@ -108,6 +111,7 @@ def test_unfused_attention_in_the_decoder_answers_the_same_in_bf16(shipped, prom
     assert answers(model, prompts(range(NUM_QUESTIONS)), **mode) == alone
 
 
+@pytest.mark.slow
 def test_compiled_decoding_answers_the_same_in_bf16(shipped, prompts, alone):
     compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     compile_config._compile_all_devices = True

@@ -171,7 +171,7 @@ def test_an_empty_question_is_answered(run, checkpoint, image):
 
 @pytest.fixture(scope="module")
 def unloadable(tmp_path_factory, checkpoint):
-    """A folder of models that cannot be loaded, each for a reason of its own."""
+    """A folder of models, each unloadable for a different reason."""
     folder = tmp_path_factory.mktemp("unloadable")
     other, partial, broken, empty = (folder / name for name in ("other", "partial", "broken", "empty"))
     for model in (other, partial, broken, empty):
@@ -386,6 +386,7 @@ def test_help_names_the_commands(capsys):
     assert {"ask", "convert", "init", "export", "onnx"} <= set(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_an_image_comes_from_standard_input(checkpoint, image):
     arguments = ["ask", "-", QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS]
     command = [PROGRAM, *map(str, arguments)]
@@ -403,6 +404,7 @@ def test_the_type_of_the_weights_is_the_one_asked_for_or_the_one_that_the_cpu_mu
     assert cli._load_model(shipped, "bfloat16")[0].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_and_exit_code_2_of_the_process(checkpoint):
     command = [PROGRAM, "ask", "-", QUESTION, "--model", str(checkpoint)]
     result = subprocess.run(command, input=b"no image", capture_output=True)

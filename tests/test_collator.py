@@ -249,7 +249,7 @@ def test_labels_of_the_golden_cases_give_the_recorded_loss(golden, golden_model,
     for position, (recorded, starts) in enumerate(zip(case["input_ids"], case["query_starts"], strict=True)):
         expanded = [i for i in recorded for _ in range(9 if i in (50295, 50297) else 1)]
         assert batch["input_ids"][position][: len(expanded)].tolist() == expanded
-        answers = [start + 9 + len([24994, 8808, 8643, 25]) for start in starts]  # behind " ASSISTANT:"
+        answers = [start + 9 + len([24994, 8808, 8643, 25]) for start in starts]  # after " ASSISTANT:"
         ends = [expanded.index(50296, answer) + 1 for answer in answers]
         expected = [i for start, end in zip(answers, ends, strict=True) for i in range(start, end)]
         assert (batch["labels"][position] != -100).nonzero().flatten().tolist() == expected

@@ -12,7 +12,7 @@ READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal
 
 
 class ReadOperations(TorchDispatchMode):
-    """Notes every operation for whose result, or its size, the host would have to wait for an accelerator."""
+    """Records every operation whose result or size the host would wait for on an accelerator."""
 
     def __init__(self, events):
         super().__init__()
@@ -29,7 +29,7 @@ class ReadOperations(TorchDispatchMode):
 
 
 class ReadMethods(TorchFunctionMode):
-    """Notes what reads a tensor's memory without an operation."""
+    """Records what reads a tensor's memory without an operation."""
 
     def __init__(self, events):
         super().__init__()
@@ -61,7 +61,7 @@ def prompts(ask, images):
 
 @pytest.fixture(autouse=True)
 def num_graphs():
-    """How many graphs were compiled in a test, so far."""
+    """Number of graphs that a test has compiled so far."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -71,7 +71,7 @@ def num_graphs():
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 @torch.no_grad()
-def test_the_only_read_before_the_first_token_is_behind_the_vision_tower(any_model, ask, images, num_rows):
+def test_the_only_read_before_the_first_token_follows_the_vision_tower(any_model, ask, images, num_rows):
     inputs = ask(*[[([image], "What is it?")] for image in images[:num_rows]])
     positions = inputs["attention_mask"].cumsum(dim=1) - 1
     cache = DynamicCache(config=any_model.config.get_text_config())
@@ -83,6 +83,7 @@ def test_the_only_read_before_the_first_token_is_behind_the_vision_tower(any_mod
     assert events == ["vision tower", "tolist"]
 
 
+@pytest.mark.slow
 def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, prompts, num_graphs):
     model = make_model("phi")
     for number, inputs in enumerate(prompts):
@@ -98,6 +99,7 @@ def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, prom
     assert num_graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi", "qwen3"])
 def test_cached_prefixes_and_compiled_decoding_go_together(make_model, prompts, num_graphs, family):
     model = make_model(family)

@@ -200,7 +200,7 @@ def test_an_original_config_of_another_model_is_refused(tmp_path, change, messag
 
 
 @pytest.mark.parametrize("loader", [FlashSlothConfig, AutoConfig])
-def test_where_a_config_was_read_from_is_not_a_part_of_it(make_config, tmp_path, loader):
+def test_a_config_does_not_store_where_it_was_read_from(make_config, tmp_path, loader):
     config = make_config("qwen3")
     config.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path)

@@ -118,7 +118,7 @@ def load_all(folder):
 
 
 def assert_refused(source, output, *parts, **kwargs):
-    """The conversion fails, its message has all the parts, and nothing is left behind."""
+    """The conversion fails with all parts in its message, and leaves no files."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(ConversionError) as error:
         convert.convert(source, output, **kwargs)
@@ -184,6 +184,7 @@ def test_output_is_a_complete_repository(tmp_path, tensors, monkeypatch):
     assert set(index["weight_map"]) == load_all(tmp_path / "out").keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_hd", [False, True])
 def test_output_loads_in_a_fresh_process_without_the_package(tmp_path, tensors, image_hd):
     source = make_original(tmp_path / "in", tensors, num_shards=2, image_hd=image_hd)
@@ -198,7 +199,7 @@ def test_output_loads_in_a_fresh_process_without_the_package(tmp_path, tensors, 
     torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_sizes_that_no_config_holds_are_read_off_the_tensors(tmp_path):
+def test_sizes_that_no_config_holds_are_read_from_the_tensors(tmp_path):
     source = make_original(tmp_path / "in", original_tensors(query_hidden_size=8, num_query_tokens=4))
     convert.convert(source, tmp_path / "out")
     config = FlashSlothConfig.from_pretrained(tmp_path / "out")
@@ -207,7 +208,7 @@ def test_sizes_that_no_config_holds_are_read_off_the_tensors(tmp_path):
     assert FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "out").model.query_tokens.shape[0] == 4
 
 
-def test_vision_config_describes_a_tower_that_lies_elsewhere(tmp_path, tensors):
+def test_vision_config_describes_a_tower_in_another_folder(tmp_path, tensors):
     tower = tmp_path / "tower"
     source = make_original(tmp_path / "in", tensors, tower_folder=tower, mm_vision_tower="google/siglip")
     assert_refused(source, tmp_path / "out", f"{PREFIX}embeddings.patch_embedding.weight", "--vision-config")
@@ -265,7 +266,7 @@ def test_a_tied_head_is_stored_once(tmp_path, tensors):
     assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
 
 
-def test_buffers_that_are_computed_are_dropped(tmp_path, tensors):
+def test_computed_buffers_are_dropped(tmp_path, tensors):
     buffers = {
         f"{PREFIX}embeddings.position_ids": torch.arange(36)[None],
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
@@ -303,7 +304,7 @@ def test_bin_files_of_old_torch_and_views_are_read(tmp_path, tensors):
     assert torch.equal(load_all(tmp_path / "out")[rename(name)], tensors[name])
 
 
-def test_what_is_no_release_is_refused(tmp_path, tensors):
+def test_sources_that_are_not_a_release_are_refused(tmp_path, tensors):
     source = make_original(tmp_path / "in", tensors)
     convert.convert(source, tmp_path / "done")
     assert_refused(tmp_path / "done", tmp_path / "out", "already in this package's layout")
@@ -352,7 +353,7 @@ def cut(file, length):
 
 
 def edit_header(change):
-    """Rewrites a safetensors header; the data stay."""
+    """Rewrites a safetensors header and keeps the data."""
 
     def edit(folder):
         file = folder / "model.safetensors"
@@ -569,7 +570,7 @@ def test_the_card_has_valid_metadata(tmp_path, tensors):
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "image-text-to-text"
     assert {"custom_code", "flashsloth"} <= set(card.data.tags)
-    assert card.data.base_model is None  # a tiny model did not grow from Phi-2
+    assert card.data.base_model is None  # a tiny model is not trained from Phi-2
 
 
 def test_the_card_of_the_released_sizes_names_its_base_models():

@@ -1,4 +1,4 @@
-"""An exported repository is complete, loads without the package, and holds nothing that nobody asked for."""
+"""An exported repository is complete, loads without the package, and holds no unrelated files of the checkpoint."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def run(capsys):
 
 @pytest.fixture(scope="module")
 def training_folder(tmp_path_factory):
-    """The shipped checkpoint as a Trainer leaves it, with what does not belong on the Hub."""
+    """The shipped checkpoint as a Trainer saves it, with files that do not belong on the Hub."""
     folder = tmp_path_factory.mktemp("training") / "trained"
     FlashSlothForConditionalGeneration.from_pretrained(ROOT).save_pretrained(folder)
     FlashSlothProcessor.from_pretrained(ROOT).save_pretrained(folder)
@@ -86,7 +86,7 @@ def trained(training_folder, tmp_path):
 
 @pytest.fixture
 def refused(run, tmp_path):
-    """Runs an export that must fail with one line and write nothing; gives the line."""
+    """Runs an export that must fail with one line and write nothing; returns the line."""
 
     def run_refused(checkpoint, *options):
         code, output, errors = run(checkpoint, tmp_path / "out", *options)
@@ -101,6 +101,7 @@ def card_of(folder):
     return ModelCard.load(folder / "README.md").data
 
 
+@pytest.mark.slow
 def test_a_repository_is_complete_and_loads_without_the_package(run, trained, tmp_path):
     code, output, errors = run(trained, tmp_path / "out", "--license", "apache-2.0")
     assert (code, errors) == (0, "")
@@ -124,7 +125,7 @@ def test_weights_are_those_of_the_checkpoint(run, trained, tmp_path):
     assert {tensor.dtype for tensor in half.values()} == {torch.float16}
 
 
-def test_the_card_says_what_is_known(run, trained, tmp_path):
+def test_the_card_holds_what_is_known(run, trained, tmp_path):
     lmms = {
         "results": {
             "mme": {
@@ -161,7 +162,7 @@ def test_the_card_says_what_is_known(run, trained, tmp_path):
     assert not (tmp_path / "out" / "LICENSE").exists()  # ours is not the MIT licence
 
 
-def test_what_the_checkpoints_own_card_says_is_kept(run, trained, tmp_path):
+def test_metadata_of_the_checkpoints_card_is_kept(run, trained, tmp_path):
     (trained / "README.md").write_text("---\nlicense: mit\nbase_model: someone/base\n---\n# Mine\n")
     (trained / "LICENSE").write_text("My licence")
     assert run(trained, tmp_path / "out")[0] == 0
@@ -169,11 +170,11 @@ def test_what_the_checkpoints_own_card_says_is_kept(run, trained, tmp_path):
     assert (tmp_path / "out" / "LICENSE").read_text() == "My licence"
 
 
-def test_a_licence_by_another_name_is_refused(refused, trained):
+def test_a_misspelled_licence_is_refused(refused, trained):
     assert "such as apache-2.0, mit or other, not 'Apache 2.0'" in refused(trained, "--license", "Apache 2.0")
 
 
-def test_a_missing_licence_is_said(run, trained, tmp_path):
+def test_a_missing_licence_is_reported(run, trained, tmp_path):
     assert "--license" in run(trained, tmp_path / "out")[1]
     assert card_of(tmp_path / "out").license is None
 
@@ -186,7 +187,7 @@ def test_an_adapter_is_merged(run, trained, tmp_path):
     assert run(tmp_path / "adapter", tmp_path / "out")[0] == 0
     found, expected = load_file(tmp_path / "out" / "model.safetensors"), adapted.merge_and_unload().state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert str(tmp_path) in (tmp_path / "adapter" / "README.md").read_text()  # the base model's folder, as peft says it
+    assert str(tmp_path) in (tmp_path / "adapter" / "README.md").read_text()  # peft writes the base model's path
     texts = [file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors"]
     assert not any(str(tmp_path) in text for text in texts)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -293,7 +294,7 @@ def test_a_folder_in_use_and_a_missing_example_are_refused(run, refused, trained
     assert "no example image nothing.png" in refused(trained, "--example", "nothing.png", "Why?")
 
 
-def test_a_processor_may_lie_elsewhere(run, trained, tmp_path):
+def test_the_processor_may_be_in_another_folder(run, trained, tmp_path):
     remove("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")(trained)
     assert run(trained, tmp_path / "out", "--processor", ROOT)[0] == 0
     assert EXPECTED - {"LICENSE"} == {file.name for file in (tmp_path / "out").iterdir()}

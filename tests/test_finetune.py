@@ -295,6 +295,7 @@ def test_errors_that_a_user_can_fix_are_one_line_before_weights_are_loaded(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_row_ends_the_run_with_one_line_also_from_a_worker(arguments, data, tmp_path):
     bad = tmp_path / "rows.jsonl"
     bad.write_text((data / "conversations.jsonl").read_text().replace("7.png", "none.png"))
@@ -306,6 +307,7 @@ def test_a_bad_row_ends_the_run_with_one_line_also_from_a_worker(arguments, data
         assert not any("Traceback" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_repetition_log_only_the_result(base, data, arguments, make_model, processor):
     """With tied weights, gradient checkpointing and more workers than CPUs; 5.17's warning on tokens is allowed."""
     tied = base.parent / "tied"
@@ -340,22 +342,26 @@ def test_stage_1_trains_pooling_and_projector(recipe, arguments, base, tmp_path)
     assert changed_parts(base, tmp_path) == NEW_PARTS
 
 
+@pytest.mark.slow
 def test_stage_2_trains_all_but_the_tower(base, stage2):
     assert changed_parts(base, stage2) == ALL_PARTS - {"model.vision_tower"}
 
 
+@pytest.mark.slow
 def test_stage_2_in_high_definition_trains_all(recipe, arguments, base, tmp_path):
     recipe.main(arguments("stage2_hd", tmp_path))
     assert changed_parts(base, tmp_path) == ALL_PARTS
     assert FlashSlothProcessor.from_pretrained(tmp_path).image_processor.do_image_splitting
 
 
+@pytest.mark.slow
 def test_the_tower_can_stay_frozen_in_high_definition(recipe, arguments, base, tmp_path):
     """As in the authors' code."""
     recipe.main(arguments("stage2_hd", tmp_path, train_vision_tower=False))
     assert changed_parts(base, tmp_path) == ALL_PARTS - {"model.vision_tower"}
 
 
+@pytest.mark.slow
 def test_an_original_release_can_be_trained(recipe, arguments, tmp_path):
     make_original(tmp_path / "original")
     changes = {"model_name_or_path": tmp_path / "original", "report_to": "none"}
@@ -366,6 +372,7 @@ def test_an_original_release_can_be_trained(recipe, arguments, tmp_path):
     assert 0 < (queries[1] - queries[0]).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_a_finished_folder_loads_without_the_package(stage2, data, tmp_path):
     script = [sys.executable, "-c", LOADS_ALONE, str(stage2), str(data / "0.png")]
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
@@ -376,6 +383,7 @@ def test_a_finished_folder_loads_without_the_package(stage2, data, tmp_path):
     assert "pipeline_tag: image-text-to-text" in card
 
 
+@pytest.mark.slow
 def test_training_is_evaluated_and_logged(stage2):
     evaluated = [entry for entry in history(stage2) if "eval_loss" in entry]
     answered = [entry["eval_exact_match"] for entry in history(stage2) if "eval_exact_match" in entry]
@@ -384,6 +392,7 @@ def test_training_is_evaluated_and_logged(stage2):
     assert list(stage2.glob("runs/*/events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(recipe, arguments, tmp_path):
     """Losses, gradients and weights are bitwise the same; the run is killed in its second epoch or later."""
     many = {"max_steps": 16, "save_steps": 4, "eval_strategy": "no", "report_to": "none"}
@@ -406,6 +415,7 @@ def test_a_killed_run_resumes_exactly(recipe, arguments, tmp_path):
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_exactly(recipe, arguments, tmp_path):
     """In its second pass over the rows; a pass has three steps."""
     command = arguments("stage2", tmp_path, streaming=True, max_steps=6, save_steps=4, report_to="none")
@@ -425,6 +435,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LENGTHS)
 def test_a_finished_run_is_not_trained_further(recipe, arguments, tmp_path, caplog, name):
     """It is only saved again: it may have been killed after its last checkpoint."""
@@ -442,12 +453,14 @@ def test_a_finished_run_is_not_trained_further(recipe, arguments, tmp_path, capl
     assert all(again[name].equal(weights[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_a_finished_run_continues_with_more_steps(recipe, arguments, tmp_path):
     for max_steps in (2, 3):
         recipe.main(arguments("stage2", tmp_path, report_to="none", max_steps=max_steps))
         assert history(tmp_path)[-1]["step"] == max_steps
 
 
+@pytest.mark.slow
 def test_data_are_checked_without_training(recipe, arguments, data, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(recipe, "load_model", None)  # no weights are needed
     lines = (data / "conversations.jsonl").read_text().splitlines()
@@ -508,6 +521,7 @@ def test_two_processes_resume_exactly(arguments, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint_is_skipped(recipe, tmp_path):
     for step, state in ((2, '{"global_step": 2}'), (10, '{"global_st'), (12, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -537,6 +551,7 @@ def rows(data):
     return load_rows(data / "conversations.jsonl")
 
 
+@pytest.mark.slow
 def test_accumulated_batches_equal_one_big_batch(make_model, processor, rows, tmp_path):
     """Answers differ in length, so a mean of means would be a different loss."""
     trained = []
@@ -550,6 +565,7 @@ def test_accumulated_batches_equal_one_big_batch(make_model, processor, rows, tm
     assert any((weights[0][name] - untrained[name]).abs().max() > 1e-3 for name in untrained)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_half_precision_train_alike(make_model, processor, rows, tmp_path):
     plain = losses(train(make_model(), processor, rows, tmp_path))
     checkpointed = losses(train(make_model(), processor, rows, tmp_path, gradient_checkpointing=True))
@@ -653,7 +669,7 @@ def test_exact_answers_are_counted(make_model, processor, rows, data, tmp_path):
     other[2]["messages"][-1]["content"] = [{"type": "text", "text": "something else"}]
     assert trainer.evaluate(asked)["eval_exact_match"] == 1
     assert trainer.evaluate(other)["eval_exact_match"] == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="rows that end in an answer"):
+    with pytest.raises(ValueError, match="rows with `messages` that end with an answer"):
         trainer.evaluate(load_rows(data / "captions.jsonl"))
 
 
@@ -673,6 +689,7 @@ def logits(model, ask, conversations):
         return model.eval()(**ask(*conversations)).logits
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_saved_reloaded_and_merged(any_model, processor, rows, ask, conversations, tmp_path):
     before = logits(any_model, ask, conversations)
     adapted = get_peft_model(copy.deepcopy(any_model), lora_config())
@@ -685,6 +702,7 @@ def test_adapters_are_trained_saved_reloaded_and_merged(any_model, processor, ro
     torch.testing.assert_close(logits(reloaded.merge_and_unload(), ask, conversations), after, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_recipe_for_adapters_saves_them_and_the_merged_model(recipe, arguments, base, ask, conversations, tmp_path):
     recipe.main(arguments("stage2", tmp_path, "lora"))
     merged = FlashSlothForConditionalGeneration.from_pretrained(tmp_path)
@@ -723,6 +741,7 @@ def test_only_the_language_model_is_quantized(load_in_few_bits):
     assert kept == {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in quantised}
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_gradients_as_they_are(recipe, base, processor, rows, load_in_few_bits, tmp_path):
     """On some CPUs, gradients would not pass a 4-bit layer after generation."""
     model_args, _, args = recipe.parse([*NEEDED, f"--{load_in_few_bits.option}", "--lora_rank", "4"])
@@ -752,6 +771,7 @@ def batch_logits(model, processor, rows):
         return model.eval()(**FlashSlothDataCollator(processor)(rows)).logits.float()
 
 
+@pytest.mark.slow
 def test_adapters_train_on_a_quantized_language_model(recipe, arguments, data, load_in_few_bits, tmp_path, caplog):
     """With evaluation between the steps; on the shipped model, whose widths all kernels support."""
     lora = "qlora" if load_in_few_bits.option == "load_in_4bit" else "lora"
@@ -767,7 +787,7 @@ def test_adapters_train_on_a_quantized_language_model(recipe, arguments, data, l
 
     trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "checkpoint-4")
-    recipe.main(command)  # goes on from step 2
+    recipe.main(command)  # resumes at step 2
     again = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert [entry["loss"] for entry in history(tmp_path) if "loss" in entry] == pytest.approx(found, rel=0.02)
     assert trained.keys() == again.keys()
@@ -812,6 +832,7 @@ def check_training(trainer):
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="TRL wants transformers 5.18 for it")
 def test_trl_learns_the_answers_of_every_turn(make_model, processor, rows, data, tmp_path):
     dataset = chat_rows(data, as_prompts=False)
@@ -823,6 +844,7 @@ def test_trl_learns_the_answers_of_every_turn(make_model, processor, rows, data,
     check_training(trainer)
 
 
+@pytest.mark.slow
 def test_trl_learns_completions(make_model, processor, data, tmp_path):
     dataset = chat_rows(data, as_prompts=True)
     trainer = sft_trainer(make_model(), processor, dataset, tmp_path)
@@ -831,6 +853,7 @@ def test_trl_learns_completions(make_model, processor, data, tmp_path):
     check_training(trainer)
 
 
+@pytest.mark.slow
 def test_trl_takes_our_collator(make_model, processor, data, tmp_path):
     """It also learns the answers of every turn with transformers 5.17."""
     options = {"data_collator": FlashSlothDataCollator(processor), "dataset_kwargs": {"skip_prepare_dataset": True}}

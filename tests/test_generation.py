@@ -44,6 +44,7 @@ def test_a_static_cache_changes_nothing(any_model, ask, conversations):
     torch.testing.assert_close(static, scores_of(any_model, inputs), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi", "qwen3"])
 def test_compiled_decoding_changes_nothing(make_model, ask, conversations, family):
     model, inputs = make_model(family), ask(*conversations)
@@ -90,7 +91,7 @@ def test_beams_do_not_depend_on_the_cache(any_model, ask, conversations, mode):
 
 
 def test_several_samples_a_row_use_that_rows_images(any_model, ask, conversations):
-    """Sampling from the single most likely token is greedy search, so every sample must be its row's greedy answer."""
+    """Sampling from only the most likely token is greedy search, so every sample must be its row's greedy answer."""
     inputs = ask(*conversations)
     expected = [row for row in answers(any_model, inputs) for _ in range(2)]
     assert answers(any_model, inputs, do_sample=True, top_k=1, num_return_sequences=2) == expected
@@ -140,7 +141,7 @@ CACHES = {"dynamic": DynamicCache, "static": functools.partial(StaticCache, max_
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_a_cache_has_the_name_that_transformers_gives_it_now_or_gave_it_before(any_model, ask, images, name):
+def test_a_cache_is_passed_by_either_of_its_names(any_model, ask, images, name):
     inputs = ask([(images[:1], "What is it?")])
     cache = DynamicCache(config=any_model.config.get_text_config())
     with torch.no_grad():
@@ -157,7 +158,7 @@ def test_two_caches_are_refused(model, ask, images):
 
 @pytest.mark.parametrize("new_image", [False, True])
 @pytest.mark.parametrize("kind", CACHES)
-def test_a_chat_goes_on_on_its_cache(any_model, ask, images, processor, new_image, kind):
+def test_a_chat_reuses_its_kv_cache(any_model, ask, images, processor, new_image, kind):
     first = ask([(images[:1], "First?")])
     cache = CACHES[kind](config=any_model.config.get_text_config())
     sequence = any_model.generate(**first, **GREEDY, **{CACHE_NAME: cache}, disable_compile=True)
@@ -177,7 +178,7 @@ def test_a_chat_goes_on_on_its_cache(any_model, ask, images, processor, new_imag
     torch.testing.assert_close(continued, afresh, atol=1e-4, rtol=0)
 
 
-def test_a_batch_of_chats_with_different_images_goes_on_on_its_cache(any_model, ask, images):
+def test_a_batch_of_chats_with_different_images_reuses_its_kv_cache(any_model, ask, images):
     inputs = ask([(images[:1], "Is it so?")], [(images[1:3], "It is?")])
     question = ask([([], "And the second one?")])["input_ids"]
     system = ask([([], "")])["input_ids"].shape[1]
@@ -232,7 +233,7 @@ def test_beams_refuse_more_images_than_placeholders(model, ask, images):
 
 
 @pytest.mark.parametrize("asked", [{"suppress_tokens": [50]}, {"suppress_tokens": []}, {"suppress_tokens": None}, {}])
-def test_image_and_query_tokens_stay_banned_whatever_else_is(make_model, ask, images, asked):
+def test_image_and_query_tokens_stay_suppressed_with_others(make_model, ask, images, asked):
     model, inputs = make_model("phi"), ask([(images[:1], "What is it?")])
     placeholders = [model.config.image_token_id, model.config.query_token_id]
     with torch.no_grad():  # a model that would like nothing better

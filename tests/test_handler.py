@@ -196,11 +196,13 @@ def responses(tmp_path_factory, server):
     return json.loads((folder / "responses.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERED)
 def test_requests_are_answered(responses, name):
     assert responses[name] == [{"generated_text": ANSWERED[name][1]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_requests_are_refused_with_the_reason(responses, name):
     assert isinstance(responses[name], str), responses[name]
@@ -249,7 +251,7 @@ ADDRESSES = [
     "[fd00:ec2::254]",
     "[ff02::1]",
 ]
-PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"  # what stands for a public address here, and what is one of this machine
+PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"  # in place of a public address, and a local one
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +378,7 @@ def test_a_redirect_that_leads_nowhere_is_refused(endpoint, location, reason):
 
 @pytest.mark.usefixtures("public")
 def test_a_name_is_looked_up_once(endpoint, monkeypatch):
-    """A name that stands for a public address when it is checked, and for this machine when it is asked."""
+    """A name that resolves to a public address when checked and to this machine when requested."""
     look_up, found = socket.getaddrinfo, []
 
     def rebind(host, port, *args, **kwargs):

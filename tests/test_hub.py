@@ -60,6 +60,7 @@ def logits_of(model, processor, messages):
         return model(**inputs).logits
 
 
+@pytest.mark.slow
 def test_a_folder_loads_in_a_fresh_process_without_the_package(saved, model, processor, messages, tmp_path):
     torch.save(([], messages), tmp_path / "inputs.pt")
     script = tmp_path / "script.py"
@@ -126,7 +127,7 @@ def test_offloaded_parts_work(saved, model, processor, messages, tmp_path):
 
 
 def test_missing_weights_are_initialised(model, make_config, tmp_path):
-    """What a checkpoint lacks must not be left as uninitialised memory."""
+    """Missing tensors must not stay uninitialised memory."""
     state = {name: tensor for name, tensor in model.state_dict().items() if "embedded_query" not in name}
     del state["model.query_tokens"]
     model.save_pretrained(tmp_path, state_dict=state)

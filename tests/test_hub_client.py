@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def block(page, start):
-    """The block of a page that starts so."""
+    """The block of a page that starts with this text."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return re.search(rf"^```\w+\n({re.escape(start)}.*?)^```", text, flags=re.DOTALL | re.MULTILINE)[1]
 
@@ -34,7 +34,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Run a command as someone who knows this Hub; gives what it printed."""
+    """Run a command against this Hub and return its output."""
 
     def run(*command, fails=False, **environment):
         settings = hub.environment | {"HF_HOME": str(hub.home), "OMP_NUM_THREADS": "1", **environment}
@@ -78,7 +78,7 @@ def test_a_question_is_answered_by_a_hub_id(run, published):
     assert said.splitlines()[-1].startswith("flashsloth: error: no such model: USER/nothing")
 
 
-def test_the_readme_is_right_for_a_hub_id(run, hub, published, tmp_path):
+def test_the_readmes_snippet_works_with_a_hub_id(run, hub, published, tmp_path):
     """Without a clone, and without importing the package."""
     code = block("README.md", "from transformers import")
     assert f'"{published[0]}"' in code
@@ -101,7 +101,7 @@ print(type(model).__module__)
 """
 
 
-def test_a_commit_that_was_read_is_what_runs(run, hub, published, tmp_path):
+def test_a_pinned_commit_is_what_runs(run, hub, published, tmp_path):
     """As docs/converting.md pins it: code that is pushed later is not run."""
     repository, _ = published
     first = next(iter(hub.repositories[repository]))

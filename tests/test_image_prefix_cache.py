@@ -47,7 +47,7 @@ def test_answers_are_those_of_a_fresh_prompt(any_model, ask, images, encodings):
     assert len(cache.known) == 2  # one image, and two
 
 
-def test_a_first_question_is_one_pass_and_leaves_its_prefix(make_model, ask, images):
+def test_a_first_question_is_one_pass_and_keeps_its_prefix(make_model, ask, images):
     prompt, other = (ask([(images[:1], question)]) for question in ("What is it?", "Why so?"))
     for family, passes in (("phi", 1), ("qwen3", 1), ("gemma3_text", 2)):  # the last has sliding windows
         model = make_model(family)
@@ -85,7 +85,7 @@ def test_a_first_question_is_one_pass_and_leaves_its_prefix(make_model, ask, ima
     ],
     ids=["beams", "several", "assisted", "one token", "static, one token", "static"],
 )
-def test_any_way_to_ask_first_leaves_the_same(model, ask, images, max_cache_len, first):
+def test_any_first_call_keeps_the_same_prefix(model, ask, images, max_cache_len, first):
     cache = model.image_prefix_cache(max_cache_len=max_cache_len)
     inputs, other = (ask([(images[:1], question)]) for question in ("What is it?", "Why so?"))
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def test_any_way_to_ask_first_leaves_the_same(model, ask, images, max_cache_len,
     torch.testing.assert_close(scores_of(model, cache(other)), scores_of(model, other), atol=1e-4, rtol=0)
 
 
-def test_a_question_that_was_not_asked_costs_only_its_patches(any_model, ask, images, encodings):
+def test_a_prompt_that_was_never_generated_from_costs_only_its_patches(any_model, ask, images, encodings):
     cache, inputs = any_model.image_prefix_cache(), ask([(images[:1], "What is it?")])
     ready = [cache(inputs), copy.deepcopy(cache(inputs)), cache(inputs)]
     answers = [scores_of(any_model, given) for given in [*ready, cache(inputs)]]
@@ -134,7 +134,7 @@ def test_text_alone_passes_through(model, ask):
     assert not cache.known
 
 
-def test_memory_is_bounded_and_the_oldest_go_first(model, ask, images):
+def test_memory_is_bounded_and_the_least_recently_used_go_first(model, ask, images):
     cache = model.image_prefix_cache()
     inputs = [ask([([image], "What is it?")]) for image in images]
     scores_of(model, cache(inputs[0]))
@@ -153,7 +153,7 @@ def test_memory_is_bounded_and_the_oldest_go_first(model, ask, images):
     assert not tiny.known
 
 
-def test_what_is_kept_does_not_change_by_generating(model, ask, images):
+def test_generating_does_not_change_what_is_kept(model, ask, images):
     cache, inputs = model.image_prefix_cache(), ask([(images[:1], "What is it?")])
     scores_of(model, cache(inputs))
     (known,) = cache.known.values()
@@ -163,7 +163,7 @@ def test_what_is_kept_does_not_change_by_generating(model, ask, images):
     assert torch.equal(known.key_values.layers[0].keys, before.key_values.layers[0].keys)
 
 
-def test_a_cache_that_is_not_to_be_used_is_refused(model, ask, images):
+def test_a_cache_with_use_cache_false_is_refused(model, ask, images):
     inputs = ask([(images[:1], "What is it?")])
     with pytest.raises(ValueError, match=r"a DynamicPrefixCache and `use_cache=False`.*Pass only one of them"):
         model.generate(**model.image_prefix_cache()(inputs), **GREEDY, use_cache=False)
@@ -214,7 +214,7 @@ def shrink(model):
 
 
 @pytest.mark.parametrize("change", [train_a_step, load_other_weights, shrink, torch.nn.Module.double])
-def test_other_weights_make_the_cache_look_again(make_model, ask, images, change):
+def test_other_weights_invalidate_the_cache(make_model, ask, images, change):
     model, inputs = make_model("phi"), ask([(images[:1], "What is it?")])
     cache = model.image_prefix_cache()
     before = scores_of(model, cache(inputs))
@@ -224,7 +224,7 @@ def test_other_weights_make_the_cache_look_again(make_model, ask, images, change
     assert not torch.allclose(before.to(expected), expected, atol=1e-6)
 
 
-def test_adapters_that_come_and_go_make_the_cache_look_again(make_model, ask, images):
+def test_changes_of_adapters_invalidate_the_cache(make_model, ask, images):
     inputs = ask([(images[:1], "What is it?")])
     config = LoraConfig(target_modules=r".*\.(q_proj|v_proj|fc1)", init_lora_weights=False)
     model = get_peft_model(make_model("phi"), config)
@@ -248,7 +248,7 @@ def test_adapters_that_come_and_go_make_the_cache_look_again(make_model, ask, im
     check()
 
 
-def test_a_change_that_cannot_be_noticed_takes_a_clear(make_model, ask, images):
+def test_an_unnoticed_change_needs_a_clear(make_model, ask, images):
     model, inputs = make_model("phi"), ask([(images[:1], "What is it?")])
     cache = model.image_prefix_cache()
     scores_of(model, cache(inputs))
@@ -257,7 +257,7 @@ def test_a_change_that_cannot_be_noticed_takes_a_clear(make_model, ask, images):
     torch.testing.assert_close(scores_of(model, cache(inputs)), scores_of(model, inputs), atol=1e-4, rtol=0)
 
 
-def test_several_threads_may_use_one_cache(model, ask, images):
+def test_threads_can_share_a_cache(model, ask, images):
     inputs = [ask([([image], "What is it?")]) for image in images]
     expected = [scores_of(model, given) for given in inputs]
     cache = model.image_prefix_cache()

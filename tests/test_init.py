@@ -209,6 +209,7 @@ def test_what_is_new_depends_on_the_seed_only(bases, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, images, tmp_path):
     messages = [question(images[0]), answer(), question(images[1], text="And this?")]
     torch.save(messages, tmp_path / "messages.pt")
@@ -346,6 +347,7 @@ def tiny_processor(tokenizer, template, starts):
     return processor, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_every_question_is_found_whatever_it_begins_with(adapted, family):
     """Its first token is the first with a character of it, also where it merges with a line break before it."""
@@ -357,7 +359,7 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
     if family != "phi":  # whose format is plain text
         contents += ["[INST] Hi", "USER: Hi"]
     befores = [[], [question(text="First"), answer("Second")]]
-    if family != "mistral":  # where nothing but text is between two questions without an answer
+    if family != "mistral":  # which puts only text between two questions without an answer
         befores += [[question(text="a"), answer("b"), question(text="c")]]
     if family not in ("gemma", "mistral"):
         befores += [[system()], [system("Speak 2 "), question(text="a"), answer("b")]]
@@ -378,7 +380,7 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
 
 
 def test_the_original_format_gets_the_patterns_of_the_released_models(adapted):
-    """Not their ids, which are Phi-2's, but what they stand for."""
+    """The same texts; the ids are Phi-2's."""
     _, tokenizer, _, starts = adapted["phi"]
     texts = {tokenizer.decode(pattern) for pattern in starts}
     assert {"<image>\n", "USER:"} <= texts

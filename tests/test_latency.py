@@ -86,7 +86,7 @@ def small_ceilings(monkeypatch):
 
 
 def slow_if_many_windows(peer, side):
-    is_slow = (peer.name, side) == ("MiniCPM-V-4.6", 1344)  # transformers processes its thousands of windows one by one
+    is_slow = peer.name == "MiniCPM-V-4.6"  # transformers processes its thousands of windows one by one
     return pytest.param(peer, side, marks=[pytest.mark.slow] * is_slow, id=f"{peer.name}-{side}")
 
 
@@ -212,6 +212,7 @@ def test_peak_memory_includes_memory_that_was_freed():
     assert memory.above == pytest.approx(2**26, rel=0.05)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_and_reports_ratios(tmp_path):
     peers = tuple(shrink(named(name)) for name in ("FlashSloth-3.2B", "PaliGemma-3B-224"))
     names = [peer.name for peer in peers]
@@ -286,6 +287,7 @@ def test_counted_prefill_equals_that_of_real_tensors():
     assert max(counted["tower"], counted["rest"]) <= counted["both"]
 
 
+@pytest.mark.slow
 def test_loading_is_measured_in_new_processes(tmp_path):
     model = latency.build_filled(shrink(PEERS[0]), "cpu")
     model.save_pretrained(tmp_path)
@@ -307,6 +309,7 @@ def test_preprocessing_is_timed_on_images_and_on_files():
     assert all(value > 0 for times in results.values() for value in times.values())
 
 
+@pytest.mark.slow
 def test_eight_and_four_bits_are_timed_at_every_number_of_threads():
     peer = shrink(PEERS[0])
     peer.config["text_config"]["intermediate_size"] = 64  # four bits come in groups of 32
@@ -337,6 +340,7 @@ def decoder_weights(peer, precision):
     return [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
 
 
+@pytest.mark.slow
 def test_answers_with_eight_and_four_bits_are_compared():
     rows = list(quantization.compare_answers(num_images=2))
     assert [row.recipe for row in rows] == list(quantization.RECIPES)

@@ -47,8 +47,8 @@ def test_a_batch_equals_its_rows(any_model, ask, conversations, padding_side):
         torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
 
 
-def test_queries_hear_their_question_and_see_their_image(any_model, ask, images):
-    """What follows the queries depends on both through the queries alone: the image tokens are kept as they are."""
+def test_queries_depend_on_their_question_and_image(any_model, ask, images):
+    """Later tokens depend on both through the queries alone: the image tokens are kept fixed."""
     inputs = ask([(images[:1], "What is it?")])
     before = logits_of(any_model, inputs)
 
@@ -99,7 +99,7 @@ def test_rows_without_images_keep_their_queries(model, ask, images):
     torch.testing.assert_close(before[1], after[1], atol=0, rtol=0)
 
 
-def test_the_module_computes_the_queries_and_nothing_else(model, ask, images):
+def test_the_module_changes_only_the_queries(model, ask, images):
     shapes = []
     norm = model.model.embedded_query.query_norm
     hook = norm.register_forward_hook(lambda _, args, output: shapes.append(tuple(output.shape[:2])))
@@ -152,6 +152,7 @@ def test_embeddings_instead_of_ids_give_the_same_logits(any_model, ask, conversa
     torch.testing.assert_close(logits_of(any_model, inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(DECODERS))
 def test_the_forward_pass_compiles_without_graph_breaks(make_model, ask, conversations, family):
     model = make_model(family)
@@ -172,7 +173,7 @@ def test_every_parameter_learns_from_images(make_model, ask, conversations):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_text_alone_touches_every_parameter_and_changes_nothing(make_model, ask, checkpointing):
-    """Or processes that train together would wait for each other, when one of them has no image."""
+    """Otherwise processes that train together would deadlock when one of them has no image."""
     model = make_model("qwen3", pooling_dropout=0.0)
     inputs = ask([([], "Hello there, who are you?")], [([], "Why?")])
     expected = logits_of(model, inputs)
@@ -330,7 +331,7 @@ def test_a_torn_query_block_is_refused(model, ask, images):
         logits_of(model, inputs)
 
 
-def test_queries_that_lost_their_question_are_refused(model, ask, images):
+def test_queries_without_their_question_are_refused(model, ask, images):
     inputs = ask([(images[:1], "What is it?")])
     ids = inputs["input_ids"]
     newline = (ids[0] == model.config.image_token_id).nonzero()[-1].item() + 1
@@ -357,7 +358,7 @@ def test_ids_and_embeddings_together_are_refused(model, ask, images):
 
 
 def packed(*batches):
-    """Rows of one sample each as one row, one after the other, as `DataCollatorWithFlattening` lays them."""
+    """Rows of one sample each, packed into one row as `DataCollatorWithFlattening` does."""
     lengths = [batch["input_ids"].shape[1] for batch in batches]
     pixels = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
     return {
@@ -380,6 +381,7 @@ def test_packed_samples_do_not_read_each_other(make_model, ask, conversations, a
                 torch.testing.assert_close(logits, logits_of(model, alone[index])[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_packed_samples_apart(make_model, ask, conversations):
     model = make_model("qwen3", pooling_dropout=0.0).train()
     alone = [ask(conversation) for conversation in conversations[:2]]
@@ -418,7 +420,7 @@ def test_packed_samples_have_the_gradients_of_separate_ones(make_model, ask, con
         torch.testing.assert_close(together[name], parameter.grad, atol=1e-6 * largest, rtol=1e-3)
 
 
-def test_a_call_with_packed_samples_leaves_no_cache(model, ask, images):
+def test_a_call_with_packed_samples_returns_no_cache(model, ask, images):
     sample = ask([(images[:1], "What?")])
     outputs = model(**packed(sample, sample)[0], use_cache=True)
     assert outputs.get(CACHE_NAME) is None
@@ -470,7 +472,7 @@ def test_attention_can_be_set_after_loading(make_model, ask, conversations):
     assert [part._attn_implementation for part in parts] == ["eager", "eager", "sdpa"]
 
 
-def test_what_the_config_asks_for_is_what_the_argument_gives(make_model, ask, conversations):
+def test_a_config_flag_equals_the_argument(make_model, ask, conversations):
     inputs = ask(*conversations)
     for name in ("output_attentions", "output_hidden_states"):
         model = make_model("phi", "eager")
@@ -481,7 +483,7 @@ def test_what_the_config_asks_for_is_what_the_argument_gives(make_model, ask, co
         assert [len(found[key]) for key in found] == [len(asked[key]) for key in asked]
 
 
-def test_image_features_come_with_what_the_tower_gives(make_model, ask, images):
+def test_image_features_include_the_towers_outputs(make_model, ask, images):
     model = make_model("phi", "eager")
     pixels = ask([(images[:2], "What?")])["pixel_values"]
     num_layers = model.config.vision_config.num_hidden_layers
@@ -494,7 +496,7 @@ def test_image_features_come_with_what_the_tower_gives(make_model, ask, images):
         assert torch.equal(plain[1], features.pooler_output)
 
 
-def test_the_tower_gets_what_concerns_it_alone(make_model, ask, images):
+def test_the_tower_gets_only_its_own_arguments(make_model, ask, images):
     model, given = make_model("phi").train(), []
     model.gradient_checkpointing_enable()
     hook = model.model.vision_tower.register_forward_pre_hook(

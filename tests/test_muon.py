@@ -95,6 +95,7 @@ def _train_in_a_group(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_update_like_one(tmp_path):
     alone = build_model()
     train(alone, Muon(alone, 0.01))

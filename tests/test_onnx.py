@@ -1,4 +1,4 @@
-"""ONNX graphs give what the model gives, for any number of rows, tiles and tokens."""
+"""ONNX graphs match the model for any number of rows, tiles and tokens."""
 
 import copy
 import os
@@ -44,7 +44,7 @@ def onnx_model(exported):
 
 @pytest.fixture
 def batches(images, ask):
-    """Other numbers of rows, tiles and tokens than the graphs were traced with."""
+    """Batches of other sizes than the graphs were traced with."""
     return [
         ask([(images[:1], "What is it?")]),
         ask([(images[:1], "Which?")], [(images[1:4], "And these three?")], [([], "Who are you?")]),
@@ -58,6 +58,7 @@ def as_arrays(batch):
     return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
+@pytest.mark.slow
 def test_logits_are_the_models(exported, onnx_model, model, batches):
     assert max(exported.differences.values()) < 1e-5
     for batch in batches:
@@ -69,6 +70,7 @@ def test_logits_are_the_models(exported, onnx_model, model, batches):
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_models(onnx_model, model, batches):
     for batch in batches:
         expected = model.generate(**batch, max_new_tokens=12)[:, batch["input_ids"].shape[1] :].numpy()
@@ -79,6 +81,7 @@ def test_greedy_answers_are_the_models(onnx_model, model, batches):
             assert row[:length].tolist() == answer[:length].tolist()
 
 
+@pytest.mark.slow
 def test_the_decoders_weights_are_stored_once(exported, model):
     names = {file.name for file in exported.output.glob("*.onnx*")}
     assert names == {"vision.onnx", "vision.onnx.data", "decoder.onnx", "decoder.onnx.data", "decoder_step.onnx"}
@@ -88,6 +91,7 @@ def test_the_decoders_weights_are_stored_once(exported, model):
     assert num_own_bytes < 0.1 * num_bytes < (exported.output / "decoder.onnx.data").stat().st_size
 
 
+@pytest.mark.slow
 def test_graphs_that_differ_from_the_model_are_refused(exported, model, processor):
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -107,13 +111,14 @@ def test_not_a_number_is_a_difference():
 
 
 class ReadsValues(nn.Module):
-    """What no exporter can carry: which way it goes depends on the numbers."""
+    """Cannot be exported: its control flow depends on values."""
 
     def forward(self, states):
         return states if states.sum() > 0 else -states
 
 
-def test_what_the_exporter_cannot_carry_is_refused(model, processor, tmp_path):
+@pytest.mark.slow
+def test_a_model_that_cannot_be_exported_is_refused(model, processor, tmp_path):
     other = copy.deepcopy(model)
     other.model.multi_modal_projector.act = ReadsValues()
     with pytest.raises(RepositoryError, match=r"torch\.onnx cannot export this model"):

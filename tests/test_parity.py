@@ -36,7 +36,7 @@ def golden_model(request, tmp_path_factory):
 
 
 def answer_labels(input_ids):
-    """Labels from behind every `ASSISTANT:` through its end token."""
+    """Labels after every `ASSISTANT:`, up to and including its end token."""
     labels = torch.full_like(input_ids, -100)
     for row, ids in enumerate(input_ids.tolist()):
         inside = False
@@ -58,7 +58,7 @@ def test_auto_classes_read_the_original_layout_where_its_model_type_is_ours(tmp_
 
 
 def test_a_release_of_model_type_phi_loads_without_a_warning(tmp_path, caplog, recwarn):
-    """transformers' auto classes take it for a Phi; this package's classes, and the config that they read, do not."""
+    """transformers' auto classes load it as a Phi; this package's classes and config do not."""
     source = write_golden_checkpoint(tmp_path / "original")
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
@@ -145,6 +145,6 @@ def test_loss_and_gradients_equal_the_original(golden_model, name):
 @pytest.mark.parametrize("name", ["generate", "generate_hd"])
 def test_greedy_tokens_equal_the_original(golden_model, name):
     case, inputs = read_case(name, golden_model.config)
-    # The original goes on to 16 tokens, whatever they are.
+    # The original always generates 16 tokens.
     output = golden_model.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=-1)
     assert output[0, inputs["input_ids"].shape[1] :].tolist() == case["new_tokens"]

@@ -135,7 +135,7 @@ def test_an_answer_can_be_streamed(pipe):
     assert "".join(pieces).strip() == whole == SHAPES_TEXT
 
 
-def test_a_begun_answer_is_continued(pipe):
+def test_a_started_answer_is_continued(pipe):
     begun = [user(SHAPES, "Describe the picture."), assistant("a yellow star top left, an")]
     full = pipe(text=begun)[0]["generated_text"]
     assert full == [begun[0], assistant(SHAPES_TEXT)]
@@ -145,13 +145,13 @@ def test_a_begun_answer_is_continued(pipe):
     assert pipe(text=as_string, return_full_text=False)[0]["generated_text"] == rest
 
 
-def test_the_conversation_that_comes_back_can_be_gone_on_with(pipe):
+def test_a_returned_conversation_can_be_continued(pipe):
     messages = pipe(text=[user(SCENE, "Read the sign.")])[0]["generated_text"]
     assert messages[-1]["content"].strip() == "PULL"
     messages.append(user("Which colour is the star?"))
     assert answer(pipe, messages) == "green"
     prompt = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert "ASSISTANT: PULL</s>" in prompt, "the blank that stands before the answer is not doubled"
+    assert "ASSISTANT: PULL</s>" in prompt, "the blank before the answer is not doubled"
 
 
 def test_an_answer_can_be_kept_short(pipe):
@@ -159,7 +159,7 @@ def test_an_answer_can_be_kept_short(pipe):
 
 
 @pytest.mark.parametrize("image", [Image.open(SCENE), str(SCENE)], ids=["pil", "path"])
-def test_images_and_a_raw_prompt_may_come_apart(pipe, image):
+def test_images_and_a_raw_prompt_can_be_passed_separately(pipe, image):
     prompt = "USER: <image>\nRead the sign.<learnable> ASSISTANT:"
     assert pipe(images=image, text=prompt)[0]["generated_text"] == f"{prompt} PULL"
     outputs = pipe(images=[image, SHAPES.as_posix()], text=[prompt] * 2, return_full_text=False)
@@ -183,6 +183,7 @@ def test_the_page_prints_what_it_says(monkeypatch, capsys):
     assert said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(IS_PACKAGE_HIDDEN, reason="this is the second run")
 def test_all_of_this_works_by_remote_code_without_the_package(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

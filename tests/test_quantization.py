@@ -82,7 +82,7 @@ def logits(model):
 
 
 def num_bytes(tensor):
-    """Memory of a tensor, or of the parts that a quantised one is made of."""
+    """Memory of a tensor, or of the parts of a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__") or type(tensor) is torch.nn.Parameter:
         return tensor.nbytes
     return sum(num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
@@ -111,7 +111,7 @@ def plain():
     return load()
 
 
-def test_the_decoders_layers_are_quantised_and_nothing_else(quantised, plain):
+def test_only_the_decoders_layers_are_quantised(quantised, plain):
     before, after = (dict(model.named_parameters()) for model in (plain, quantised))
     changed = {name for name, parameter in after.items() if type(parameter) is not type(before[name])}
     changed |= {name for name, parameter in after.items() if parameter.dtype is not torch.bfloat16}

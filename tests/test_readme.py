@@ -97,8 +97,8 @@ def test_its_links_lead_somewhere():
 def test_its_speeds_are_the_measured_ones():
     measured = {}
     for case in json.loads((ROOT / "benchmarks" / "results" / "latency_cpu.json").read_text())["cases"]:
-        own, beside = case["measured"], case["reference"]
-        ratios = [f"{own[name] / beside[name]:.2f}" for name in ("first_token_s", "token_s")]
+        own, reference = case["measured"], case["reference"]
+        ratios = [f"{own[name] / reference[name]:.2f}" for name in ("first_token_s", "token_s")]
         measured.setdefault(case["model"], []).extend([str(case["counts"]["visual_tokens"]), *ratios])
     assert len(measured) > 8
     for model, cells in measured.items():

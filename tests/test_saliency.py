@@ -23,7 +23,7 @@ def look(model, inputs):
 
 
 def weights_by_definition(model, inputs):
-    """EmbQ's attention from what enters it, one question and one head at a time (paper, section 3.3)."""
+    """EmbQ's attention from its inputs, one question and one head at a time (paper, section 3.3)."""
     seen = []
     hook = model.model.embedded_query.register_forward_hook(lambda _, args, output: seen.append(args))
     look(model, inputs)
@@ -102,7 +102,7 @@ def test_rows_of_a_batch_look_where_they_look_alone(any_model, ask, conversation
             assert not question[..., expected.shape[-1] :].any()
 
 
-def test_looking_changes_nothing_and_costs_nothing_unasked(any_model, ask, conversations):
+def test_recording_changes_nothing_and_is_off_by_default(any_model, ask, conversations):
     inputs = ask(*conversations)
     with torch.no_grad():
         plain = any_model(**inputs)
@@ -120,7 +120,7 @@ def test_the_decoders_attentions_need_eager_and_the_modules_do_not(make_model, a
     torch.testing.assert_close(eager.query_attentions, fused.query_attentions, atol=1e-5, rtol=0)
 
 
-def test_generate_returns_what_the_prompt_looked_at(any_model, ask, conversations):
+def test_generate_returns_the_attentions_of_the_prompt(any_model, ask, conversations):
     inputs = ask(*conversations)
     output, expected = any_model.generate(**inputs, **LOOK), look(any_model, inputs)
     torch.testing.assert_close(output.query_attentions, expected.query_attentions)
@@ -131,14 +131,14 @@ def test_generate_returns_what_the_prompt_looked_at(any_model, ask, conversation
 
 
 @pytest.mark.parametrize("splitting", [False, True])
-def test_an_image_prefix_cache_looks_at_the_same(model, ask, images, splitting):
+def test_an_image_prefix_cache_gives_the_same_attentions(model, ask, images, splitting):
     inputs = ask([(images[:2], "Which?", "That."), ([], "Why?")], do_image_splitting=splitting)
     cached, fresh = (model.generate(**given, **LOOK) for given in (model.image_prefix_cache()(inputs), inputs))
     for name in ("query_attentions", "pooling_attentions"):
         torch.testing.assert_close(cached[name], fresh[name], atol=1e-5, rtol=0)
 
 
-def test_a_chat_on_its_cache_maps_its_last_question(model, ask, images):
+def test_a_chat_with_a_cache_maps_its_last_question(model, ask, images):
     first, turn = ask([(images[:1], "Which?")]), (images[:1], "Which?", "That.")
     output = model.generate(**first, **LOOK)
     inputs = ask([turn, (images[1:2], "And now?")])
@@ -154,7 +154,7 @@ def test_a_chat_on_its_cache_maps_its_last_question(model, ask, images):
     torch.testing.assert_close(second_image, fresh[1][1], atol=1e-5, rtol=0)
 
 
-def test_threads_do_not_mix_up_what_they_saw(model, ask, images):
+def test_threads_keep_their_attentions_apart(model, ask, images):
     prompts = [ask([([image], "What is it?")]) for image in images]
     expected = [look(model, inputs).query_attentions for inputs in prompts]
     found = [None] * len(prompts)
@@ -200,8 +200,8 @@ def test_patches_that_do_not_fill_the_tile_stay_in_place():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 64), (64, 33), (20, 64), (64, 1)])
-def test_a_map_lies_on_the_pixels_that_the_patch_showed(size):
-    """At a scale where high definition does not resize, the pixels of a patch are those under its map."""
+def test_a_map_covers_the_pixels_of_its_patch(size):
+    """At a scale where five tiles need no resizing, a map covers the pixels of its patch."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
     processor = FlashSlothImageProcessor(size={"height": 32, "width": 32}, do_image_splitting=True)
@@ -317,13 +317,13 @@ def shipped():
     ), FlashSlothProcessor.from_pretrained(ROOT)
 
 
-def scenes_with(is_wanted, count, beside=frozenset()):
-    """Scenes with at least two things of which exactly one is wanted, and that one, beside things of these names."""
+def scenes_with(is_wanted, count, others=frozenset()):
+    """Scenes with several objects, exactly one of them wanted, and objects with the given names; and the wanted one."""
     found, index = [], 0
     while len(found) < count:
         scene, index = scene_at("saliency", index), index + 1
         wanted = [thing for thing in scene.things if is_wanted(thing)]
-        if len(wanted) == 1 and len(scene.things) > 1 and beside <= {thing.name for thing in scene.things}:
+        if len(wanted) == 1 and len(scene.things) > 1 and others <= {thing.name for thing in scene.things}:
             found.append((scene, wanted[0]))
     return found
 
@@ -341,7 +341,7 @@ def prompts(processor, images, question):
 
 
 def hottest(heat, scene):
-    """The thing with the greatest part of a square map in its box."""
+    """The object whose box contains the largest share of a square map."""
 
     def heat_of(thing):
         left, top, right, bottom = (min(max(round(edge * len(heat)), 0), len(heat)) for edge in thing.box)
@@ -354,6 +354,7 @@ def num_hottest(maps, scenes):
     return sum(hottest(heat, scene) == thing for heat, (scene, thing) in zip(maps, scenes, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("question", "is_wanted", "at_least"),
     [
@@ -362,7 +363,7 @@ def num_hottest(maps, scenes):
         ("What colour is the sign?", lambda thing: thing.name == "sign", 35),
     ],
 )
-def test_the_answer_depends_most_on_the_thing_that_was_asked_for(shipped, question, is_wanted, at_least):
+def test_the_answer_depends_most_on_the_object_in_question(shipped, question, is_wanted, at_least):
     """Measured on 180 scenes each (`benchmarks/maps.py`): 172, 179 and 180; by chance it would be 67, 67 and 76."""
     model, processor = shipped
     scenes = scenes_with(is_wanted, 40)
@@ -372,10 +373,10 @@ def test_the_answer_depends_most_on_the_thing_that_was_asked_for(shipped, questi
 
 
 @pytest.mark.parametrize(("question", "name"), [("Read the sign.", "sign"), ("What is the number?", "number")])
-def test_queries_look_at_what_is_to_be_read(shipped, question, name):
+def test_queries_look_at_what_they_read(shipped, question, name):
     """In scenes that hold both a sign and a number, so the question decides."""
     model, processor = shipped
-    scenes = scenes_with(lambda thing: thing.name == name, 40, beside={"sign", "number"} - {name})
+    scenes = scenes_with(lambda thing: thing.name == name, 40, others={"sign", "number"} - {name})
     inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], question)
     maps = model.heat_maps(look(model, inputs), inputs["input_ids"], [(96, 96)] * 40)
     assert num_hottest([heat for (heat,) in maps.questions], scenes) >= 38

@@ -28,6 +28,8 @@ from scenes import describe, draw, scene_at
 
 from flashsloth import FlashSlothProcessor
 
+pytestmark = pytest.mark.slow  # starts a server
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 SHAPES_TEXT = (
@@ -48,7 +50,7 @@ def free_port():
 
 @contextlib.contextmanager
 def serving(home, *options):
-    """The address of a server that runs the page's command in a process of its own, without the package's help."""
+    """Address of a server that runs the page's command in a separate process, without the installed package."""
     command = next(line for block in blocks("bash") for line in block.splitlines() if line.startswith("transformers "))
     port, log = free_port(), home / "log.txt"
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -90,7 +92,7 @@ def client(home):
 
 @pytest.fixture(scope="module")
 def website():
-    """The address of a server that has the example images."""
+    """Address of a server with the example images."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -233,7 +235,7 @@ def test_another_model_is_refused_by_name(client):
     ],
     ids=["no image", "cut short", "no base64", "no file", "no website"],
 )
-def test_a_broken_image_is_refused_and_the_server_lives_on(client, url, call):
+def test_a_broken_image_is_refused_and_the_server_keeps_running(client, url, call):
     with pytest.raises(BadRequestError) as refusal:
         call(client, user(url, "Read the sign."))
     assert "Expected the path, URL or base64 string of a complete image" in refusal.value.body["detail"]
@@ -261,7 +263,7 @@ def test_a_prompt_longer_than_the_model_is_refused_with_both_numbers(client, ima
     assert ask(client, user(shown("scene"), "Read the sign.")) == "PULL"
 
 
-def test_a_prompt_may_fill_the_model_but_for_one_token(client):
+def test_a_prompt_may_fill_all_but_one_position(client):
     def num_tokens(num_words):
         turn = user("star " * num_words)
         return client.chat.completions.create(model=".", messages=[turn], max_tokens=1).usage.prompt_tokens
@@ -275,7 +277,7 @@ def test_a_prompt_may_fill_the_model_but_for_one_token(client):
 
 
 def test_an_image_is_an_image_url_or_an_input_image_and_nothing_else(client):
-    """The server itself leaves out parts that it does not know, as docs/serving.md says."""
+    """The server itself drops parts that it does not know, as docs/serving.md says."""
     ways = {"image_url": {"url": shown("scene")}, "input_image": shown("scene"), "image": shown("scene")}
 
     def num_tokens(*parts):
@@ -325,7 +327,7 @@ def test_an_unknown_role_is_refused_by_name(client):
     assert "found critic" in refusal.value.body["detail"]
 
 
-def test_twenty_at_once_get_each_their_own_answer(client):
+def test_twenty_concurrent_requests_get_their_own_answers(client):
     scenes = [scene for scene in (scene_at("test", index) for index in range(200)) if "sign" in describe(scene)]
     words = [next(thing.text for thing in scene.things if thing.name == "sign") for scene in scenes]
     assert len(set(words[:20])) > 10

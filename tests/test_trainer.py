@@ -83,7 +83,7 @@ def test_logits_may_be_reduced_before_they_are_gathered(make_model, processor, r
 
 
 class Derived(FlashSlothForConditionalGeneration):
-    """Somebody's own class."""
+    """A user's subclass."""
 
 
 @pytest.mark.parametrize("kind", ["own", "derived", "adapters"])
@@ -103,6 +103,7 @@ def test_label_smoothing_shifts_the_labels(make_model, processor, rows, tmp_path
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_label_smoothing_teaches_the_answers(make_model, processor, rows, tmp_path):
     model = make_model("phi", pooling_dropout=0.0)
     collator = FlashSlothDataCollator(processor)
@@ -113,8 +114,8 @@ def test_label_smoothing_teaches_the_answers(make_model, processor, rows, tmp_pa
     assert float(model.eval()(**batch).loss.detach()) < 0.2 * before
 
 
-def test_neftune_disturbs_every_token_alike(make_model, processor, rows, tmp_path):
-    """The released models add a token's embedding, the anchor, to their queries: it gets noise as the others do."""
+def test_neftune_adds_equal_noise_to_every_token(make_model, processor, rows, tmp_path):
+    """The released models add an anchor token's embedding to their queries; it gets the same noise as the others."""
     model = make_model("phi")
     assert model.config.query_anchor_token_id is not None
     noise = []

@@ -43,7 +43,7 @@ FIXED |= {"logging_steps": 1, "learning_rate": 1e-5}
 
 @pytest.fixture(scope="module")
 def source(make_model, processor, tmp_path_factory):
-    """A folder with model and processor: TRL loads reference models from where the model came from."""
+    """A folder with model and processor: TRL loads reference models from the model's own path."""
     folder = tmp_path_factory.mktemp("source")
     make_model().save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -76,7 +76,7 @@ def assistant(text):
 
 @pytest.mark.parametrize("encoded", [False, True])
 def test_rows_without_images_may_be_none(encoded, any_processor, image_rows):
-    """TRL gives them so, and `datasets` gives images as dicts if they were inside messages."""
+    """TRL passes such rows; `datasets` passes images that were inside messages as dicts."""
     text, placeholders = [f"a{i}" for i in range(4)], [any_processor.image_token * len(row) for row in image_rows]
     text = [placeholder + part for placeholder, part in zip(placeholders, text, strict=True)]
     expected = any_processor(images=image_rows, text=text, padding=True, return_tensors="pt")
@@ -133,7 +133,7 @@ def prompts(image_rows):
 
 
 def log_probs_alone(model, processor, image_rows, question, answer_ids):
-    """Log-probabilities of an answer's tokens, with nothing else in the batch, `(num_tokens,)`."""
+    """Log-probabilities of an answer's tokens in a batch of one, `(num_tokens,)`."""
     content = [*({"type": "image", "image": image} for image in image_rows), {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [[{"role": "user", "content": content}]],
@@ -150,7 +150,7 @@ def log_probs_alone(model, processor, image_rows, question, answer_ids):
 
 
 def answer_log_probs(model, processor, image_rows, answers=ANSWERS):
-    """The same of every row, with the answers and end tokens that a data set gives."""
+    """The same for every row, with the data set's answers and end tokens."""
     tokenizer = processor.tokenizer
     answer_ids = tokenizer([f" {answer}{tokenizer.eos_token}" for answer in answers])["input_ids"]
     rows = zip(image_rows, QUESTIONS, answer_ids, strict=True)
@@ -158,12 +158,12 @@ def answer_log_probs(model, processor, image_rows, answers=ANSWERS):
 
 
 def reward(completions, **kwargs):
-    """No two answers get the same, or there would be nothing to learn."""
+    """All rewards differ, or there would be nothing to learn."""
     return [float(sum(map(ord, completion[0]["content"])) % 97) for completion in completions]
 
 
 def compared(trainer_class):
-    """The trainer, which compares all log-probabilities it computes with those of every row alone."""
+    """The trainer, with all its log-probabilities compared with those of every row alone."""
 
     class Compared(trainer_class):
         differences, models = (), ()
@@ -187,7 +187,7 @@ def compared(trainer_class):
 
 
 def check_log(trainer):
-    """Every step learned something, from numbers."""
+    """Every step has a finite, non-zero gradient."""
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == trainer.args.max_steps
     assert all(0 < entry["grad_norm"] < 1e4 for entry in steps)
@@ -209,9 +209,10 @@ def policy_trainer(trainer, config, model, processor, dataset, folder, image_row
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policy_and_reference_see_each_rows_own_images(trainer, config, load, any_processor, image_rows, tmp_path):
-    """Batches of every mixture, dealt out anew, twice: a generation batch has two rows of images and two without."""
+    """Batches of every mixture, shuffled twice: a generation batch has two rows with images and two without."""
     sizes = {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 4, "beta": 0.1}
     made = policy_trainer(trainer, config, load(), any_processor, prompts(image_rows), tmp_path, image_rows, **sizes)
     made.train()
@@ -221,6 +222,7 @@ def test_policy_and_reference_see_each_rows_own_images(trainer, config, load, an
     check_log(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policy_trainers_train_adapters(trainer, config, load, any_processor, image_rows, tmp_path):
     """The reference is the model without its adapter."""
@@ -233,6 +235,7 @@ def test_policy_trainers_train_adapters(trainer, config, load, any_processor, im
     assert [entry["eval_reward"] for entry in made.state.log_history if "eval_reward" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 @pytest.mark.parametrize("none", [None, []])
 def test_policies_learn_on_batches_without_images(none, trainer, config, load, any_processor, image_rows, tmp_path):
@@ -243,6 +246,7 @@ def test_policies_learn_on_batches_without_images(none, trainer, config, load, a
     check_log(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policies_never_answer_with_query_tokens(trainer, config, load, processor, image_rows, tmp_path):
     """TRL's own list of tokens that must not be generated has the image token only."""
@@ -252,6 +256,7 @@ def test_policies_never_answer_with_query_tokens(trainer, config, load, processo
     policy_trainer(trainer, config, model, processor, prompts(image_rows), tmp_path, image_rows).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policy_trainers_take_a_column_of_one_image(trainer, config, load, any_processor, image_rows, tmp_path):
     rows = [{"prompt": user(QUESTIONS[i]), "image": image_rows[i][0] if image_rows[i] else None} for i in (0, 1, 3)]
@@ -271,7 +276,7 @@ def answered(image_rows, answers=ANSWERS, *, none=None):
 
 
 def first_step(trainer):
-    """What is logged of the first step, before which the weights are the given ones."""
+    """The log of the first step, which starts from the given weights."""
     trainer.train()
     check_log(trainer)
     return trainer.state.log_history[0]
@@ -285,6 +290,7 @@ def mean_sum(log_probs):
     return sum(row.sum().item() for row in log_probs) / len(log_probs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_dpo_compares_answers_to_each_rows_own_images(with_adapters, load, any_processor, image_rows, tmp_path):
     rows = [row | {"rejected": assistant(other)} for row, other in zip(answered(image_rows), OTHERS, strict=True)]
@@ -308,6 +314,7 @@ def test_dpo_compares_answers_to_each_rows_own_images(with_adapters, load, any_p
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
+@pytest.mark.slow
 def test_kto_weighs_answers_to_each_rows_own_images(load, any_processor, image_rows, tmp_path):
     rows = [row | {"label": i % 2 == 0} for i, row in enumerate(answered(image_rows))]
     args = KTOConfig(str(tmp_path), **FIXED, **WHOLE)
@@ -325,6 +332,7 @@ def sft(model, processor, dataset, folder, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["completion", "messages"])
 def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor, image_rows, tmp_path):
     if form == "messages" and Version(transformers.__version__) < Version("5.18"):
@@ -343,8 +351,9 @@ def test_sft_learns_answers_from_each_rows_own_images(form, load, any_processor,
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
+@pytest.mark.slow
 def test_text_is_packed_right(load, processor, tmp_path):
-    """Of text alone TRL makes rows of several samples; each of them reads itself only."""
+    """TRL packs text-only samples into rows; each sample reads only itself."""
     answers = ("yes", "me, as ever", "both of them", "no one at all")
     rows = zip(QUESTIONS, answers, strict=True)
     dataset = Dataset.from_list([{"messages": user(question) + assistant(answer)} for question, answer in rows])
@@ -357,6 +366,7 @@ def test_text_is_packed_right(load, processor, tmp_path):
     assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_images_are_not_packed(load, processor, image_rows, tmp_path):
     dataset = Dataset.from_list(answered(image_rows))
     for name in ("packing", "padding_free"):
@@ -373,6 +383,7 @@ def test_a_prompt_that_trl_cuts_is_refused(load, processor, image_rows, tmp_path
             trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher_is_student", [True, False])
 def test_distillation_shows_images_to_student_and_teacher(
     teacher_is_student, load, any_processor, image_rows, source, tmp_path
@@ -396,7 +407,7 @@ def test_distillation_shows_images_to_student_and_teacher(
     assert (max(losses) < 1e-5) == teacher_is_student
 
 
-# What `datasets` makes of parts with different keys, and what published data sets hold.
+# How `datasets` returns parts with different keys, as in published data sets.
 EXTRA_KEYS = {
     "filled": ({"text": None}, {}),
     "numbered": ({"text": None, "index": 0}, {"index": None}),
@@ -420,6 +431,7 @@ def in_parts(rows, keys):
     return dataset.with_transform(remove_none_values) if "image" in of_image else dataset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", list(EXTRA_KEYS))
 def test_parts_with_more_keys_are_read_like_text(keys, load, processor, image_rows, tmp_path):
     plain = [row | {"rejected": assistant(other)} for row, other in zip(answered(image_rows), OTHERS, strict=True)]
@@ -445,8 +457,9 @@ def test_parts_with_more_keys_are_read_like_text(keys, load, processor, image_ro
         assert all(batches[0][name].equal(batches[1][name]) for name in batches[0])
 
 
+@pytest.mark.slow
 def test_images_in_parts(load, processor, image_rows, tmp_path):
-    """`datasets` encodes them. GRPO takes them, SFT with our collator; else TRL looks into its column only."""
+    """`datasets` encodes them. GRPO and, with our collator, SFT accept them; otherwise TRL reads only its column."""
     rows = [
         {"prompt": [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), text]}]}
         for images, question in zip(image_rows, QUESTIONS, strict=True)
@@ -489,7 +502,7 @@ def test_an_image_that_is_missing_is_refused(load, processor, image_rows, tmp_pa
 
 @pytest.mark.slow
 def test_a_folder_is_trained_without_the_package(source, images, tmp_path):
-    """Model, reference and processor by name, their code from the folder; what is saved is trained again."""
+    """Model, reference and processor by name, with code from the folder; the result is trained again."""
     images[0].save(tmp_path / "image.png")
     script = f"""
 import sys
@@ -513,7 +526,7 @@ SFTTrainer("again", SFTConfig("runs", max_length=None, **options), train_dataset
 
 @pytest.fixture(scope="module")
 def trained_by_processes(make_model, processor, tmp_path_factory):
-    """The source, and what one process and two made of it."""
+    """The source, and the results of one process and of two."""
     folder = tmp_path_factory.mktemp("processes")
     make_model("llama", pooling_dropout=0.0).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

@@ -117,7 +117,7 @@ def test_films_of_every_format_give_the_frames_asked_for(tmp_path, name, count):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_seeking_in_a_long_film_finds_the_same_frames(tmp_path, monkeypatch, options, suffix):
     path = write_film(tmp_path / f"long{suffix}", [numbered(i) for i in range(150)], "libx264", **options)
-    monkeypatch.setattr(video, "LONG_FILM", 150)
+    monkeypatch.setattr(video, "LONG_VIDEO", 150)
     assert numbers_in(path, 11) == [round(i * 14.9) for i in range(11)]
     assert numbers_in(path, 150) == [*range(150)]
 
@@ -201,7 +201,7 @@ def test_broken_and_missing_clips_are_refused(tmp_path, clip):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=r"found none in .*folder"):
         video_frames(tmp_path / "folder")
-    with pytest.raises(TypeError, match="found generator; make a list"):
+    with pytest.raises(TypeError, match="found generator; convert iterators to lists"):
         video_frames(numbered(i) for i in range(3))
     for num_frames in (0, 2.5, True, "3", None):
         with pytest.raises(ValueError, match=f"`num_frames` of 1 or more, found {num_frames!r}"):
@@ -300,7 +300,7 @@ def test_more_images_than_the_model_has_positions_for_are_counted_in_a_warning(c
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     frames = [numbered(i) for i in range(64)]
     prepare(processor, question({"type": "video", "video": frames}), num_frames=50)
-    assert "tiles of images" not in caplog.text
+    assert "the model was made for" not in caplog.text
     prepare(processor, question({"type": "video", "video": frames}), num_frames=64)
     assert "1024 are image tokens of 64 tiles, but the model was made for 1024" in caplog.text
 

@@ -10,9 +10,7 @@ which takes a row) and at most one number (which takes a cell). Split and index 
 Images of the split "train" never contain one of `HELD_OUT_PAIRS`; those of other splits may.
 """
 
-import argparse
 import colorsys
-import logging
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,8 +19,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-logger = logging.getLogger(__name__)
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLOURS = {
@@ -446,22 +442,3 @@ def _outline(shape: str) -> np.ndarray:
     angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     heart = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
     return np.stack([np.sin(angle) ** 3, -heart / 16], axis=1)
-
-
-def main() -> None:
-    """Save the image of a scene, and log its questions and answers."""
-    parser = argparse.ArgumentParser(description="Draw a scene, and list its questions and answers.")
-    parser.add_argument("index", type=int, help="index of the scene in its split")
-    parser.add_argument("--split", default="evaluation", help="'train' or any other name (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=384, help="side of the image, in pixels (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="image file")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    scene = scene_at(args.split, args.index)
-    draw(scene, args.size).save(args.output)
-    for kind, question, answer in questions(scene, random.Random(args.index)):
-        logger.info("%s: %s %s", kind, question, answer)
-
-
-if __name__ == "__main__":
-    main()
