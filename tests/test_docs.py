@@ -88,6 +88,7 @@ def run(command, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's configs pass it
 @pytest.mark.parametrize(("page", "shown"), RUNS)
 def test_every_block_of_a_page_runs_on_its_own(page, shown, clone, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
