@@ -47,7 +47,7 @@ PHI_2 = {
     "eos_token_id": 50296,
     "pad_token_id": 50256,
 }
-SIGLIP_SO400M_384 = {
+SIGLIP_SO400M_384: dict[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -170,7 +170,7 @@ class FlashSlothConfig(PreTrainedConfig):
         Raises:
             ValueError: If the tower has no square patch grid.
         """
-        return patch_grid_size(self.vision_config)
+        return patch_grid_size(self.vision_config)  # type: ignore[arg-type]
 
     @property
     def num_patches(self) -> int:

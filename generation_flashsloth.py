@@ -25,7 +25,7 @@ CACHE_NAME = CACHE_NAMES[0] if hasattr(BaseModelOutputWithPast, "cache") else CA
 class KeepsPrefix:
     """A KV cache that is handed over once prefill has filled it, so that its beginning can be kept."""
 
-    on_prefill: Callable[[Cache], None] | None = None
+    on_prefill: Callable[[Any], None] | None = None
 
 
 class DynamicPrefixCache(KeepsPrefix, DynamicCache):
@@ -81,7 +81,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
             model_inputs["begins_instruction"] = spans.instruction_start[:, -1] == cached.shape[1]
         return model_inputs
 
-    def _has_placeholders(self, input_ids: torch.LongTensor) -> bool:
+    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
         return bool(((input_ids == self.config.image_token_id) | (input_ids == self.config.query_token_id)).any())
 
     def _prepare_generation_config(
@@ -238,7 +238,7 @@ class ImagePrefixCache:
             return rest | ({} if pixel_values is None else {"pixel_values": pixel_values.to(self.model.device)})
         digest = hashlib.sha256(prefix.cpu().numpy().tobytes())
         digest.update(pixel_values.float().cpu().numpy().tobytes())
-        digest.update(_weights_state(self.model).encode())
+        digest.update(_weights_state(self.model).encode())  # type: ignore[arg-type]
         key = digest.digest()
         with self._lock:
             known = self.known.get(key)
@@ -259,7 +259,7 @@ class ImagePrefixCache:
         """Whether the first positions of a filled cache are as they were before the others were added."""
         return all(type(layer) is DynamicLayer for layer in self._empty_cache().layers)
 
-    def _begin(self, key: bytes, prefix: torch.LongTensor, known: CachedPrefix) -> Cache:
+    def _begin(self, key: bytes, prefix: torch.Tensor, known: CachedPrefix) -> Cache:
         """An empty cache whose prefix is kept once `generate` has filled it."""
         num_tokens = prefix.shape[1]
         if self.max_cache_len is not None:
@@ -293,7 +293,7 @@ class ImagePrefixCache:
                 "for a dynamic cache."
             )
 
-    def _prefix(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
+    def _prefix(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """The ids up to the first question; `None` if there is no image before it."""
         config = self.model.config
         queries = (input_ids[0] == config.query_token_id).nonzero()
@@ -314,7 +314,7 @@ class ImagePrefixCache:
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model.get_image_features(pixel_values.to(self.model.device)).last_hidden_state
 
-    def _prefill(self, prefix: torch.LongTensor, patch_features: torch.Tensor) -> Cache:
+    def _prefill(self, prefix: torch.Tensor, patch_features: torch.Tensor) -> Cache:
         num_tiles = int((prefix == self.model.config.image_token_id).sum()) // self.model.config.image_seq_length
         cache = self._empty_cache()
         prefix = prefix.to(self.model.device)

@@ -102,7 +102,7 @@ class EndpointHandler:
         model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
         # `default_device` of flashsloth.cli.devices, repeated: the package is not installed on an endpoint
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        self.model = model.to(device).eval()
+        self.model = model.to(device).eval()  # type: ignore[arg-type]
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, str]]:
         """Answer a request.

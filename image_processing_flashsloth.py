@@ -222,15 +222,15 @@ class FlashSlothImageProcessor(PilBackend):
         """
         _check_names(kwargs, self._argument_names())
         _check_flag(kwargs.get("do_image_splitting"))
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        validate_typed_dict(self.valid_kwargs, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # type: ignore[assignment]
+        validate_typed_dict(self.valid_kwargs, kwargs)  # type: ignore[type-var]
         settings = {name: getattr(self, name, None) for name in self._argument_names()}
         settings = self._standardize_kwargs(**(settings | kwargs))
         _check_settings(**settings)
 
         device, return_tensors = settings.pop("device"), settings.pop("return_tensors")
         tiles = self._tiles(list(_flatten(self.fetch_images(images))), **settings)
-        features = {"pixel_values": tiles.reshape(-1, *tiles.shape[2:])}
+        features: Any = {"pixel_values": tiles.reshape(-1, *tiles.shape[2:])}
         if crop_to_patches:
             features["num_patches"] = np.full(*tiles.shape[:2])
         features = BatchFeature(features, tensor_type=return_tensors)
@@ -449,8 +449,9 @@ def _fetch(source: str) -> bytes:
     if source[:5].lower() != "data:":
         return _decode_base64(source)
     header, _, content = source.partition(",")
-    content = unquote_to_bytes(content)
-    return _decode_base64(content.decode()) if header.lower().endswith(";base64") else content
+    content = unquote_to_bytes(content)  # type: ignore[assignment]
+    is_base64 = header.lower().endswith(";base64")
+    return _decode_base64(content.decode()) if is_base64 else content  # type: ignore[attr-defined,return-value]
 
 
 def _decode_base64(text: str) -> bytes:
@@ -487,7 +488,7 @@ def _to_numpy(array: Any) -> np.ndarray:
 def _grey_to_pil(values: np.ndarray) -> Image.Image:
     """A PIL image with the array's values, in a mode that `_convert_to_rgb` reads as it would read the array."""
     name = "an array of grey values"
-    _check_sides(*values.shape, name)
+    _check_sides(*values.shape, name)  # type: ignore[call-arg]
     if values.dtype == np.uint16:
         return Image.fromarray(values)
     if values.dtype.kind == "f":
@@ -538,7 +539,7 @@ def _array_to_pil(array: np.ndarray, input_data_format: str | ChannelDimension |
             f"Expected 1, 3 or 4 channels, first or last, in {name}, found shape {shape} and "
             f"input_data_format={input_data_format}; select 1, 3 or 4 channels, or correct `input_data_format`."
         )
-    _check_sides(*array.shape[:2], name)
+    _check_sides(*array.shape[:2], name)  # type: ignore[call-arg]
     array = _to_uint8(array, name)
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
 
@@ -791,7 +792,7 @@ def _to_device(features: BatchFeature, device: Any) -> BatchFeature:
         if str(device) == "cpu":
             return features
         raise ValueError(f"Expected `return_tensors='pt'` with device={device}, found numpy output; pass both.")
-    return features.to(device)
+    return features.to(device)  # type: ignore[return-value]
 
 
 __all__ = ["FlashSlothImageProcessor", "FlashSlothImageProcessorKwargs"]

@@ -219,8 +219,8 @@ class QueryContext(NamedTuple):
     """
 
     patch_features: torch.Tensor
-    tiles: torch.LongTensor
-    query_positions: torch.LongTensor
+    tiles: torch.Tensor
+    query_positions: torch.Tensor
     patch_mask: torch.Tensor
     instruction_mask: torch.Tensor
     update_mask: torch.Tensor
@@ -376,7 +376,7 @@ class PromptSpans:
             found = found | nn.functional.pad(matches, (len(pattern) - 1, 0))
         return found
 
-    def query_positions(self) -> torch.LongTensor:
+    def query_positions(self) -> torch.Tensor:
         """Positions of every row's query tokens in order, then of other tokens, `(batch, queries_per_row)`."""
         batch_size, length = self.query_mask.shape
         if self.queries_per_row == length:  # a traced graph cannot know how many there are
@@ -557,9 +557,10 @@ def scale_logits(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor
 class FlashSlothPreTrainedModel(PreTrainedModel):
     """Loading, saving, initialisation and activation checkpointing, common to all FlashSloth models."""
 
+    config: FlashSlothConfig
     config_class = FlashSlothConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     # Modules that are sharded, or placed on a device, as a whole, in addition to the layers of tower and decoder.
     _no_split_modules = ["SpatialAttentionPooling", "EmbeddedQuery"]
@@ -583,7 +584,7 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
         """Finish the constructor; see `PreTrainedModel.post_init`."""
         super().post_init()
         # Tower and decoder name the classes of their whole families; accelerate's FSDP rejects a name without module.
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}  # type: ignore[operator]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -677,18 +678,18 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         config.validate_architecture()
         super().__init__(config)
         self._keys_to_ignore_on_load_unexpected.append(r"^lm_head\.")  # in a checkpoint of the whole model
-        self.vision_tower = build_vision_tower(config.vision_config)
+        self.vision_tower = build_vision_tower(config.vision_config)  # type: ignore[arg-type]
         self.spatial_attention_pooling = SpatialAttentionPooling(
             hidden_size=config.vision_config.hidden_size,
             window_size=config.pooling_window_size,
             dropout=config.pooling_dropout,
         )
         self.multi_modal_projector = FlashSlothMultiModalProjector(config)
-        self.language_model = build_decoder(config.text_config)
+        self.language_model = build_decoder(config.text_config)  # type: ignore[arg-type]
         self.query_tokens = nn.Parameter(torch.empty(config.num_query_tokens, config.text_config.hidden_size))
         self.embedded_query = EmbeddedQuery(config)
         # A bound method, so that a deep copy of the model calls its own module.
-        layer = self.language_model.layers[config.query_layer_idx]
+        layer = self.language_model.layers[config.query_layer_idx]  # type: ignore[index]
         layer.register_forward_pre_hook(self._update_queries, with_kwargs=True)
         self.post_init()
 
@@ -761,10 +762,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         for token_id in sorted(special):
             embedding = self.get_input_embeddings()(ids.new_full((1, 1), token_id))
             ids = torch.where((inputs_embeds == embedding).all(dim=-1), token_id, ids)
-        return ids
+        return ids  # type: ignore[return-value]
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -846,7 +847,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             **{CACHE_NAME: cache},
             **_without_fused_attentions(kwargs, self.language_model),
         )
-        image_outputs = {}
+        image_outputs: dict[str, Any] = {}
         if features is not None:
             image_outputs = {"image_hidden_states": features.pooler_output, "image_outputs": features}
         if features is not None and context.record is not None:
@@ -881,7 +882,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 "tells them apart; pass positions that restart with each sample."
             )
 
-    def _with_config_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_config_defaults(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a call, completed by what the config asks for."""
         asked = {name: True for name in RECORDS if getattr(self.config, name, False)}
         return asked | {name: value for name, value in kwargs.items() if value is not None}
@@ -1020,7 +1021,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
-    def forward(  # noqa: D417 (the other arguments are described once, at `FlashSlothModel.forward`)
+    def forward(  # type: ignore[misc]  # noqa: D417 (the other arguments are described once, at `FlashSlothModel.forward`)
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -1056,7 +1057,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
+        logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)  # type: ignore[arg-type]
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size

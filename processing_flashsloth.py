@@ -36,7 +36,7 @@ from .video_processing_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 try:
     from starlette.exceptions import HTTPException
 except ImportError:
-    HTTPException = Exception
+    HTTPException = Exception  # type: ignore[assignment,misc]
 
 logger = logging.get_logger(__name__)
 
@@ -194,7 +194,7 @@ class ConversationError(ValueError, HTTPException):
     """A conversation cannot be encoded: an image is broken, a role or part type is unknown, or text is missing."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message)  # type: ignore[arg-type]
         self.status_code, self.detail, self.headers = 400, message, None
 
     def __str__(self) -> str:
