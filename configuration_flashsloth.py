@@ -539,7 +539,9 @@ TRANSFORMERS_HOOKS = {
         "_get_train_sampler",
         "_run_epoch",
         "create_accelerator_and_postprocess",
+        "evaluate",
     ),
+    "trainer_callback.TrainerCallback": ("on_epoch_begin", "on_train_begin"),
 }
 """What FlashSloth overrides in transformers' classes. If a new version renamed one of these, FlashSloth's code would no
 longer be called, and answers would change without an error."""
@@ -567,6 +569,6 @@ def check_transformers(*class_paths: str) -> None:
         )
 
 
-check_transformers(*(path for path in TRANSFORMERS_HOOKS if path != "trainer.Trainer"))  # whose import takes long
+check_transformers(*(path for path in TRANSFORMERS_HOOKS if not path.startswith("trainer")))  # see training/recipe.py
 
 __all__ = ["FlashSlothConfig"]

@@ -16,7 +16,7 @@ from .sampler import ModalityLengthSampler
 
 logger = logging.getLogger(__name__)
 
-check_transformers("trainer.Trainer")
+check_transformers("trainer.Trainer", "trainer_callback.TrainerCallback")  # here, for their import takes long
 
 
 def freeze_for_stage(
