@@ -223,7 +223,7 @@ def script_and_arguments(words):
     return read.training_script, read.training_script_args
 
 
-@pytest.mark.parametrize("words", shown_commands())
+@pytest.mark.parametrize("words", [*shown_commands()])
 def test_programs_accept_the_commands_that_cannot_run_here(words, monkeypatch, capsys):
     match words:
         case ["hf" | "transformers", *_] | ["pytest", *_]:
