@@ -105,6 +105,7 @@ def test_maps_are_held_against_the_things_of_a_scene(shipped):
     assert strip.size == (4 * 192 + 3 * 8, 192)
 
 
+@pytest.mark.slow
 def test_the_module_is_switched_off_for_comparison(shipped):
     rows = load("maps").ablation_table(*shipped, num_images=12).splitlines()[2:]
     asked, right, without = (int(part) for part in rows[-1].strip("| ").split(" | ")[1:])

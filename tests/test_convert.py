@@ -513,6 +513,7 @@ def test_an_empty_output_folder_is_used(tmp_path, tensors):
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_read_from_what_was_downloaded(tmp_path, tensors):
     repository = tmp_path / "cache/models--someone--sloth"
     source = make_original(repository / "snapshots" / ("0" * 40), tensors)
@@ -544,6 +545,7 @@ def test_the_card_of_the_released_sizes_names_its_base_models():
     assert "405 tokens" in card.text.replace("\n", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("as_bin", [False, True])
 def test_memory_stays_below_one_and_a_half_shards(tmp_path, as_bin):
