@@ -92,6 +92,7 @@ def test_only_variants_with_the_module_let_it_change_an_answer(name, features):
     assert torch.equal(before, model(**batch).logits) != VARIANTS[name].has_module
 
 
+@pytest.mark.slow
 def test_one_pass_counts_what_generate_answers(features):
     """On evaluation images that the model has memorized, so that some answers are right."""
     variant = VARIANTS["sap-embq"]

@@ -111,6 +111,7 @@ def test_maps_are_compared_with_the_objects_of_a_scene(shipped):
     assert strip.size == (4 * 192 + 3 * 8, 192)
 
 
+@pytest.mark.slow
 def test_switching_off_the_module_loses_some_answers(shipped):
     rows = maps.ablation_table(*shipped, num_images=12).splitlines()[2:]
     asked, right, without = (int(part) for part in rows[-1].strip("| ").split(" | ")[1:])

@@ -550,6 +550,7 @@ def test_an_empty_output_folder_is_used(tmp_path, tensors):
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_read_from_what_was_downloaded(tmp_path, tensors):
     repository = tmp_path / "cache/models--someone--sloth"
     source = make_original(repository / "snapshots" / ("0" * 40), tensors)
@@ -581,6 +582,7 @@ def test_the_card_of_the_released_sizes_names_its_base_models():
     assert "405 tokens" in card.text.replace("\n", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_weights_are_mapped_and_not_held_in_memory(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 12288}

@@ -518,6 +518,7 @@ def test_limits_are_the_environments(module, monkeypatch):
         module.EndpointHandler(str(ROOT))
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_the_model_does(endpoint, monkeypatch):
     outputs, generate = [], endpoint.model.generate
     monkeypatch.setattr(endpoint.model, "generate", lambda **kwargs: outputs.append(generate(**kwargs)) or outputs[-1])

@@ -480,6 +480,7 @@ def test_the_card_says_what_is_pretrained_and_what_is_not(built):
     assert card.data.base_model == ["someone/decoder", "someone/tower"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_about_one_model_is_in_memory(bases, tmp_path):
     folder, _ = bases

@@ -164,6 +164,7 @@ def test_a_step_reads_all_of_the_decoder_but_a_separate_input_table():
         assert counts["vision_bytes"] + counts["decoder_bytes"] == 2 * (counts["parameters"] - unread)
 
 
+@pytest.mark.slow
 def test_a_released_model_is_counted_at_its_size():
     counts = latency.count(PEERS[0], 1344)
     assert (counts["visual_tokens"], counts["prompt_tokens"]) == (81, 81 + 1 + 40 + 9)

@@ -63,3 +63,10 @@ def test_a_deprecated_call_of_transformers_is_noticed(deprecations):
 def test_pytest_turns_deprecations_of_our_code_into_errors():
     filters = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     assert {"error::DeprecationWarning:flashsloth", "error::FutureWarning:flashsloth"} <= {*filters["filterwarnings"]}
+
+
+def test_the_package_is_imported_once():
+    models = {name for name in sys.modules if name.endswith(".modeling_flashsloth")}
+    assert {name for name in models if not name.startswith("transformers_modules.")} == {
+        "flashsloth.modeling_flashsloth"
+    }

@@ -187,7 +187,8 @@ def test_the_page_prints_what_it_says(monkeypatch, capsys):
 @pytest.mark.skipif(IS_PACKAGE_HIDDEN, reason="this is the second run")
 def test_all_of_this_works_by_remote_code_without_the_package(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = ["--noconftest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), __file__]
+    tests = ["--confcutdir", str(ROOT / "tests"), "-c", str(ROOT / "pyproject.toml"), __file__]
+    arguments = ["--noconftest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         [sys.executable, "-c", HIDE_PACKAGE, *arguments],
         env=environment,
