@@ -818,7 +818,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         elif is_prompt:
             input_ids = self.find_special_ids(inputs_embeds)
-        features = context = None
+        features = context = spans = None
         if is_prompt:  # a decoding step has a single token, which is neither an image nor a query token
             mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
             positions = position_ids if cache is None and getattr(position_ids, "ndim", 0) == 2 else None
@@ -847,16 +847,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             **{CACHE_NAME: cache},
             **_without_fused_attentions(kwargs, self.language_model),
         )
-        image_outputs: dict[str, Any] = {}
-        if features is not None:
-            image_outputs = {"image_hidden_states": features.pooler_output, "image_outputs": features}
-        if features is not None and context.record is not None:
-            image_outputs |= self._attentions(features, context, spans)
         return FlashSlothModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **image_outputs,
+            **self._image_outputs(features, context, spans),
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
@@ -985,16 +980,22 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             update_mask=(is_query & is_read.any(dim=-1, keepdim=True)).squeeze(-1),
         )
 
-    def _attentions(
-        self, features: BaseModelOutputWithPooling, context: QueryContext, spans: PromptSpans
-    ) -> dict[str, torch.Tensor]:
-        """`pooling_attentions` and `query_attentions` of the output."""
-        is_query = spans.query_mask.gather(1, context.query_positions)
-        weights = context.record.weights.transpose(1, 2)[is_query]  # (num_queries, num_heads, num_keys)
-        return {
-            "pooling_attentions": self.spatial_attention_pooling.window_weights(features.last_hidden_state),
-            "query_attentions": weights.unflatten(0, (-1, self.config.num_query_tokens)).transpose(1, 2),
-        }
+    def _image_outputs(
+        self,
+        features: BaseModelOutputWithPooling | None,
+        context: QueryContext | None,
+        spans: PromptSpans | None,
+    ) -> dict[str, Any]:
+        """Outputs of a call besides the decoder's, if there are images."""
+        if features is None:
+            return {}
+        outputs = {"image_hidden_states": features.pooler_output, "image_outputs": features}
+        if context.record is not None:
+            is_query = spans.query_mask.gather(1, context.query_positions)
+            weights = context.record.weights.transpose(1, 2)[is_query]  # (num_queries, num_heads, num_keys)
+            outputs["query_attentions"] = weights.unflatten(0, (-1, self.config.num_query_tokens)).transpose(1, 2)
+            outputs["pooling_attentions"] = self.spatial_attention_pooling.window_weights(features.last_hidden_state)
+        return outputs
 
 
 class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSaliencyMixin, FlashSlothGenerationMixin):

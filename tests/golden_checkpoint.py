@@ -36,12 +36,12 @@ def write_golden_checkpoint(folder):
 
 
 def read_case(name, config):
-    """The prompts with their placeholders expanded, padded on the right, and the pictures."""
+    """The prompts with their placeholders expanded, padded on the right, and the images."""
     case = json.loads((GOLDEN / f"{name}.json").read_text())
     shape = case["images"]["shape"]
     pixels = torch.from_numpy(np.clip(synthetic(case["images"]["synthetic"], shape), -1, 1)).view(-1, *shape[-3:])
     num_tiles = shape[1] if len(shape) == 5 else 1
-    if name == "mixed":  # row 2 has no picture
+    if name == "mixed":  # row 2 has no image
         pixels = pixels[:1]
     repeats = {config.image_token_id: num_tiles * config.image_seq_length, config.query_token_id: 9}
     rows = [[i for i in row for _ in range(repeats.get(i, 1))] for row in case["input_ids"]]
