@@ -74,11 +74,13 @@ class DecoderGraph(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Logits after the prompt, `(batch, vocab_size)`, then the keys and values of every layer."""
         inner = self.model.model
-        inner._pool = lambda _: image_tokens  # already pooled and projected by the vision graph
+        # The vision graph has pooled and projected the patches, and `forward` takes no image tokens: it would repeat
+        # both in the decoder's graph. So this instance returns the given ones while the graph is traced.
+        inner._to_image_tokens = lambda _: image_tokens
         try:
             return _run(self.model, DynamicCache(), input_ids, attention_mask, patch_features=patch_features)
         finally:
-            del inner._pool
+            del inner._to_image_tokens
 
 
 class StepGraph(nn.Module):
