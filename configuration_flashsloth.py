@@ -1,8 +1,8 @@
 """Configuration of FlashSloth: a vision tower, a decoder, and the two modules of the paper that join them.
 
 The defaults describe FlashSloth-3.2B (arXiv 2412.04317): SigLIP-so400m/14 at 384 px and Phi-2. The second half of the
-file reads the flat configuration of the original releases, which names its vision tower instead of describing it; the
-end lists what FlashSloth overrides in transformers, which is checked whenever this file is imported.
+file reads the flat configuration of the original releases, which names its vision tower instead of describing it. The
+end lists the attributes that FlashSloth overrides in transformers; importing this file checks that they exist.
 """
 
 import importlib
@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+# transformers reads these tables of names directly, and `register` of the auto classes does not add to them.
 # `transformers serve` looks a custom architecture up in the first before it loads any remote code; `Trainer` shifts the
 # labels of `label_smoothing_factor` for the names in the second.
 for names in (modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
@@ -98,7 +99,8 @@ class FlashSlothConfig(PreTrainedConfig):
         query_layer_idx: Index of the decoder layer in whose input the Embedded Query module updates the query tokens.
         query_hidden_size: Width of the Embedded Query module; a multiple of its heads.
         num_query_heads: Attention heads of the Embedded Query module; `None`: as many as the decoder has.
-        query_anchor_token_id: Vocabulary id of the token whose embedding is added to every query; `None`: none.
+        query_anchor_token_id: Vocabulary id of the token whose embedding is added to every query token;
+            `None`: none.
         instruction_start_ids: Id patterns after which an instruction begins. The instruction of a query block extends
             from the last pattern before the block to the block. Default: Phi-2's ids of `<image>\n`, `USER:` and
             ` USER:`.
@@ -189,7 +191,7 @@ class FlashSlothConfig(PreTrainedConfig):
         return (self.patch_grid_size // self.pooling_window_size) ** 2
 
     def validate_architecture(self) -> None:
-        """Reject combinations that no model can be built from.
+        """Reject fields from which no model can be built.
 
         transformers calls this when a config is created or saved; the model's constructor calls it again, because
         fields may change in between.
@@ -243,25 +245,25 @@ class FlashSlothConfig(PreTrainedConfig):
             if not 0 <= token_id < self.text_config.vocab_size:
                 raise ValueError(
                     f"`{name}`={token_id} is outside the decoder's vocabulary of {self.text_config.vocab_size} tokens "
-                    "(`text_config.vocab_size`); set the id that your tokenizer gives, or enlarge the vocabulary."
+                    "(`text_config.vocab_size`); set the id from your tokenizer, or enlarge the vocabulary."
                 )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """Read a config file; see `PreTrainedConfig.get_config_dict`. That of an original release is translated."""
+        """Read a config file, translating that of an original release; see `PreTrainedConfig.get_config_dict`."""
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _translated(config_dict, folder.parent if folder.is_file() else folder), kwargs
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> "FlashSlothConfig":
-        """Read a config file; see `PreTrainedConfig.from_json_file`. That of an original release is translated."""
+        """Read a config file, translating that of an original release; see `PreTrainedConfig.from_json_file`."""
         return cls.from_pretrained(json_file)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a config from the content of a file; see `PreTrainedConfig.from_dict`."""
-        folder = Path(str(kwargs.get("name_or_path", "")))  # which `AutoConfig` sets
+        folder = Path(str(kwargs.get("name_or_path", "")))  # set by `AutoConfig`
         return super().from_dict(_translated(config_dict, folder), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -305,7 +307,7 @@ def patch_grid_size(vision_config: PreTrainedConfig) -> int:
 def is_original_config(config: dict) -> bool:
     """Whether a `config.json` is that of an original release.
 
-    Its architecture or its vision tower identifies it, not its `model_type`, which is Phi's in the authors' releases.
+    It is recognised by its architecture or its vision tower: in the authors' releases, `model_type` is Phi's.
 
     Args:
         config: The content of the file.
@@ -326,7 +328,7 @@ def translate_original_config(original: dict, *, folder: Path, vision_config: Pa
     """Translate the config of an original FlashSloth release.
 
     Args:
-        original: The release's `config.json`: Phi's fields, flat, and `mm_*` fields, of which any may be absent.
+        original: The release's `config.json`: Phi's fields and `mm_*` fields in one flat dict; any may be absent.
         folder: The release's folder; a relative `mm_vision_tower` is looked for in it.
         vision_config: Folder or file of the vision tower's own config. Default: the target of `mm_vision_tower` or,
             if that does not exist, SigLIP-so400m/14 at 384 px, the tower of all releases.
@@ -428,13 +430,8 @@ def original_generation_config(original: dict, config: PreTrainedConfig) -> Gene
 
 
 _TEXT, _FLAG, _OBJECT = "text", "true or false", "an object"
-_INTEGER, _COUNT, _POSITIVE, _SHARE = (
-    "a whole number",
-    "a whole number from 1",
-    "a number above 0",
-    "a number from 0 to 1",
-)
-_PART = "a number above 0 and up to 1"
+_INTEGER, _COUNT, _POSITIVE = "a whole number", "a whole number from 1", "a number above 0"
+_PROBABILITY, _FRACTION = "a number from 0 to 1", "a number above 0 and up to 1"
 _ACTIVATION, _DTYPE = "an activation function of transformers", "a type of torch, such as 'float16'"
 _KINDS: dict[str, Callable[[Any], bool]] = {
     _TEXT: lambda value: isinstance(value, str),
@@ -443,22 +440,28 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     _INTEGER: lambda value: type(value) is int,
     _COUNT: lambda value: type(value) is int and value >= 1,
     _POSITIVE: lambda value: type(value) in (int, float) and 0 < value < math.inf,
-    _PART: lambda value: type(value) in (int, float) and 0 < value <= 1,
-    _SHARE: lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    _FRACTION: lambda value: type(value) in (int, float) and 0 < value <= 1,
+    _PROBABILITY: lambda value: type(value) in (int, float) and 0 <= value <= 1,
     _ACTIVATION: lambda value: isinstance(value, str) and value in ACT2FN,
     _DTYPE: lambda value: isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype),
 }
 _GREEDY_FIELDS = {"num_beams": _COUNT, "repetition_penalty": _POSITIVE, "no_repeat_ngram_size": _INTEGER}
-_SAMPLING_FIELDS = {"do_sample": _FLAG, "temperature": _POSITIVE, "top_k": _INTEGER, "top_p": _SHARE, **_GREEDY_FIELDS}
+_SAMPLING_FIELDS = {
+    "do_sample": _FLAG,
+    "temperature": _POSITIVE,
+    "top_k": _INTEGER,
+    "top_p": _PROBABILITY,
+    **_GREEDY_FIELDS,
+}
 _DECODER_FIELDS = (
     dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), _COUNT)
     | dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), _COUNT)
     | dict.fromkeys(("layer_norm_eps", "initializer_range", "rope_theta"), _POSITIVE)
-    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attention_dropout"), _SHARE)
+    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attention_dropout"), _PROBABILITY)
     | dict.fromkeys(("qk_layernorm", "tie_word_embeddings"), _FLAG)
-    | {"hidden_act": _ACTIVATION, "partial_rotary_factor": _PART, "rope_scaling": _OBJECT, "bos_token_id": _INTEGER}
+    | {"hidden_act": _ACTIVATION, "partial_rotary_factor": _FRACTION, "rope_scaling": _OBJECT, "bos_token_id": _INTEGER}
 )
-"""Fields of a release that describe its decoder, and their kinds."""
+"""Fields of a release's config that describe its decoder, and the kinds of their values."""
 
 
 def read_tower_config(path: Path, *, required: bool) -> dict:
@@ -543,8 +546,8 @@ TRANSFORMERS_HOOKS = {
     ),
     "trainer_callback.TrainerCallback": ("on_epoch_begin", "on_train_begin"),
 }
-"""What FlashSloth overrides in transformers' classes. If a new version renamed one of these, FlashSloth's code would no
-longer be called, and answers would change without an error."""
+"""Methods and attributes of transformers' classes that FlashSloth overrides. If a new version renamed one, FlashSloth's
+would no longer be used, and answers would change without an error."""
 
 
 def check_transformers(*class_paths: str) -> None:
@@ -563,8 +566,8 @@ def check_transformers(*class_paths: str) -> None:
         missing += [f"{name}.{hook}" for hook in TRANSFORMERS_HOOKS[path] if not hasattr(overridden, hook)]
     if missing:
         raise ImportError(
-            f"FlashSloth overrides {', '.join(missing)}, but transformers {transformers.__version__} no longer has it, "
-            "and answers would be wrong; install a version that FlashSloth was tested with: "
+            f"FlashSloth overrides {', '.join(missing)}, but transformers {transformers.__version__} no longer has "
+            "that, and answers would be wrong; install a version that FlashSloth was tested with: "
             "pip install 'transformers>=5.17,<=5.24'."
         )
 

@@ -23,17 +23,17 @@ CACHE_NAME = CACHE_NAMES[0] if hasattr(BaseModelOutputWithPast, "cache") else CA
 
 
 class KeepsPrefix:
-    """A KV cache that is handed over once prefill has filled it, so that its beginning can be kept."""
+    """A KV cache that `generate` passes to `on_prefill` after prefill, so that its prefix can be kept."""
 
     on_prefill: Callable[[Any], None] | None = None
 
 
 class DynamicPrefixCache(KeepsPrefix, DynamicCache):
-    """A dynamic cache that `ImagePrefixCache` made."""
+    """The dynamic cache of an `ImagePrefixCache`."""
 
 
 class StaticPrefixCache(KeepsPrefix, StaticCache):
-    """A static cache that `ImagePrefixCache` made."""
+    """The static cache of an `ImagePrefixCache`."""
 
 
 class FlashSlothGenerationMixin(GenerationMixin):
@@ -49,7 +49,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
         patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare the inputs of a step of `generate`; a step that may hold image or query tokens gets the images.
+        """Prepare the inputs of a step of `generate`; a step that may have image or query tokens gets the images.
 
         Raises:
             ValueError: If there is a cache although `use_cache=False`.
@@ -73,7 +73,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
             prompt, fed = self.model.find_special_ids(inputs_embeds), model_inputs["inputs_embeds"]
         cached = prompt[:, : prompt.shape[1] - fed.shape[1]]
         if cached.shape[1] and not is_first_iteration and not self._has_placeholders(prompt[:, cached.shape[1] :]):
-            return model_inputs  # candidate tokens of an assistant
+            return model_inputs  # candidate tokens of assisted decoding
         model_inputs |= {"pixel_values": pixel_values, "patch_features": patch_features}
         if cached.shape[1]:
             spans = self.model.find_spans(cached)
@@ -131,7 +131,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
         return model_kwargs
 
     def _get_stopping_criteria(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
-        """Take the tokenizer, which finds stop strings, out of the processor that `transformers serve` passes."""
+        """Accept a processor, as `transformers serve` passes it, and use its tokenizer to find stop strings."""
         return super()._get_stopping_criteria(*args, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), **kwargs)
 
     def image_prefix_cache(self, max_bytes: int = 2**30, max_cache_len: int | None = None) -> "ImagePrefixCache":
@@ -147,17 +147,17 @@ def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> Non
         return  # repeated already
     if not isinstance(cache, DynamicCache):
         raise ValueError(
-            f"Beams and several answers need a DynamicCache to continue from, found a {type(cache).__name__} with "
-            f"{num_tokens} tokens; leave `max_cache_len` out of `image_prefix_cache`."
+            f"Several beams or answers need a DynamicCache to continue from, found a {type(cache).__name__} with "
+            f"{num_tokens} tokens; call `image_prefix_cache` without `max_cache_len`."
         )
-    cache.batch_repeat_interleave(repeats)  # an empty one stays as it is
+    cache.batch_repeat_interleave(repeats)  # does nothing to an empty cache
 
 
 class CachedPrefix(NamedTuple):
-    """What an `ImagePrefixCache` keeps of a prompt up to its first question.
+    """An entry of `ImagePrefixCache`: a prompt up to its first question.
 
     Attributes:
-        patch_features: Patches of all its tiles, `(num_tiles, num_patches, vision_hidden_size)`.
+        patch_features: Patch features of all its tiles, `(num_tiles, num_patches, vision_hidden_size)`.
         key_values: KV cache of the prompt up to the first question; `None` until `generate` has computed it.
     """
 
@@ -177,17 +177,17 @@ class ImagePrefixCache:
 
     A prefix is identified by its tiles and by the token ids up to the first question; only what follows it is
     computed. A first question takes no longer than without the cache, because its prefill fills the cache for later
-    ones (with a decoder that has other layers than full attention, a separate prefill does). When `max_bytes` are in
-    use, the least recently used prefix is dropped. Threads may share a cache.
+    ones. (If the decoder has layers other than full attention, a separate prefill does.) Once `max_bytes` are in use,
+    the least recently used prefix is dropped. Threads may share a cache.
 
     Prefixes computed with other weights are not used: training, loading, and adapters that are added, merged, switched
     or disabled are noticed. Writing to `parameter.data` or changing the model's code is not; call `clear` after that.
 
     Args:
-        model: A FlashSloth that can generate.
-        max_bytes: Limit of the memory in use, in bytes on the model's device. A larger prefix is not kept.
-        max_cache_len: Capacity of a static cache, in tokens of prompt and answer, with which `generate` compiles its
-            decoding steps where it would for `cache_implementation="static"`; `None`: a dynamic cache.
+        model: The model.
+        max_bytes: Limit of the memory in use on the model's device, in bytes. A larger prefix is not kept.
+        max_cache_len: Capacity of a static cache, in tokens of prompt and answer; `generate` then compiles decoding
+            steps as it does with `cache_implementation="static"`. `None`: a dynamic cache.
 
     Example:
     ```python
@@ -206,13 +206,13 @@ class ImagePrefixCache:
         self._lock = threading.Lock()
 
     def clear(self) -> None:
-        """Drop all prefixes, as after a change of the weights that goes unnoticed."""
+        """Drop all prefixes, for example after a change of the weights that is not noticed."""
         with self._lock:
             self.known.clear()
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Replace the images of a prompt by their cached prefix, after encoding them if they are new.
+        """Replace the images of a prompt by their cached prefix; new images are encoded first.
 
         Args:
             inputs: Output of the processor for one conversation, on any device.
@@ -243,10 +243,10 @@ class ImagePrefixCache:
         with self._lock:
             known = self.known.get(key)
         known = known or CachedPrefix(self._encode(pixel_values))
-        if known.key_values is None and not self._can_be_cut():
+        if known.key_values is None and not self._can_be_truncated():
             known = known._replace(key_values=self._prefill(prefix, known.patch_features))
         self._keep(key, known)
-        cache = self._begin(key, prefix, known) if known.key_values is None else self._copy(known.key_values)
+        cache = self._recording_cache(key, prefix, known) if known.key_values is None else self._copy(known.key_values)
         return rest | {"patch_features": known.patch_features, CACHE_NAME: cache}
 
     def _empty_cache(self, max_cache_len: int | None = None) -> Cache:
@@ -255,12 +255,12 @@ class ImagePrefixCache:
             return DynamicPrefixCache(config=config)
         return StaticPrefixCache(config=config, max_cache_len=max_cache_len)
 
-    def _can_be_cut(self) -> bool:
-        """Whether the first positions of a filled cache are as they were before the others were added."""
+    def _can_be_truncated(self) -> bool:
+        """Whether a filled cache can be cut back to a prefix, as only full attention allows."""
         return all(type(layer) is DynamicLayer for layer in self._empty_cache().layers)
 
-    def _begin(self, key: bytes, prefix: torch.Tensor, known: CachedPrefix) -> Cache:
-        """An empty cache whose prefix is kept once `generate` has filled it."""
+    def _recording_cache(self, key: bytes, prefix: torch.Tensor, known: CachedPrefix) -> Cache:
+        """An empty cache whose prefix is kept after the prefill of `generate`."""
         num_tokens = prefix.shape[1]
         if self.max_cache_len is not None:
             self._check_room(num_tokens, self.max_cache_len)
@@ -268,7 +268,7 @@ class ImagePrefixCache:
         def keep(filled: Cache) -> None:
             kept = self._empty_cache()
             for index, layer in enumerate(filled.layers):
-                kept.update(layer.keys[:1, :, :num_tokens], layer.values[:1, :, :num_tokens], index)  # which copies
+                kept.update(layer.keys[:1, :, :num_tokens], layer.values[:1, :, :num_tokens], index)  # copies
             self._keep(key, known._replace(key_values=kept))
 
         cache = self._empty_cache(self.max_cache_len)
@@ -289,8 +289,8 @@ class ImagePrefixCache:
         if num_tokens > room:
             raise ValueError(
                 f"The prompt up to the first question has {num_tokens} tokens, more than "
-                f"`max_cache_len`={self.max_cache_len} or a sliding window of the decoder; raise it, or leave it out "
-                "for a dynamic cache."
+                f"`max_cache_len`={self.max_cache_len} or a sliding window of the decoder; raise it, or omit it "
+                "to use a dynamic cache."
             )
 
     def _prefix(self, input_ids: torch.Tensor) -> torch.Tensor | None:
@@ -323,7 +323,7 @@ class ImagePrefixCache:
 
 
 def _weights_state(model: PreTrainedModel) -> str:
-    """A text that changes with the weights and with the adapters (peft) in use; no weight is read."""
+    """A string that changes when weights or peft adapters change; it reads version counters, not weights."""
     parameters = [
         (id(parameter), None if parameter.is_inference() else parameter._version, parameter.dtype, parameter.device)
         for parameter in model.parameters()

@@ -3,12 +3,14 @@
     {"inputs": {"image": IMAGE, "text": "What is it?"}, "parameters": {"max_new_tokens": 50}}
     {"inputs": {"messages": [{"role": "user", "content": [{"type": "image", "image": IMAGE}, ...]}]}}
 
-`IMAGE` is base64, a `data:` URL or an http(s) URL, never a file; `images` takes a list. OpenAI's message format is
-accepted, too. The response is `[{"generated_text": "..."}]`. A bad request raises a `ValueError`, which the endpoint
+`IMAGE` is base64, a `data:` URL or an http(s) URL, but never a path; `images` takes a list. OpenAI's message format is
+also accepted. The response is `[{"generated_text": "..."}]`. A bad request raises a `ValueError`, which the endpoint
 reports.
 
 Requests are not trusted. URLs are fetched only from hosts with a public address, unless the environment has
-`FLASHSLOTH_ALLOW_PRIVATE_URLS=1`, and `LIMITS` bounds what a request may use.
+`FLASHSLOTH_ALLOW_PRIVATE_URLS=1`, and `LIMITS` bounds the size and the cost of a request.
+
+This file imports nothing from the package, which is not installed on an endpoint.
 """
 
 import base64
@@ -52,7 +54,7 @@ PARAMETERS = {
 """Parameters of a request: those of `generate`, and `do_image_splitting`, which splits images into five tiles."""
 
 CAPPED = {"max_new_tokens": "max_new_tokens", "min_new_tokens": "max_new_tokens", "num_beams": "max_num_beams"}
-"""Parameters with an upper bound, and its name in `LIMITS`."""
+"""Parameters with an upper bound, and the name of the bound in `LIMITS`."""
 
 MAX_NUMBER = 2**31
 KINDS = {bool: "true or false", int: "a whole number of at least 0", float: "a number of at least 0"}
@@ -67,7 +69,7 @@ LIMITS = {
     "max_new_tokens": 2048,
     "max_num_beams": 8,
 }
-"""Limits of one request; environment variables such as `FLASHSLOTH_MAX_IMAGES` override them."""
+"""Limits of a request; environment variables such as `FLASHSLOTH_MAX_IMAGES` override them."""
 
 PRIVATE_URLS_VARIABLE = "FLASHSLOTH_ALLOW_PRIVATE_URLS"
 
@@ -100,7 +102,7 @@ class EndpointHandler:
         self.limits = _read_limits()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
-        # `default_device` of flashsloth.cli.devices, repeated: the package is not installed on an endpoint
+        # as `default_device` of flashsloth.cli.devices
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         self.model = model.to(device).eval()  # type: ignore[arg-type]
 
@@ -257,9 +259,9 @@ class _TooMuchError(Exception):
 
 
 class _PinnedConnection(http.client.HTTPConnection):
-    """A connection to one of the checked addresses of a host, without another look-up.
+    """A connection to one of the checked addresses of a host, without another DNS lookup.
 
-    It is closed at a deadline even if the server keeps sending: the timeout of a socket is for a single read.
+    It is closed at a deadline even if the server keeps sending: the timeout of a socket applies to each read.
     """
 
     def __init__(self, url: SplitResult, addresses: list[str], deadline: float) -> None:
@@ -267,7 +269,7 @@ class _PinnedConnection(http.client.HTTPConnection):
         self.default_port = http.client.HTTPS_PORT if self.is_secure else http.client.HTTP_PORT
         super().__init__(_ascii_host(url), url.port or self.default_port)
         self.addresses, self.deadline = addresses, deadline
-        self.held: socket.socket | None = None  # `self.sock` is released as soon as the response begins
+        self.open_socket: socket.socket | None = None  # `self.sock` is released as soon as the response begins
         self.alarm = threading.Timer(max(0, deadline - time.monotonic()), self._hang_up)
 
     def connect(self) -> None:
@@ -287,13 +289,13 @@ class _PinnedConnection(http.client.HTTPConnection):
         raise reason
 
     def _keep(self, connected: socket.socket) -> None:
-        self.sock = self.held = connected
+        self.sock = self.open_socket = connected
         if time.monotonic() >= self.deadline:  # the alarm may have gone off before there was a socket
             raise TimeoutError
 
     def _hang_up(self) -> None:
         with contextlib.suppress(OSError, TypeError):  # closed, or not open yet
-            socket.socket.shutdown(self.held, socket.SHUT_RDWR)
+            socket.socket.shutdown(self.open_socket, socket.SHUT_RDWR)
 
     def __enter__(self) -> "_PinnedConnection":
         self.alarm.start()
@@ -302,8 +304,8 @@ class _PinnedConnection(http.client.HTTPConnection):
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self.alarm.cancel()
         self.close()
-        is_cut = error is None or isinstance(error, (OSError, http.client.HTTPException))
-        if is_cut and time.monotonic() >= self.deadline:
+        may_be_cut_off = error is None or isinstance(error, (OSError, http.client.HTTPException))
+        if may_be_cut_off and time.monotonic() >= self.deadline:
             raise _TooMuchError("takes too long") from error
 
 
@@ -356,10 +358,10 @@ def _chunks(response: http.client.HTTPResponse, max_bytes: int) -> Iterator[byte
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        is_supported = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # such as a port that is not a number
-        is_good = False
-    if not is_good:
+        is_supported = False
+    if not is_supported:
         raise ValueError(f"the URL of an image should be http://HOST/... or https://HOST/..., but is {_show(url)}.")
     return parts
 
@@ -379,7 +381,7 @@ def _ascii_host(parts: SplitResult) -> str:
 
 
 def _resolve(parts: SplitResult) -> list[str]:
-    """Allowed addresses of a URL's host, resolved by the system in one look-up, whatever their spelling."""
+    """Allowed addresses of a URL's host, however it is spelled, from one DNS lookup."""
     host = _ascii_host(parts)
     try:
         found = socket.getaddrinfo(host, parts.port or parts.scheme, type=socket.SOCK_STREAM)
@@ -424,7 +426,7 @@ def _read_parameters(parameters: Any, limits: dict[str, int]) -> dict[str, Any]:
 
 
 def _read_parameter(name: str, value: Any) -> Any:
-    """Convert a parameter to the type that `generate` expects; JSON may write 2.0 as 2."""
+    """Check a parameter and convert it to the type that `generate` expects; JSON may write 2.0 as 2."""
     kind = PARAMETERS[name]
     if kind is bool:
         fits = isinstance(value, bool)

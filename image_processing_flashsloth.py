@@ -1,6 +1,6 @@
 """Image processor of FlashSloth: turns images into the tiles that the vision tower reads.
 
-Paper: *FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression*, arXiv 2412.04317.
+Paper: "FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression", arXiv 2412.04317.
 
     image, any mode or layout ─ uint8 RGB, alpha dropped ─ Pillow's bicubic ─ ÷255, mean 0.5, std 0.5 ─ pixel_values
     FlashSloth:     1 tile per image, the whole image resized            (num_images, 3, height, width)
@@ -127,7 +127,7 @@ class FlashSlothImageProcessor(PilBackend):
     do_image_splitting = False
 
     def __init__(self, **kwargs: Unpack[FlashSlothImageProcessorKwargs]) -> None:
-        """Sets the defaults for later calls; an argument that is `None` keeps the class's default.
+        """Set the defaults for later calls; an argument that is `None` keeps the class's default.
 
         Raises:
             TypeError: If an argument is unknown, or `do_image_splitting` is not a bool.
@@ -140,7 +140,7 @@ class FlashSlothImageProcessor(PilBackend):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "FlashSlothImageProcessor":
-        """Builds the processor from the content of a saved file; unknown keys are ignored with a warning."""
+        """Build the processor from the content of a saved file; unknown keys are ignored with a warning."""
         known = {*cls._argument_names(), *FILE_KEYS}
         if unknown := sorted(set(image_processor_dict) - known):
             logger.warning(f"{cls.__name__}: ignoring unknown keys {unknown} in the saved configuration.")
@@ -151,10 +151,10 @@ class FlashSlothImageProcessor(PilBackend):
         return tuple(cls.valid_kwargs.__annotations__)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Number of tiles an image is turned into.
+        """Count the tiles of an image.
 
         Args:
-            height: Height of the image in pixels; the number is the same for every size.
+            height: Height of the image in pixels; unused, as is `width`: every size gives the same number.
             width: Width of the image in pixels.
             images_kwargs: Keyword arguments of the call, which override this processor's defaults.
 
@@ -167,7 +167,7 @@ class FlashSlothImageProcessor(PilBackend):
         return NUM_HD_TILES if do_image_splitting else 1
 
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
-        """Loads the paths, URLs and base64 strings in a nested list of images, or a single one; others are returned.
+        """Load paths, URLs and base64 strings, one or in a nested list; other images are returned as they are.
 
         In a list of rows, `None` is a row without images, as TRL passes it: `[None, [image]]`, or `[None, None]`.
         Encoded images, `{"bytes": ..., "path": ...}`, as `datasets` returns them for nested columns, are opened.
@@ -204,7 +204,7 @@ class FlashSlothImageProcessor(PilBackend):
     def preprocess(
         self, images: ImageInput, *, crop_to_patches: bool = False, **kwargs: Unpack[FlashSlothImageProcessorKwargs]
     ) -> BatchFeature:
-        """Turns images into tiles.
+        """Turn images into tiles.
 
         Args:
             images: An image, a list of images, or a list of lists.
@@ -239,7 +239,7 @@ class FlashSlothImageProcessor(PilBackend):
     def _tiles(
         self, images: list[ImageInput], *, size: SizeDict, do_image_splitting: bool, **kwargs: Any
     ) -> np.ndarray:
-        """Tiles of images, `(num_images, tiles_per_image, 3, height, width)`."""
+        """Tiles of images, `(num_images, tiles_per_image, 3, height, width)`, float32."""
         options = {"do_image_splitting": do_image_splitting}
         tiles_per_image = self.get_number_of_image_patches(size.height, size.width, options)
         tiles = np.empty((len(images), tiles_per_image, 3, size.height, size.width), dtype=np.float32)
@@ -263,7 +263,7 @@ class FlashSlothImageProcessor(PilBackend):
         name: str = "the image",
         **kwargs: Any,
     ) -> Image.Image:
-        """Converts one image to RGB with 8 bits per channel.
+        """Convert one image to RGB with 8 bits per channel.
 
         Args:
             image: The image.
@@ -292,6 +292,7 @@ class FlashSlothImageProcessor(PilBackend):
         image_mean: float | Iterable[float],
         **kwargs: Any,
     ) -> Iterator[Image.Image]:
+        """Cut a converted image into its tiles: the whole image first, then 2x2 tiles of the padded one."""
         height, width = size.height, size.width
         if not do_resize:
             if do_image_splitting or image.size != (width, height):
@@ -312,9 +313,9 @@ class FlashSlothImageProcessor(PilBackend):
 
 
 def _for_each(work: Callable[[int, ImageInput], None], images: list) -> None:
-    """Calls `work` with the index of every image and the image, on `torch.get_num_threads()` threads.
+    """Call `work` with the index and the image of every image, on `torch.get_num_threads()` threads.
 
-    Pillow and numpy release the GIL.
+    Threads help, because Pillow and numpy release the GIL.
     """
     num_threads = min(len(images), torch.get_num_threads())
     if num_threads < 2:
@@ -381,7 +382,7 @@ def _name(index: int, image: ImageInput) -> str:
 
 
 def _fill_rows(images: Any) -> Any:
-    """Replaces rows that are `None` by empty lists."""
+    """Replace rows that are `None` by empty lists."""
     is_rows = isinstance(images, list | tuple) and all(row is None or isinstance(row, list | tuple) for row in images)
     return [[] if row is None else row for row in images] if is_rows else images
 
@@ -396,41 +397,54 @@ def _flatten(images: ImageInput | list) -> Iterator[ImageInput]:
 
 
 def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
-    """Opens an image file in its own mode, with its EXIF rotation applied.
+    """Open an image file in its own mode, with its EXIF rotation applied.
 
     Args:
-        file: Path, or an open file.
+        file: Path, or an open binary file.
+
+    Raises:
+        Exception: One of `IMAGE_ERRORS`, if Pillow cannot read the file.
     """
     with Image.open(file) as image:
         return ImageOps.exif_transpose(image)
 
 
 def _load(source: str) -> Image.Image:
-    """Opens a path, URL or base64 string in the image's own mode.
+    """Open a path, URL or base64 string in the image's own mode.
 
     transformers' `load_image` converts to RGB, which clips 16-bit images to white.
     """
-    path = url2pathname(urlsplit(source).path) if source.startswith("file://") else source
+    path = strip_file_scheme(source)
     # Not `Path.is_file`: it raises for base64 strings, which are longer than a file name may be.
     is_file = os.path.isfile(path)  # noqa: PTH113
     try:
         return open_image(path if is_file else io.BytesIO(_fetch(source)))
     except Exception as error:  # Pillow's, and those of the installed HTTP client
-        shown = source if len(source) <= 80 else f"{source[:40]}…{source[-40:]}"
         if is_file:
             found = "a file that Pillow cannot read"
-        elif _is_web_address(source):
+        elif is_web_address(source):
             found = "a URL that does not give an image"
         else:
-            found = "neither a file nor the URL or base64 string of an image"
+            found = "neither a file nor the URL or the base64 string of an image"
         raise ValueError(
-            f"Expected the path, URL or base64 string of a complete image, found {shown!r}: {found} "
+            f"Expected the path, URL or base64 string of a complete image, found {shorten(source)!r}: {found} "
             f"({_describe(error)}); correct the path, save the image again, or remove it."
         ) from error
 
 
-def _is_web_address(source: str) -> bool:
+def is_web_address(source: str) -> bool:
+    """Whether the source of an image or a video is an http(s) URL."""
     return source[:8].lower().startswith(("http://", "https://"))
+
+
+def strip_file_scheme(source: str) -> str:
+    """Path of a `file://` URL; anything else is returned as it is."""
+    return url2pathname(urlsplit(source).path) if source.startswith("file://") else source
+
+
+def shorten(source: str) -> str:
+    """Start and end of a long source, such as a base64 string, for error messages."""
+    return source if len(source) <= 80 else f"{source[:40]}…{source[-40:]}"
 
 
 def _fetch(source: str) -> bytes:
@@ -440,7 +454,7 @@ def _fetch(source: str) -> bytes:
         OSError: If the server answers with an error.
         ValueError: If the text is not base64.
     """
-    if _is_web_address(source):
+    if is_web_address(source):
         headers = {"User-Agent": USER_AGENT}
         response = httpx.get(source, headers=headers, timeout=DOWNLOAD_TIMEOUT, follow_redirects=True)
         if response.is_error:
@@ -455,7 +469,7 @@ def _fetch(source: str) -> bytes:
 
 
 def _decode_base64(text: str) -> bytes:
-    """Decodes base64 in either alphabet, with or without line breaks and padding."""
+    """Decode base64 in either alphabet, with or without line breaks and padding."""
     text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
@@ -497,7 +511,7 @@ def _grey_to_pil(values: np.ndarray) -> Image.Image:
 
 
 def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Converts an image of any mode to RGB, without its alpha."""
+    """Convert an image of any mode to RGB, without its alpha."""
     try:
         # Threads may share an image whose file is open but not yet read, and Pillow cannot load it twice at once. The
         # lock is kept on the image: images are not hashable, and one lock for all would load them one at a time.
@@ -527,7 +541,7 @@ def _convert_shallow(image: Image.Image) -> Image.Image:
 
 
 def _array_to_pil(array: np.ndarray, input_data_format: str | ChannelDimension | None, name: str) -> Image.Image:
-    """Turns an array with 1, 3 or 4 channels into a PIL image in mode L, RGB or RGBA."""
+    """Turn an array with 1, 3 or 4 channels into a PIL image in mode L, RGB or RGBA."""
     shape = array.shape
     if array.ndim == 2:
         array = array[..., None]
@@ -642,7 +656,7 @@ def _write(tile: Image.Image, levels: np.ndarray, target: np.ndarray) -> None:
 
 
 def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """Resizes to `size` (width, height) one axis at a time, in the order that Pillow 13 chooses.
+    """Resize to `size` (width, height) one axis at a time, in the order that Pillow 13 chooses.
 
     Pillow rounds to 8 bits between its two passes, so their order changes the last bits. Up to Pillow 12, rows always
     came first; choosing the order here gives the same result with every version.
@@ -657,7 +671,7 @@ def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.I
 def _pad_and_resize(
     image: Image.Image, size: tuple[int, int], resample: int, background: tuple[int, ...]
 ) -> Image.Image:
-    """Pads to a centred square and resizes it to `size` (width, height), without building the whole square.
+    """Pad to a centred square and resize it to `size` (width, height), without building the whole square.
 
     From square to square, every version of Pillow resizes rows first, and rows are independent. So only the image's
     own rows are resized, and the padding above and below is added afterwards: the result is the same to the bit. If
@@ -667,25 +681,25 @@ def _pad_and_resize(
     width, height = size
     side = max(image.size)
     if resample == PILImageResampling.BICUBIC and side > LONG_PADDING * image.width:
-        left, seen = _resize_between_padding(image, side, width, background)
+        left, part = _resize_between_padding(image, side, width, background)
     else:
-        left, seen = 0, _pad_and_resize_rows(image, side, width, resample, background)
-    if resample == PILImageResampling.BICUBIC and side > LONG_PADDING * seen.height:
-        top, seen = _resize_between_padding(seen.transpose(Image.Transpose.TRANSPOSE), side, height, background)
-        seen = seen.transpose(Image.Transpose.TRANSPOSE)
+        left, part = 0, _pad_and_resize_rows(image, side, width, resample, background)
+    if resample == PILImageResampling.BICUBIC and side > LONG_PADDING * part.height:
+        top, part = _resize_between_padding(part.transpose(Image.Transpose.TRANSPOSE), side, height, background)
+        part = part.transpose(Image.Transpose.TRANSPOSE)
     else:
-        column = Image.new("RGB", (seen.width, side), background)
-        column.paste(seen, (0, (side - seen.height) // 2))
-        top, seen = 0, column.resize((seen.width, height), resample)
+        column = Image.new("RGB", (part.width, side), background)
+        column.paste(part, (0, (side - part.height) // 2))
+        top, part = 0, column.resize((part.width, height), resample)
     enlarged = Image.new("RGB", size, background)
-    enlarged.paste(seen, (left, top))
+    enlarged.paste(part, (left, top))
     return enlarged
 
 
 def _pad_and_resize_rows(
     image: Image.Image, side: int, width: int, resample: int, background: tuple[int, ...]
 ) -> Image.Image:
-    """Pads the rows of an image to `side` pixels and resizes them to `width`, a strip of rows at a time."""
+    """Pad the rows of an image to `side` pixels and resize them to `width`, a strip of rows at a time."""
     if image.width == side:
         return image.resize((width, image.height), resample)
     rows = Image.new("RGB", (width, image.height))
@@ -701,7 +715,7 @@ def _pad_and_resize_rows(
 def _resize_between_padding(
     image: Image.Image, side: int, width: int, background: tuple[int, ...]
 ) -> tuple[int, Image.Image]:
-    """Resizes rows that are centred in padding; computes only the columns that depend on the image.
+    """Resize rows that are centred in padding; compute only the columns that depend on the image.
 
     Pillow sums integers (pixels times weights), so the sums are the same in any order, and exact in float64.
 
@@ -714,7 +728,7 @@ def _resize_between_padding(
     Returns:
         The index of the first computed column, and the computed columns.
     """
-    first, weights, rest = _columns_that_see(image.width, side, width)
+    first, weights, rest = _column_weights(image.width, side, width)
     # (columns, 3): the contribution of the padding, and the half that Pillow adds to round
     constant = rest[:, None] * np.array(background, np.float64) + WEIGHT_ONE / 2
     resized = np.empty((image.height, len(weights), 3), np.uint8)
@@ -727,10 +741,10 @@ def _resize_between_padding(
     return first, Image.fromarray(resized)
 
 
-def _columns_that_see(num_pixels: int, side: int, width: int) -> tuple[int, np.ndarray, np.ndarray]:
+def _column_weights(num_pixels: int, side: int, width: int) -> tuple[int, np.ndarray, np.ndarray]:
     """Resampling weights of the `num_pixels` pixels in the middle of `side`, for the output columns they contribute to.
 
-    Repeats the arithmetic of Pillow's `precompute_coeffs` and `normalize_coeffs_8bpc` in the same order:
+    This repeats the arithmetic of Pillow's `precompute_coeffs` and `normalize_coeffs_8bpc` in the same order:
     https://github.com/python-pillow/Pillow/blob/12.0.0/src/libImaging/Resample.c
 
     Returns:
@@ -749,9 +763,9 @@ def _columns_that_see(num_pixels: int, side: int, width: int) -> tuple[int, np.n
         kernel = _bicubic((pixels - centers[column] + 0.5) * (1.0 / stretch))
         kernel /= np.cumsum(kernel)[-1]  # sums in order, as Pillow does; `sum` adds pairwise
         kernel = np.trunc(kernel * WEIGHT_ONE + np.copysign(0.5, kernel))
-        is_seen = (pixels >= left) & (pixels < left + num_pixels)
-        weights[row, pixels[is_seen] - left] = kernel[is_seen]
-        rest[row] = kernel[~is_seen].sum()
+        is_inside = (pixels >= left) & (pixels < left + num_pixels)
+        weights[row, pixels[is_inside] - left] = kernel[is_inside]
+        rest[row] = kernel[~is_inside].sum()
     return int(columns[0]), weights, rest
 
 

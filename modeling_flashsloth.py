@@ -36,10 +36,10 @@ from .generation_flashsloth import CACHE_NAME, CACHE_NAMES, FlashSlothGeneration
 from .saliency_flashsloth import FlashSlothSaliencyMixin
 
 FUSED_HEAD_DIM_MULTIPLE = 8  # required by the fused CUDA attention kernels
-PACKING_ARGUMENTS = ("cu_seq_lens_q", "seq_idx")  # how transformers' collators mark packed samples, besides positions
-RECORDS = ("output_attentions", "output_hidden_states")  # outputs that a call or a config may ask for
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "seq_idx")  # mark packed samples in transformers' collators, besides positions
+OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")  # requested by an argument or in the config
 UNUSED_TOWER_PARTS = ("post_layernorm", "layernorm", "norm", "rms_norm", "pooler", "head")
-SHARDED_CLASS_PREFIX = "FSDP"  # PyTorch's `fully_shard` gives a model a class of this name, derived from its own
+SHARDED_CLASS_PREFIX = "FSDP"  # PyTorch's `fully_shard` replaces a model's class by a subclass with this prefix
 
 
 @dataclass
@@ -136,7 +136,7 @@ class FlashSlothMultiModalProjector(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention without an output projection; its values may be wider than its queries and keys."""
+    """Multi-head attention without an output projection; values may be wider than queries and keys."""
 
     def __init__(self, *, hidden_size: int, value_size: int, num_heads: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Attend.
+        """Attend from queries to keys.
 
         Head dimensions are padded with zeros to a common multiple of 8, so that CUDA selects a fused kernel; all of
         these kernels compute the softmax in float32.
@@ -157,10 +157,10 @@ class CrossAttention(nn.Module):
             queries: `(batch, num_queries, hidden_size)`.
             keys: Output of `k_proj`, `(batch, num_keys, hidden_size)`.
             values: Output of `v_proj`, `(batch, num_keys, value_size)`.
-            mask: True where a query may look, `(batch, num_queries, num_keys)`.
+            mask: True where a query may attend to a key, `(batch, num_queries, num_keys)`.
 
         Returns:
-            `(batch, num_queries, value_size)`; zeros for queries that may not look anywhere.
+            `(batch, num_queries, value_size)`; zeros for queries that may attend to no key.
         """
         value_size = values.shape[-1]
         queries, keys, values = (self._split_heads(states) for states in (self.q_proj(queries), keys, values))
@@ -169,13 +169,13 @@ class CrossAttention(nn.Module):
         queries, keys, values = (
             nn.functional.pad(states, (0, padded_dim - states.shape[-1])) for states in (queries, keys, values)
         )
-        sees_any = mask.any(dim=-1, keepdim=True)
-        # The softmax of a fully masked row has a NaN gradient, so such a row sees everything; it is zeroed below.
+        has_key = mask.any(dim=-1, keepdim=True)
+        # The softmax of a fully masked row has a NaN gradient, so such a row attends to all keys and is zeroed below.
         attended = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=(mask | ~sees_any).unsqueeze(1), scale=query_dim**-0.5
+            queries, keys, values, attn_mask=(mask | ~has_key).unsqueeze(1), scale=query_dim**-0.5
         )
-        attended = attended[..., :value_dim].transpose(1, 2).reshape(*sees_any.shape[:2], value_size)
-        return attended.masked_fill(~sees_any, 0.0)
+        attended = attended[..., :value_dim].transpose(1, 2).reshape(*has_key.shape[:2], value_size)
+        return attended.masked_fill(~has_key, 0.0)
 
     def weights(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Compute the attention weights, which the fused kernels of `forward` do not return.
@@ -204,14 +204,14 @@ class QueryRecord:
 
 
 class QueryContext(NamedTuple):
-    """What the Embedded Query module needs of one forward call besides the hidden states.
+    """Inputs of the Embedded Query module in one forward call, besides the hidden states.
 
-    The decoder passes it on as a keyword argument; nothing of it outlives the call.
+    The decoder passes them to its layers as one keyword argument; nothing here outlives the call.
 
     Attributes:
-        patch_features: Of all tiles of all rows, `(num_tiles, num_patches, vision_hidden_size)`.
+        patch_features: Patch features of all tiles of all rows, `(num_tiles, num_patches, vision_hidden_size)`.
         tiles: Indices of a row's tiles, `(batch, tiles_per_row)`.
-        query_positions: Positions of a row's query tokens, then of other tokens, `(batch, queries_per_row)`.
+        query_positions: Positions of a row's query tokens, filled up with other tokens, `(batch, queries_per_row)`.
         patch_mask: True where a query token may read a patch, `(batch, queries_per_row, tiles_per_row * num_patches)`.
         instruction_mask: True where a query token may read a token, `(batch, queries_per_row, seq_length)`.
         update_mask: True at query tokens with an image before them, `(batch, queries_per_row)`.
@@ -281,14 +281,14 @@ class PromptSpans:
         … USER: <image>×81 \n question <query>×9 ASSISTANT: answer </s>USER: question 2 <query>×9 ASSISTANT:
                              └instruction┘└block┘                         └instruction┘└block┘
 
-    All of it follows from the token ids by masks over the sequence: no loops over rows and no padded copies. The host
-    needs a few counts per row, to size tensors and to reject prompts that cannot be answered correctly.
-    `copy_counts` starts their copy and `check` waits for it: the vision tower is queued in between, so that the device
-    never idles.
+    Everything is computed from the token ids with masks over the sequence, without loops over rows or padded copies.
+    The host needs a few counts per row, to size tensors and to reject prompts that cannot be answered correctly.
+    `copy_counts` starts copying them and `check` waits for them; the vision tower is queued in between, so that the
+    device never idles.
 
     Args:
         input_ids: `(batch, seq_length)`.
-        config: Token ids, id patterns and counts.
+        config: Config of the model.
         num_cached_tiles: Tiles of every row whose image tokens are in the KV cache, `(batch,)`; `None`: no cache.
         begins_instruction: True if a row's first token begins an instruction, because the cached tokens end with one
             of `instruction_start_ids`, `(batch,)`; `None`: no.
@@ -304,13 +304,14 @@ class PromptSpans:
         image_seq_length: Image tokens of a tile.
         num_tiles_before: Tiles of the row before a position, cached ones included, `(batch, seq_length)`.
         num_image_tokens: Image tokens of every row, `(batch,)`.
+        has_cache: Whether `num_cached_tiles` was given.
         num_cached_tiles: Cached tiles of every row, `(batch,)`.
         first_tile: Index of every row's first tile among all tiles, `(batch,)`.
         sample_start: Position where a token's packed sample begins, `(batch, seq_length)`; `None`: not packed.
-        num_foreign_tiles: Tiles of the row in the samples before that, `(batch, seq_length)`; `None`: not packed.
-        tiles_per_row: Tiles of the row that has the most; 0 if there are no image and query tokens. Set by `check`,
-            as are the following three.
-        queries_per_row: Query tokens of the row that has the most, at least 1.
+        num_foreign_tiles: Tiles of the row in earlier samples, `(batch, seq_length)`; `None`: not packed.
+        tiles_per_row: Largest number of tiles in a row; 0 if there are neither image nor query tokens. Set by `check`,
+            as are the next three.
+        queries_per_row: Largest number of query tokens in a row, at least 1.
         is_padded: Whether there may be padding.
         is_packed: Whether a row may hold several samples.
     """
@@ -355,9 +356,9 @@ class PromptSpans:
         if self.sample_start is not None:
             is_own = self.instruction_start > self.sample_start
             self.instruction_start = torch.where(is_own, self.instruction_start, -1)
-        self._counts: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None  # (batch, num_counts), on the host once `_copied` is reached
         self._count_names: list[str] = []
-        self._arrival: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
 
     def _ends_instruction_start(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """True at the last token of one of `instruction_start_ids` within a sample, `(batch, seq_length)`."""
@@ -377,7 +378,7 @@ class PromptSpans:
         return found
 
     def query_positions(self) -> torch.Tensor:
-        """Positions of every row's query tokens in order, then of other tokens, `(batch, queries_per_row)`."""
+        """Positions of every row's query tokens in order, filled up with other tokens, `(batch, queries_per_row)`."""
         batch_size, length = self.query_mask.shape
         if self.queries_per_row == length:  # a traced graph cannot know how many there are
             return torch.arange(length, device=self.query_mask.device).expand(batch_size, -1)
@@ -390,36 +391,36 @@ class PromptSpans:
 
         Args:
             attention_mask: `(batch, any_length)`, 0 at padding; `None`: there is none.
-            position_ids: Of a call without a cache, `(batch, seq_length)`; `None`: not given.
+            position_ids: Positions in a call without a cache, `(batch, seq_length)`; `None`: not given.
         """
         if is_tracing(self.image_mask):
             return
         has_tiles = self.num_tiles_before > (0 if self.num_foreign_tiles is None else self.num_foreign_tiles)
         follows_query = nn.functional.pad(self.query_mask[:, :-1], (1, 0))
-        is_torn = self.query_mask & (self.query_rank > 0) & ~follows_query
-        is_lost = self.query_mask & has_tiles & (self.instruction_start < 0)
+        splits_block = self.query_mask & (self.query_rank > 0) & ~follows_query
+        lacks_question = self.query_mask & has_tiles & (self.instruction_start < 0)
         counts = {
-            "image_tokens": self.num_image_tokens,
-            "cached_tiles": self.num_cached_tiles,
-            "queries": self.query_mask.sum(dim=1),
+            "num_image_tokens": self.num_image_tokens,
+            "num_cached_tiles": self.num_cached_tiles,
+            "num_queries": self.query_mask.sum(dim=1),
         }
         if attention_mask is not None:
             counts["is_padded"] = (attention_mask == 0).any(dim=1)
             if position_ids is not None:
                 restarts = (position_ids[:, 1:] < position_ids[:, :-1]).any(dim=1)
-                counts["is_ambiguous"] = restarts & ~counts["is_padded"]
+                counts["restarts_despite_mask"] = restarts & ~counts["is_padded"]
         if self.sample_start is not None:
             image_tokens = nn.functional.pad(self.image_mask[:, :-1].cumsum(dim=1), (1, 0))
             tokens_before = image_tokens.gather(1, self.sample_start)
-            counts["is_cut"] = (tokens_before % self.image_seq_length > 0).any(dim=1)
+            counts["splits_image"] = (tokens_before % self.image_seq_length > 0).any(dim=1)
             counts["is_packed"] = (self.sample_start > 0).any(dim=1)
-            is_torn = is_torn | (self.query_mask & (self.query_start < self.sample_start))
-        counts |= {"is_torn": is_torn.any(dim=1), "is_lost": is_lost.any(dim=1)}
+            splits_block = splits_block | (self.query_mask & (self.query_start < self.sample_start))
+        counts |= {"splits_block": splits_block.any(dim=1), "lacks_question": lacks_question.any(dim=1)}
         self._count_names = list(counts)
         on_device = torch.stack(list(counts.values()), dim=1)  # (batch, num_counts)
         self._counts = on_device.to("cpu", non_blocking=on_device.is_cuda)
         if on_device.is_cuda:
-            self._arrival = torch.cuda.current_stream(on_device.device).record_event()
+            self._copied = torch.cuda.current_stream(on_device.device).record_event()
 
     def check(self, num_tiles: int) -> None:
         """Reject prompts that cannot be answered correctly, and set the sizes of the batch.
@@ -435,52 +436,55 @@ class PromptSpans:
             self.tiles_per_row, self.queries_per_row = self.bounds(num_tiles)
             self.is_padded, self.is_packed = True, self.sample_start is not None
             return
-        if self._arrival is not None:
-            self._arrival.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         rows = [dict(zip(self._count_names, row, strict=True)) for row in self._counts.tolist()]
         for number, row in enumerate(rows):
             self._check_row(number, row)
-        self._check_tile_count(num_tiles, *(sum(row[name] for row in rows) for name in self._count_names[:3]))
-        tiles = [row["image_tokens"] // self.image_seq_length + row["cached_tiles"] for row in rows]
-        is_used = any(row["image_tokens"] or row["queries"] for row in rows)
+        totals = {
+            name: sum(row[name] for row in rows) for name in ("num_image_tokens", "num_cached_tiles", "num_queries")
+        }
+        self._check_tile_count(num_tiles, **totals)
+        tiles = [row["num_image_tokens"] // self.image_seq_length + row["num_cached_tiles"] for row in rows]
+        is_used = any(row["num_image_tokens"] or row["num_queries"] for row in rows)
         self.tiles_per_row = max(tiles) if is_used else 0
-        self.queries_per_row = max(1, *(row["queries"] for row in rows))
+        self.queries_per_row = max(1, *(row["num_queries"] for row in rows))
         self.is_padded, self.is_packed = (any(row.get(name) for row in rows) for name in ("is_padded", "is_packed"))
 
     def bounds(self, num_tiles: int) -> tuple[int, int]:
-        """Upper bounds of `tiles_per_row` and `queries_per_row` that follow from shapes alone, for traced graphs."""
+        """Upper bounds of `tiles_per_row` and `queries_per_row` for traced graphs, from shapes alone."""
         length = self.image_mask.shape[1]
         tiles_per_row = num_tiles if self.has_cache else min(num_tiles, length // self.image_seq_length)
         return tiles_per_row, length
 
     def _check_row(self, number: int, row: dict[str, int]) -> None:
         config = self.config
-        if row["image_tokens"] % self.image_seq_length or row.get("is_cut"):
+        if row["num_image_tokens"] % self.image_seq_length or row.get("splits_image"):
             raise ValueError(
-                f"Row {number} has {row['image_tokens']} image tokens"
-                f"{', cut between packed samples' if row.get('is_cut') else ''}, but a tile has "
+                f"Row {number} has {row['num_image_tokens']} image tokens"
+                f"{', cut between packed samples' if row.get('splits_image') else ''}, but a tile has "
                 f"{self.image_seq_length}: the prompt was truncated, or split by a chunked prefill, inside an image. "
-                "Raise `max_length`, or leave `prefill_chunk_size` out."
+                "Raise `max_length`, or omit `prefill_chunk_size`."
             )
-        if row["queries"] % config.num_query_tokens or row["is_torn"]:
+        if row["num_queries"] % config.num_query_tokens or row["splits_block"]:
             raise ValueError(
-                f"Row {number} has {row['queries']} query tokens that are not in whole blocks of "
+                f"Row {number} has {row['num_queries']} query tokens that are not in whole blocks of "
                 f"{config.num_query_tokens}: the prompt was truncated, or not built by `FlashSlothProcessor`."
             )
-        if row.get("is_ambiguous"):
+        if row.get("restarts_despite_mask"):
             raise ValueError(
                 f"`position_ids` of row {number} restart within it, as for packed samples, but `attention_mask` marks "
-                "all its tokens as one sample; leave `attention_mask` out to keep packed samples apart."
+                "all its tokens as one sample; omit `attention_mask` to keep packed samples apart."
             )
         layers = set(getattr(config.text_config, "layer_types", None) or ())
         mixing = sorted(kind for kind in layers if not kind.endswith("_attention") or kind == "linear_attention")
         if row.get("is_packed") and mixing:
             raise ValueError(
                 f"`position_ids` of row {number} restart within it, as for packed samples, but the decoder "
-                f"({config.text_config.model_type}) has layers of type {', '.join(mixing)}, which would mix them; pad "
-                "rows of one sample each instead."
+                f"({config.text_config.model_type}) has layers of type {', '.join(mixing)}, which would mix them; put "
+                "one sample into each row and pad the rows instead."
             )
-        if row["is_lost"]:
+        if row["lacks_question"]:
             raise ValueError(
                 f"Row {number} has query tokens, but their question does not begin in this call (none of "
                 f"`instruction_start_ids`={config.instruction_start_ids} before them): a chunked prefill or a cached "
@@ -488,18 +492,20 @@ class PromptSpans:
                 "format, `USER: <image>\\nQUESTION<learnable> ASSISTANT:`."
             )
 
-    def _check_tile_count(self, num_tiles: int, num_image_tokens: int, num_cached: int, num_queries: int) -> None:
-        expected = num_image_tokens // self.image_seq_length + num_cached
+    def _check_tile_count(
+        self, num_tiles: int, *, num_image_tokens: int, num_cached_tiles: int, num_queries: int
+    ) -> None:
+        expected = num_image_tokens // self.image_seq_length + num_cached_tiles
         if num_tiles == expected or not (num_tiles or num_image_tokens or num_queries):
             return
-        where = f" and {num_cached} tiles in the cache" if num_cached else ""
-        hint = "pass the pixels of all images again when you continue on a cache, and to TRL as a column `images`"
+        where = f" and {num_cached_tiles} tiles in the cache" if num_cached_tiles else ""
+        hint = "pass the pixels of all images again with a KV cache, and in TRL as a column `images`"
         if num_tiles > expected:
-            hint = "keep prompts whole (TRL cuts them at its `max_length`, which may be None)"
+            hint = "do not truncate prompts (TRL truncates them to its `max_length`, which may be None)"
         raise ValueError(
             f"`input_ids` has {num_image_tokens} image tokens{where}, so {expected} tiles are expected, but "
             f"`pixel_values` gives {num_tiles} ({num_tiles * self.image_seq_length} features); build both with "
-            f"`FlashSlothProcessor`, {hint}, and leave `prefill_chunk_size` out."
+            f"`FlashSlothProcessor`, {hint}, and omit `prefill_chunk_size`."
         )
 
 
@@ -511,7 +517,11 @@ class NoPooling(nn.Module):
 
 
 def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a vision tower without final norm, pooler and head: FlashSloth reads the output of its last layer."""
+    """Build a vision tower without final norm, pooler and head: FlashSloth reads the output of its last layer.
+
+    Args:
+        config: Config of the tower, of any type that `AutoModel` knows.
+    """
     tower = AutoModel.from_config(config)
     for name in UNUSED_TOWER_PARTS:
         if isinstance(getattr(tower, name, None), nn.Module):
@@ -527,10 +537,13 @@ def _make_contiguous(_module: nn.Module, _args: tuple, patches: Any) -> Any:
 
 
 def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a decoder with a list of layers, between which the query tokens are updated.
+    """Build a decoder.
+
+    Args:
+        config: Config of the decoder, of any type that `AutoModel` knows.
 
     Raises:
-        TypeError: If it has no list of layers.
+        TypeError: If the decoder has no list `layers`, before one of which the query tokens are updated.
     """
     decoder = AutoModel.from_config(config)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
@@ -546,7 +559,15 @@ def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def scale_logits(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
-    """Apply what some decoders' own heads do after the matrix product: Granite scales, Gemma 2 soft-caps."""
+    """Scale or cap logits as the heads of some decoders do: Granite divides them, Gemma 2 soft-caps them.
+
+    Args:
+        logits: `(…, vocab_size)`.
+        config: Config of the decoder, which may have `logits_scaling` or `final_logit_softcapping`.
+
+    Returns:
+        `(…, vocab_size)`.
+    """
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / scaling
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
@@ -573,7 +594,7 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__(config)
-        # An original release holds the whole tower; the parts that FlashSloth does not use are not worth a warning.
+        # An original release has the whole tower; do not warn about the parts that FlashSloth does not use.
         unused_layer = config.vision_config.num_hidden_layers
         self._keys_to_ignore_on_load_unexpected = [
             r"vision_tower\.(post_layernorm|head)\.",
@@ -583,12 +604,13 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Finish the constructor; see `PreTrainedModel.post_init`."""
         super().post_init()
-        # Tower and decoder name the classes of their whole families; accelerate's FSDP rejects a name without module.
+        # Tower and decoder list the classes of their whole families; accelerate's FSDP rejects a class that has no
+        # module in the model.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}  # type: ignore[operator]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Tower and decoder take what `set_attn_implementation` sets; transformers would guess from the source."""
+        """Return True: tower and decoder apply the setting; transformers would look for it in this file's source."""
         return True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -625,7 +647,8 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save weights, config and code; see `PreTrainedModel.save_pretrained`."""
         # PyTorch's `fully_shard` (FSDP2) replaces a model's class by one named FSDP…, and transformers saves the name
-        # and the code of the class that it finds. Naming it as it was makes the checkpoint loadable.
+        # and the code of the class that it finds, which could not be loaded. So the class has its original name and
+        # module while it is saved.
         sharded = type(self)
         own = next(base for base in sharded.__mro__ if not base.__name__.startswith(SHARDED_CLASS_PREFIX))
         names = {name: getattr(sharded, name) for name in ("__module__", "__name__")}
@@ -640,7 +663,7 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Recompute activations in the backward pass, always non-re-entrant.
+        """Recompute activations in the backward pass, always with `use_reentrant=False`.
 
         The newer `activation_checkpointing_enable` calls this; peft, TRL and transformers 5.17 use this name.
 
@@ -654,15 +677,15 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
         checkpointing_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if checkpointing_kwargs["use_reentrant"]:
             raise ValueError(
-                "FlashSloth needs `use_reentrant=False`: re-entrant checkpointing loses the gradients of the image "
+                "FlashSloth needs `use_reentrant=False`: reentrant checkpointing loses the gradients of the image "
                 "features, which reach a decoder layer by keyword. Remove the argument, or set it to False."
             )
-        # Where the newer name exists, the base class deprecates this one.
+        # Versions with the newer name deprecate the base class's method of this name, so call what it calls.
         enable = getattr(super(), "_activation_checkpointing_enable", super().gradient_checkpointing_enable)
         enable(checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Stop recomputing activations."""
         getattr(super(), "_activation_checkpointing_disable", super().gradient_checkpointing_disable)()
 
     @property
@@ -747,7 +770,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         return PromptSpans(input_ids, self.config, **kwargs)
 
     def find_special_ids(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
-        """Recover the ids that matter to FlashSloth from token embeddings.
+        """Recover the ids of placeholders and instruction patterns from token embeddings.
 
         Args:
             inputs_embeds: Embeddings from the decoder's own table, `(batch, seq_length, hidden_size)`.
@@ -784,13 +807,13 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         Args:
             input_ids: Prompt with expanded placeholders, `(batch, seq_length)`: `image_seq_length` image tokens per
                 tile and `num_query_tokens` query tokens per question.
-            pixel_values: All tiles of all images of all rows, in order, `(num_tiles, 3, height, width)`. How many
-                belong to a row follows from its image tokens; rows may have different numbers.
+            pixel_values: All tiles of all images of all rows, in order, `(num_tiles, 3, height, width)`. The
+                number of a row's tiles follows from its image tokens and may differ between rows.
             attention_mask: `(batch, seq_length)`, 0 at padding, on either side.
             position_ids: `(batch, seq_length)`. Without `attention_mask` and cache, a row may hold several packed
-                samples: each begins where the positions restart and reads nothing of the others. Such a call returns
-                no cache.
-            past_key_values: KV cache of the tokens before these. A question about a cached image needs `pixel_values`
+                samples: each begins where the positions restart and cannot attend to the others. Such a call
+                returns no cache.
+            past_key_values: KV cache of the preceding tokens. A question about a cached image needs `pixel_values`
                 again, because its query tokens read the patches.
             inputs_embeds: Token embeddings instead of `input_ids`, `(batch, seq_length, hidden_size)`; placeholders are
                 recognised by their embeddings.
@@ -833,19 +856,19 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             spans.check(0 if features is None else len(features.last_hidden_state))
             record = QueryRecord() if features is not None and kwargs.get("output_attentions") else None
             inputs_embeds, features, context = self._embed_prompt(inputs_embeds, features, spans, record)
-            # The decoder would read a mask back to the host to see that it is not needed. Without a cache it needs one
-            # in addition to `position_ids`, in which it would look for packed samples otherwise.
+            # Without padding, drop the mask: the decoder would copy it to the host to find that out. With
+            # `position_ids` and no cache, keep it: the decoder would look for packed samples in the positions.
             if mask is not None and not spans.is_padded and (position_ids is None or cache is not None):
                 attention_mask = None
             if spans.is_packed:
-                kwargs["use_cache"] = False  # with a cache of its own the decoder would not keep samples apart
+                kwargs["use_cache"] = False  # with a cache, the decoder would not keep the samples apart
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             query_context=context,
             **{CACHE_NAME: cache},
-            **_without_fused_attentions(kwargs, self.language_model),
+            **_backbone_kwargs(kwargs, self.language_model),
         )
         return FlashSlothModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -873,19 +896,19 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         packing = [name for name in PACKING_ARGUMENTS if kwargs.get(name) is not None]
         if position_ids is None and packing:
             raise ValueError(
-                f"`{packing[0]}` says that samples are packed, but there are no `position_ids`, from which FlashSloth "
+                f"`{packing[0]}` marks packed samples, but there are no `position_ids`, by which FlashSloth "
                 "tells them apart; pass positions that restart with each sample."
             )
 
     def _with_config_defaults(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of a call, completed by what the config asks for."""
-        asked = {name: True for name in RECORDS if getattr(self.config, name, False)}
-        return asked | {name: value for name, value in kwargs.items() if value is not None}
+        """Arguments of a call that are not `None`, and the optional outputs that the config requests."""
+        requested = {name: True for name in OPTIONAL_OUTPUTS if getattr(self.config, name, False)}
+        return requested | {name: value for name, value in kwargs.items() if value is not None}
 
     def _decoder_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = self._with_config_defaults(kwargs)
-        # Layers that recompute activations would warn of a cache. Others keep it in training too: without one, the
-        # decoder looks for packed samples, which makes it wait for the device, and builds a mask when it is traced.
+        # Layers that recompute activations warn about a cache. Otherwise, training keeps it: without one, the decoder
+        # looks for packed samples, which makes it wait for the device, and builds a mask when it is traced.
         if self.training and getattr(self.language_model, "gradient_checkpointing", False):
             kwargs.setdefault("use_cache", False)
         return kwargs
@@ -895,8 +918,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     ) -> BaseModelOutputWithPooling | None:
         """Patch features of the tiles, from the tower or from the caller, without image tokens yet."""
         if patch_features is None:
-            records = _without_fused_attentions({name: kwargs.get(name) for name in RECORDS}, self.vision_tower)
-            return self._encode(pixel_values, **records) if pixel_values is not None and len(pixel_values) else None
+            if pixel_values is None or not len(pixel_values):
+                return None
+            requested = {name: kwargs.get(name) for name in OPTIONAL_OUTPUTS}
+            return self._encode(pixel_values, **_backbone_kwargs(requested, self.vision_tower))
         expected = (self.config.num_patches, self.config.vision_config.hidden_size)
         if pixel_values is not None or patch_features.shape[1:] != expected:
             raise ValueError(
@@ -913,7 +938,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         spans: PromptSpans,
         record: QueryRecord | None = None,
     ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None, QueryContext | None]:
-        """Insert query and image tokens, and gather what the Embedded Query module needs."""
+        """Insert query and image tokens, and collect the inputs of the Embedded Query module."""
         inputs_embeds = self._insert_query_tokens(inputs_embeds, spans)
         is_blank = not spans.tiles_per_row
         if is_blank:
@@ -930,10 +955,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         return inputs_embeds, None if is_blank else features, context
 
     def _must_touch_every_module(self) -> bool:
-        """Whether a batch without images must run the vision tower, and all that follows it, on a blank tile.
+        """Whether a batch without images must run all modules, from vision tower to Embedded Query, on a blank tile.
 
-        In training, every trained parameter needs a gradient in every process, or processes wait for each other for
-        ever. Where parameters are gathered from other processes, this also holds in evaluation.
+        In training, every trained parameter needs a gradient in every process, or the processes deadlock. If
+        parameters are gathered from other processes (ZeRO-3, FSDP), this also holds in evaluation.
         """
         if (self.training and torch.is_grad_enabled()) or is_deepspeed_zero3_enabled():
             return True
@@ -942,7 +967,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     def _insert_query_tokens(self, inputs_embeds: torch.Tensor, spans: PromptSpans) -> torch.Tensor:
         queries = self.query_tokens.to(inputs_embeds)[spans.query_rank]  # (batch, seq_length, hidden_size)
         if self.config.query_anchor_token_id is not None:
-            # One per position, so that NEFTune's noise, which depends on the length, is that of other tokens.
+            # One anchor per position: NEFTune divides its noise by the square root of the sequence length, so a single
+            # anchor would get more noise than other tokens.
             anchor = spans.query_start.new_full((1, inputs_embeds.shape[1]), self.config.query_anchor_token_id)
             queries = queries + self.get_input_embeddings()(anchor)
         return torch.where(spans.query_mask.unsqueeze(-1), queries, inputs_embeds)
@@ -986,7 +1012,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         context: QueryContext | None,
         spans: PromptSpans | None,
     ) -> dict[str, Any]:
-        """Outputs of a call besides the decoder's, if there are images."""
+        """Outputs of a call in addition to the decoder's; none without images."""
         if features is None:
             return {}
         outputs = {"image_hidden_states": features.pooler_output, "image_outputs": features}
@@ -1012,7 +1038,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         self.post_init()
 
     def _get_name(self) -> str:
-        """The name by which `Trainer` knows that `label_smoothing_factor` must shift labels, also in subclasses."""
+        """The name by which `Trainer` decides whether to shift labels for label smoothing; subclasses keep it."""
         return FlashSlothForConditionalGeneration.__name__
 
     def get_image_features(
@@ -1044,7 +1070,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
             **kwargs: Passed on to the decoder and to the loss, such as `num_items_in_batch`.
 
         Returns:
-            Loss if there are labels, logits `(batch, seq_length, vocab_size)`, cache, image tokens.
+            Loss if there are labels, logits `(batch, num_kept_positions, vocab_size)`, cache, image tokens.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -1068,17 +1094,17 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
 
 
 def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The KV cache, whichever of its two names it was passed by."""
+    """The KV cache, passed under either of its two names."""
     if cache is not None and past_key_values is not None:
         raise ValueError(
-            "`cache` and `past_key_values` are two names of the KV cache, but both were given; pass one of them, and "
-            f"`{CACHE_NAME}` to `generate` of the installed transformers."
+            "`cache` and `past_key_values` are two names of the KV cache, but both were given; pass one of them. "
+            f"`generate` of the installed transformers takes `{CACHE_NAME}`."
         )
     return past_key_values if cache is None else cache
 
 
-def _without_fused_attentions(kwargs: dict[str, Any], backbone: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of a backbone; fused attention has no `output_attentions` to return, and would warn."""
+def _backbone_kwargs(kwargs: dict[str, Any], backbone: PreTrainedModel) -> dict[str, Any]:
+    """Drop `output_attentions` unless attention is eager: fused kernels return no weights, and would warn."""
     is_eager = backbone.config._attn_implementation == "eager"
     return {name: value for name, value in kwargs.items() if is_eager or name != "output_attentions"}
 

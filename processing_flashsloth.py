@@ -31,8 +31,9 @@ from .configuration_flashsloth import FlashSlothConfig, is_original_config, spli
 from .image_processing_flashsloth import FlashSlothImageProcessor
 from .video_processing_flashsloth import DEFAULT_NUM_FRAMES, video_frames
 
-# `transformers serve` sends the status and the text of Starlette's HTTPException to the client, and for any other error
-# a bare 500. It has no other way to report a bad request, so `ConversationError` derives from it where it is installed.
+# `transformers serve` sends the status and the text of Starlette's HTTPException to the client, but turns any other
+# error into a bare 500. It has no other way to report a bad request, so `ConversationError` derives from that class
+# where Starlette is installed.
 try:
     from starlette.exceptions import HTTPException
 except ImportError:
@@ -70,7 +71,7 @@ SOURCE_KEYS = {
     "image": ("image", "url", "path", "base64", "image_url"),
     "video": ("video", "url", "path", "video_url"),
 }
-"""Keys of a part that may hold its image or video."""
+"""Keys under which a part may have its image or video."""
 
 
 class ChatFormat(NamedTuple):
@@ -86,7 +87,7 @@ class ChatFormat(NamedTuple):
         user_suffix: Text after the query tokens.
         generation_prompt: Text before an answer that the model does not generate.
         answer_prefix: What the model generates before the text of an answer, such as a space.
-        answer_end: What the model generates after it; default: the tokenizer's `eos_token`.
+        answer_end: What the model generates after that text; `None`: the tokenizer's `eos_token`.
         answer_suffix: Text after `answer_end`.
         joint: Text between `answer_suffix` and the next turn.
         closing: End of a conversation without a generation prompt.
@@ -191,7 +192,11 @@ def build_chat_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
 
 
 class ConversationError(ValueError, HTTPException):
-    """A conversation cannot be encoded: an image is broken, a role or part type is unknown, or text is missing."""
+    """A conversation cannot be encoded: an image is broken, a role or part type is unknown, or text is missing.
+
+    Args:
+        message: The reason, which `transformers serve` sends to the client with status 400.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message)  # type: ignore[arg-type]
@@ -269,7 +274,7 @@ class FlashSlothProcessor(ProcessorMixin):
     def from_original(
         cls, source: Any, original_config: dict, *, config: FlashSlothConfig | None = None, **kwargs: Any
     ) -> "FlashSlothProcessor":
-        """Build the processor of an original release, which has tokenizer files only.
+        """Build the processor of an original release, which has only tokenizer files.
 
         Args:
             source: Folder or Hub id of the release.
@@ -280,9 +285,9 @@ class FlashSlothProcessor(ProcessorMixin):
         config = config or FlashSlothConfig.from_pretrained(source, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, **kwargs)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<learnable>", "<image>"]})
-        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"  # `save_pretrained` writes the first
         tokenizer.eos_token, tokenizer.pad_token = "</s>", "<|endoftext|>"
-        # As in the releases. transformers ignores it for byte-level tokenizers, but would warn at every answer.
+        # As in the releases. Byte-level tokenizers ignore the setting, but True would give a warning for every answer.
         tokenizer.init_kwargs["clean_up_tokenization_spaces"] = tokenizer.clean_up_tokenization_spaces = False
         _limit_length(tokenizer, getattr(config.text_config, "max_position_embeddings", None))
         side = config.vision_config.image_size
@@ -389,7 +394,7 @@ class FlashSlothProcessor(ProcessorMixin):
             if kwargs.get(modality) is not None:
                 raise TypeError(
                     f"FlashSloth reads images and text, but `{modality}` were passed. Remove them; pass a video as a "
-                    "part of a message, or as images, which `video_frames` takes from it."
+                    "part of a message, or pass its frames, from `video_frames`, as images."
                 )
         texts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
         if wrong := [sample for sample in texts if not isinstance(sample, str)]:
@@ -432,7 +437,7 @@ class FlashSlothProcessor(ProcessorMixin):
         )
 
     def _warn_of_missing_queries(self, text: Sequence[str]) -> None:
-        """Warn of prompts that have images, but no query tokens.
+        """Warn about prompts that have images, but no query tokens.
 
         The captions of training stage 1 have none on purpose; they end with the end token.
         """
@@ -449,7 +454,7 @@ class FlashSlothProcessor(ProcessorMixin):
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """Text that replaces the placeholder of one image: its image tokens."""
+        """Image tokens that replace the placeholder of one image."""
         num_tiles = self.image_processor.get_number_of_image_patches(0, 0, kwargs)
         return self.image_token * (num_tiles * self.image_seq_length)
 
@@ -495,7 +500,7 @@ class FlashSlothProcessor(ProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        """What some tokenizers return, and no decoder of FlashSloth takes."""
+        """Outputs of some tokenizers that no decoder of FlashSloth takes."""
         return ["token_type_ids"]
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
@@ -513,7 +518,7 @@ class FlashSlothProcessor(ProcessorMixin):
         self._check_length(rows)
 
     def _check_length(self, rows: Sequence[Sequence[int]]) -> None:
-        """Warn of prompts that exceed the model's context length; inside `transformers serve`, raise.
+        """Warn about prompts that exceed the model's context length; inside `transformers serve`, raise.
 
         A local user may know that the model handles more, for example with scaled RoPE. The client of a server would
         get nonsense without a warning, and `transformers serve` has no setting or hook that rejects long prompts.
@@ -591,9 +596,9 @@ def _ignore_guard(tokenizer: Any) -> None:
 
 
 def _serialize_calls(tokenizer: Any) -> None:
-    """Make the tokenizer hold `TOKENIZER_LOCK` while it encodes or decodes; its copies and pickles do so, too.
+    """Make the tokenizer, its copies and its pickles hold `TOKENIZER_LOCK` while they encode or decode.
 
-    Set on the tokenizer itself, because streamers and trainers call `processor.tokenizer` directly.
+    The tokenizer's own methods are replaced, because streamers and trainers call `processor.tokenizer` directly.
     """
     for name in ("_encode_plus", "_decode"):
         if name not in vars(tokenizer):
@@ -744,7 +749,7 @@ def _show(value: Any) -> str:
 
 
 def _guarded(node: Any, pattern: re.Pattern) -> Any:
-    """Copy text, conversations, messages or parts, with `GUARD` after the first character of control tokens."""
+    """Copy text, conversations, messages or parts, with `GUARD` after the first character of each control token."""
     if isinstance(node, str):
         return pattern.sub(lambda match: match.group()[0] + GUARD + match.group()[1:], node)
     if isinstance(node, (list, tuple)):
@@ -755,7 +760,11 @@ def _guarded(node: Any, pattern: re.Pattern) -> Any:
 
 
 def _take_num_frames(kwargs: dict[str, Any]) -> int:
-    """Remove `num_frames` from the arguments of `apply_chat_template`, or from its `processor_kwargs`."""
+    """Remove `num_frames` from the arguments of `apply_chat_template` and its `processor_kwargs`, and return it.
+
+    Raises:
+        TypeError: If there is `fps`.
+    """
     kwargs["processor_kwargs"] = dict(kwargs.get("processor_kwargs") or {})
     num_frames = DEFAULT_NUM_FRAMES
     for place in (kwargs["processor_kwargs"], kwargs):

@@ -1,9 +1,9 @@
-r"""Heat maps: where the model looked, and which patches its answers depend on.
+"""Heat maps: where the model looked, and which patches its answers depend on.
 
 output = model.generate(**inputs, output_attentions=True, return_dict_in_generate=True)
 sizes = [(image.height, image.width)]
-looked = model.heat_maps(output, inputs["input_ids"], sizes)
-overlay(image, looked.questions[0][0])  # where the first question's query tokens looked, on the first image
+maps = model.heat_maps(output, inputs["input_ids"], sizes)
+overlay(image, maps.questions[0][0])  # where the first question's query tokens looked, on the first image
 overlay(image, model.answer_maps(inputs, output.sequences, sizes)[0])  # which patches the answer depends on
 """
 
@@ -21,12 +21,12 @@ from transformers.utils import ModelOutput
 from .configuration_flashsloth import FlashSlothConfig
 from .image_processing_flashsloth import tile_boxes
 
-# Red, green and blue (0 to 255) and opacity (0 to 1) of `overlay`, from no heat to the greatest.
+# Red, green and blue (0 to 255) and opacity (0 to 1) of `overlay`, from no heat to the maximum.
 HEAT_COLOURS = ((0, 0, 0, 0.6), (130, 0, 40, 0.55), (235, 70, 30, 0.5), (255, 190, 40, 0.55), (255, 255, 200, 0.7))
 
-# The attentions of the prompts that the current call of `generate` has read. `generate` offers no way to return more
-# than its own outputs, and copies its arguments for an assistant; a context variable is private to call and thread.
-_looks: ContextVar[list[dict[str, torch.Tensor]] | None] = ContextVar("looks", default=None)
+# Attention of the prompts in the current call of `generate`, which cannot return more than its own outputs, and copies
+# its arguments for an assistant. A context variable is private to a call and its thread.
+_prompt_attentions: ContextVar[list[dict[str, torch.Tensor]] | None] = ContextVar("prompt_attentions", default=None)
 
 
 class HeatMaps(NamedTuple):
@@ -53,21 +53,21 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         With `output_attentions=True` and `return_dict_in_generate=True`, the output also has the prompt's
         `pooling_attentions` and `query_attentions`, one set per generated row.
         """
-        looks: list[dict[str, torch.Tensor]] = []
-        token = _looks.set(looks)
+        attentions: list[dict[str, torch.Tensor]] = []
+        token = _prompt_attentions.set(attentions)
         try:
             output = super().generate(*args, **kwargs)
         finally:
-            _looks.reset(token)
-        if looks and isinstance(output, ModelOutput):
-            for name, weights in looks[-1].items():
+            _prompt_attentions.reset(token)
+        if attentions and isinstance(output, ModelOutput):
+            for name, weights in attentions[-1].items():
                 output[name] = weights
         return output
 
     def _update_model_kwargs_for_generation(self, outputs: ModelOutput, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        looks = _looks.get()
-        if looks is not None and outputs.get("query_attentions") is not None:
-            looks.append({name: outputs[name] for name in ("pooling_attentions", "query_attentions")})
+        attentions = _prompt_attentions.get()
+        if attentions is not None and outputs.get("query_attentions") is not None:
+            attentions.append({name: outputs[name] for name in ("pooling_attentions", "query_attentions")})
         return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
 
     def heat_maps(
@@ -81,11 +81,11 @@ class FlashSlothSaliencyMixin(GenerationMixin):
 
         Args:
             outputs: Output of the model or of `generate` with `output_attentions=True`.
-            input_ids: The processor's prompts, `(batch, seq_length)`. For a single prompt answered on a cache, the
-                outputs may hold the last questions only.
+            input_ids: The processor's prompts, `(batch, seq_length)`. If a single prompt continued from a KV cache,
+                the outputs may cover only its last questions.
             image_sizes: Height and width in pixels of all images of all rows, in order.
-            head: A head of the Embedded Query module; default: the mean of all. The query tokens of a question are
-                averaged.
+            head: Index of a head of the Embedded Query module; default: the mean of all heads. The query tokens of a
+                question are averaged.
 
         Returns:
             Maps of every question and of every image, each `(height, width)` of its image, float32.
@@ -108,7 +108,7 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         if len(asked) != len(queries):
             raise ValueError(
                 f"The outputs have attention of {len(queries)} questions, but `input_ids` has {len(asked)}; pass the "
-                "ids that belong to the outputs, with every row repeated as often as `generate` repeated it."
+                "ids that belong to the outputs, with each row repeated as often as `generate` repeated it."
             )
         weights = queries.mean(dim=2)
         weights = weights.mean(dim=1) if head is None else weights[:, head]
@@ -228,11 +228,11 @@ def pooling_to_patches(weights: torch.Tensor) -> torch.Tensor:
 
 
 def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """Draw a heat map over its image: dark without heat, glowing at the greatest.
+    """Draw a heat map over its image: dark where there is no heat, bright at the maximum.
 
     Args:
-        image: Of any mode.
-        heat: `(height, width)` of the image, not negative; scaled so that the greatest heat glows brightest.
+        image: The image, of any mode.
+        heat: `(height, width)` of the image, not negative; scaled so that its maximum is the brightest.
 
     Returns:
         A new RGB image of the same size.

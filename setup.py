@@ -1,4 +1,4 @@
-"""Builds the package `flashsloth` from the repository root, which is a Hub model repository at the same time."""
+"""Builds the package `flashsloth` from the repository root, which is also a Hub model repository."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ CHECKPOINT = [
 DEMO = ["gradio>=6.31"]
 FILELOCK = "filelock<4"  # lmms-eval 0.7.3 imports a module that 4 no longer has
 EVALUATION = ["Levenshtein", FILELOCK, "lmms-eval>=0.7.3"]
-# What lmms-eval needs to run without its torchvision, which is not built for a CPU's torch: see .ci/run.
+# Dependencies of lmms-eval without torchvision, which is not built for torch on the CPU; see .ci/run.
 EVALUATION_TESTS = ["evaluate", FILELOCK, "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"]
 ACCELERATE = "accelerate>=1.15"
 BITSANDBYTES = "bitsandbytes>=0.50"
@@ -42,10 +42,10 @@ VIDEO = ["av>=18.1"]
 
 
 class BuildModules(build_py):
-    """Keeps this file out of the package, although it is in the package's folder."""
+    """Keeps this file out of the package, whose folder it is in."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        """The modules that setuptools finds, without `setup`."""
+        """Find the modules as setuptools does, without `setup`."""
         return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
 
 

@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from .image_processing_flashsloth import IMAGE_ERRORS, FlashSlothImageProcessor
+from .image_processing_flashsloth import (
+    IMAGE_ERRORS,
+    FlashSlothImageProcessor,
+    is_web_address,
+    shorten,
+    strip_file_scheme,
+)
 
 DEFAULT_NUM_FRAMES = 8
 
@@ -53,7 +57,7 @@ def video_frames(source: Any, num_frames: int = DEFAULT_NUM_FRAMES, *, max_side:
         ImportError: If reading the video needs PyAV, which is not installed.
     """
     if isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1:
-        raise ValueError(f"Expected a whole `num_frames` of 1 or more, found {num_frames!r}.")
+        raise ValueError(f"Expected `num_frames` to be a whole number of at least 1, found {num_frames!r}.")
     processor = FlashSlothImageProcessor()
     images = []
     for index, frame in enumerate(_sampled(source, num_frames)):
@@ -83,8 +87,8 @@ def _spread(count: int, num_frames: int) -> list[int]:
 
 
 def _sampled_from_path(path: str, num_frames: int) -> Iterator[Any]:
-    path = url2pathname(urlsplit(path).path) if path.startswith("file://") else path
-    is_url = path.startswith(("http://", "https://"))
+    path = strip_file_scheme(path)
+    is_url = is_web_address(path)
     if not (is_url or os.path.exists(path)):  # noqa: PTH110  (`Path.exists` raises for a data URL, a name too long)
         raise ValueError(f"Expected the path or http(s) URL of a video, or a folder of images, found {_shown(path)}.")
     if Path(path).is_dir():
@@ -129,7 +133,7 @@ def _container(path: str, num_frames: int) -> Iterator[Image.Image]:
         ) from error
     try:
         for frame in _container_frames(av.open, path, num_frames):
-            yield frame.to_image().rotate(frame.rotation, expand=True)  # phones store portrait videos as landscape
+            yield frame.to_image().rotate(frame.rotation, expand=True)  # phones store portrait videos rotated
     except (av.FFmpegError, OSError, IndexError) as error:
         raise _broken(path, error) from error
 
@@ -144,7 +148,7 @@ def _container_frames(open_container: Callable, path: str, num_frames: int) -> I
             ]
             packets = sorted(packet for packet in packets if packet.shown is not None)
             if len(packets) >= LONG_VIDEO:
-                yield from _sought(container, packets, num_frames)
+                yield from _frames_by_seeking(container, packets, num_frames)
                 return
     # Only decoding counts frames reliably: in some formats, packets hold half a frame, or one that is never shown.
     with open_container(path) as container:
@@ -153,8 +157,8 @@ def _container_frames(open_container: Callable, path: str, num_frames: int) -> I
         yield from (frame for index, frame in enumerate(container.decode(video=0)) if index in wanted)
 
 
-def _sought(container: Any, packets: list["_Packet"], num_frames: int) -> Iterator[Any]:
-    """Frames of a long video, each decoded from the key frame before it."""
+def _frames_by_seeking(container: Any, packets: list["_Packet"], num_frames: int) -> Iterator[Any]:
+    """Frames of a long video, each decoded from the latest key frame up to it."""
     container.streams.video[0].thread_type = "AUTO"
     keys = [packet for packet in packets if packet.is_key]
     for time in [packets[index].shown for index in _spread(len(packets), num_frames)]:
@@ -186,8 +190,7 @@ def _broken(path: str, error: Exception) -> ValueError:
 def _shown(source: Any) -> str:
     if not isinstance(source, str | os.PathLike):
         return f"a {type(source).__name__}"
-    path = os.fspath(source)
-    return repr(path if len(path) <= 80 else f"{path[:40]}…{path[-40:]}")
+    return repr(shorten(os.fspath(source)))
 
 
 __all__ = ["video_frames"]

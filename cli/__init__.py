@@ -6,8 +6,8 @@ flashsloth init OUTPUT             build an untrained model from a vision tower 
 flashsloth export CHECKPOINT OUT   turn a checkpoint into a complete model repository
 flashsloth onnx CHECKPOINT OUTPUT  export a checkpoint to ONNX
 
-Each function in `COMMANDS` adds the parser of a command, whose default `run` executes it. Modules that a command needs
-are imported when it runs.
+Each function in `COMMANDS` adds the parser of one command and sets its default `run` to the function that executes it.
+The modules that a command needs are imported only when it runs, so that `--help` is fast.
 """
 
 import argparse
@@ -31,9 +31,8 @@ SHIPPED_CHECKPOINT_NOTE = (
     "word or a number; it does not know photographs."
 )
 STDIN = "-"
-URL_PREFIXES = ("http://", "https://")
 DEFAULT_MAX_NEW_TOKENS = 512
-NUM_SHOWN = 12
+NUM_SHOWN_FILES = 12
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXIT_ERROR = 2
 EXIT_SIGNAL = 128  # plus the number of the signal, as shells do
@@ -117,7 +116,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "--vision-config",
         metavar="DIR",
-        help="folder with the config.json of the vision tower, if it is not the released models'",
+        help="folder with the config.json of the vision tower, if it is not that of the released models",
     )
     parser.set_defaults(run=_convert)
 
@@ -133,10 +132,10 @@ def _add_init(commands: Any) -> None:
         "--vision",
         metavar="DIR_OR_ID",
         required=True,
-        help="a vision tower with square patches: SigLIP, CLIP, DINOv2, AIMv2 …, or a FlashSloth, whose tower is used",
+        help="a vision tower with square patches (SigLIP, CLIP, DINOv2, AIMv2 …), or a FlashSloth, to use its tower",
     )
     parser.add_argument(
-        "--language", metavar="DIR_OR_ID", required=True, help="a causal decoder: Phi, Llama, Qwen3, SmolLM3 …"
+        "--language", metavar="DIR_OR_ID", required=True, help="a causal decoder (Phi, Llama, Qwen3, SmolLM3 …)"
     )
     parser.add_argument(
         "--vision-layer",
@@ -148,7 +147,7 @@ def _add_init(commands: Any) -> None:
     for name, explanation in (
         (
             "--image-size",
-            "side of a tile in pixels (default: the tower's; for another, its position embeddings are interpolated)",
+            "side of a tile in pixels (default: the tower's; otherwise its position embeddings are interpolated)",
         ),
         (
             "--pooling-window-size",
@@ -190,7 +189,7 @@ def _add_export(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="turn a checkpoint into a complete model repository",
-        description="Write the files of a Hub repository; other files in the folder of the checkpoint are not copied.",
+        description="Write the files of a Hub repository; other files in the checkpoint's folder are not copied.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a FlashSloth, or of a LoRA adapter for one")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
@@ -307,9 +306,9 @@ def _export(options: argparse.Namespace) -> None:
         raise CommandError(first_line(error)) from error
     lines = [f"{done.output}: {done.num_parameters:,} parameters, {done.dtype}, {done.num_bytes / 1e6:,.1f} MB"]
     if done.left_out:
-        num_more = len(done.left_out) - NUM_SHOWN
+        num_more = len(done.left_out) - NUM_SHOWN_FILES
         more = f" and {num_more} more" if num_more > 0 else ""
-        lines.append(f"not copied: {', '.join(done.left_out[:NUM_SHOWN])}{more}")
+        lines.append(f"not copied: {', '.join(done.left_out[:NUM_SHOWN_FILES])}{more}")
     if done.license_id is None:
         lines.append("the licence is unknown; set it with --license")
     sys.stdout.write("\n".join([*lines, f"to publish it: hf upload USER/NAME {done.output}", ""]))
@@ -333,9 +332,9 @@ def _read_image(source: str) -> "Image.Image":
     """Open an image from a file, a URL or standard input."""
     from PIL import UnidentifiedImageError
 
-    from ..image_processing_flashsloth import FlashSlothImageProcessor
+    from ..image_processing_flashsloth import FlashSlothImageProcessor, is_web_address
 
-    is_file = source != STDIN and not source.lower().startswith(URL_PREFIXES)
+    is_file = source != STDIN and not is_web_address(source)
     if is_file and not os.path.isfile(source):  # noqa: PTH113  (`Path.is_file` raises for a name that is too long)
         raise CommandError(f"no such file: {source}")
     image = {"bytes": sys.stdin.buffer.read()} if source == STDIN else source
@@ -379,7 +378,7 @@ def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
 
 
 def check_model(source: str) -> None:
-    """Check that a folder or Hub id is a FlashSloth, and a folder complete, without loading the weights.
+    """Check that a folder or Hub id is a FlashSloth, and that a folder is complete, without loading the weights.
 
     Args:
         source: Folder or Hub id, in the layout of this package or of the original releases.
@@ -482,7 +481,7 @@ def _positive_int(text: str) -> int:
 
 
 def first_line(error: object) -> str:
-    """First line of an error's message; with the error's type if the message is empty or unclear without it."""
+    """First line of an error's message, with the error's type if the message is empty or unclear without it."""
     first, _, rest = str(error).strip().partition("\n")
     if first.endswith(":"):  # a heading, such as "Validation error for field 'hidden_size':"
         first = f"{first} {rest.strip().partition(chr(10))[0]}".strip()

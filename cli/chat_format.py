@@ -22,9 +22,9 @@ CONTENTS = (
     *("word", "s", "7", "é", "图", "🙂", "", " word", "  word", "\tword", "\nword", "\n\nword", "\n\n\n", "\r\nword"),
     *('"word"', "'s", "(", ")", "]", ">", "|", "/", ".", ",", ":", "-", "#", "_", "=", "<b>", "@word", "$1", "…", "!"),
 )
-"""Texts whose first characters may merge with the text before them into one token, in every way that matters."""
+"""Texts whose first characters may merge with the preceding text into one token, in all common ways."""
 EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
-WAY_OUT = "write a chat template with <image> and <learnable>, and pass it with --chat-template FILE"
+ADVICE = "write a chat template with <image> and <learnable>, and pass it with --chat-template FILE"
 
 Messages = list[dict[str, Any]]
 Render = Callable[..., str]
@@ -41,6 +41,9 @@ def renderer(tokenizer: Any, template: str | None = None) -> Render:
         tokenizer: The tokenizer, whose special tokens a template may use.
         template: The template. Default: the tokenizer's own, without the empty thinking blocks that hybrid reasoning
             models put before answers, because FlashSloth answers directly.
+
+    Returns:
+        A function from messages to text.
     """
 
     def render(messages: Messages, add_generation_prompt: bool = False) -> str:
@@ -75,7 +78,7 @@ def derive_template(tokenizer: Any) -> str:
         template = chat_format.build_template()
         _compare(render, renderer(tokenizer, template), chat_format, is_dated=is_dated)
     except (ChatFormatError, TemplateError) as error:
-        raise ChatFormatError(f"the decoder's chat template is not supported: {error}; {WAY_OUT}.") from error
+        raise ChatFormatError(f"the decoder's chat template is not supported: {error}; {ADVICE}.") from error
     return template
 
 
@@ -110,6 +113,9 @@ def find_end_token(tokenizer: Any, template: str) -> str:
         tokenizer: The tokenizer.
         template: FlashSloth's chat template.
 
+    Returns:
+        The text of the token.
+
     Raises:
         ChatFormatError: If answers do not end with a special token.
     """
@@ -128,6 +134,9 @@ def find_instruction_starts(tokenizer: Any, template: str) -> list[list[int]]:
     Args:
         tokenizer: A tokenizer with `<image>` and `<learnable>`.
         template: FlashSloth's chat template.
+
+    Returns:
+        Sequences of token ids, sorted.
 
     Raises:
         ChatFormatError: If a text can merge with everything before it.
@@ -169,10 +178,10 @@ def read_chat_format(render: Render, tokenizer: Any, *, is_dated: bool = False) 
     special = _special_tokens(tokenizer)
     (question, second_question), (answer, second_answer) = QUESTIONS, ANSWERS
     head, middle, between, _, tail = _split(render, [question, answer, second_question, second_answer])
-    behind_question = _split(render, [question])[1]
+    after_question = _split(render, [question])[1]
     prompted = _split(render, [question], add_generation_prompt=True)[1]
 
-    user_suffix = _common_start(behind_question, middle, special)
+    user_suffix = _common_start(after_question, middle, special)
     generation_prompt = _without_start(prompted, user_suffix, "the generation prompt")
     answer_prefix = _without_start(middle.removeprefix(user_suffix), generation_prompt, "the text before an answer")
     end = _common_start(tail, between, special)
@@ -195,7 +204,7 @@ def read_chat_format(render: Render, tokenizer: Any, *, is_dated: bool = False) 
         answer_end=answer_end,
         answer_suffix=end.removeprefix(answer_end),
         joint=between.removeprefix(end).removesuffix(user_prefix),
-        closing=behind_question.removeprefix(user_suffix),
+        closing=after_question.removeprefix(user_suffix),
     )
     chat_format = chat_format._replace(**_read_system(render, chat_format, is_dated))
     return chat_format._replace(trimmed_roles=_trimmed_roles(render, chat_format))
@@ -209,7 +218,7 @@ def _read_system(render: Render, chat_format: ChatFormat, is_dated: bool) -> dic
     except (ChatFormatError, TemplateError):
         return without
     prefix = chat_format.user_prefix
-    if is_dated:  # formatted as the other turns, without what the template adds
+    if is_dated:  # formatted like the other turns, without the date and the text that the template adds
         header = prefix.replace("user", "system")
         is_known = header != prefix and header in head
         return {**without, "system_prefix": header, "system_suffix": chat_format.user_suffix} if is_known else without
@@ -228,7 +237,7 @@ def _trimmed_roles(render: Render, chat_format: ChatFormat) -> frozenset[str]:
 
 
 def _split(render: Render, contents: Sequence[str], **kwargs: bool) -> list[str]:
-    """Render a conversation with these contents and split it at them, into one piece more than contents."""
+    """Render a conversation with these contents and split it at them: one more piece than there are contents."""
     has_system = contents[0] == SYSTEM
     roles = itertools.chain(["system"] * has_system, itertools.cycle(["user", "assistant"]))
     text = render([{"role": role, "content": c} for role, c in zip(roles, contents, strict=False)], **kwargs)
@@ -266,19 +275,19 @@ def _compare(render: Render, derived: Render, chat_format: ChatFormat, *, is_dat
 
 
 def _heads(render: Render, chat_format: ChatFormat) -> list[str]:
-    """Everything that may precede a user's text: rendered conversations of every kind, up to that text."""
+    """Every kind of text that may precede a user's message, from rendered conversations."""
     question, answer = QUESTIONS[0], {"role": "assistant", "content": ANSWERS[0]}
     user = {"role": "user", "content": question}
-    befores: list[Messages] = [[], [{"role": "user", "content": QUESTIONS[1]}, answer]]
+    histories: list[Messages] = [[], [{"role": "user", "content": QUESTIONS[1]}, answer]]
     if chat_format.system_prefix is not None:
-        befores += [[{"role": "system", "content": text}] for text in SYSTEMS]
-    heads = [render([*before, user]).partition(question)[0] for before in befores]
+        histories += [[{"role": "system", "content": text}] for text in SYSTEMS]
+    heads = [render([*history, user]).partition(question)[0] for history in histories]
     # If the system message is inside the first turn, the text of that turn begins with it.
     return [head for head in heads if head.endswith(chat_format.user_prefix)]
 
 
 def _user_starts(heads: list[str], chat_format: ChatFormat, special: re.Pattern) -> list[tuple[str, int]]:
-    """Every head, and the character in it from which a pattern may begin."""
+    """Every head, with the index of the character at which a pattern may begin."""
     starts = [(head, len(head) - len(chat_format.user_prefix)) for head in heads]
     if special.search(chat_format.user_prefix):
         return starts
@@ -288,7 +297,7 @@ def _user_starts(heads: list[str], chat_format: ChatFormat, special: re.Pattern)
 
 
 def _ids_before(tokenizer: Any, head: str, start: int, content: str) -> tuple[int, ...]:
-    """The ids between the character `start` and a content that do not depend on the content."""
+    """The token ids from the character `start` of a head on, without those that depend on the content after it."""
     encoded = tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)
     whole = tokenizer(f"{head}{content}{QUERY_TOKEN}", add_special_tokens=False)["input_ids"]
     shared = _shared_length(encoded["input_ids"], whole)

@@ -1,7 +1,7 @@
 """Conversion of the original FlashSloth releases to model repositories in this package's layout.
 
-    folder or Hub id ─ map the weights ─ compare names, shapes and dtypes with the model ─ all right?
-      └─ temporary folder next to the output: weights, config, processor, code, card ─ rename it to the output
+    folder or Hub id ─ map the weights ─ compare names, shapes and dtypes with the model
+      └─ if all fit: temporary folder next to the output: weights, config, processor, code, card ─ renamed to the output
 
 The weights stay memory-mapped. Converting 1.3 GB took 22 MB of anonymous memory on top of the imports, and 1.3 GB of
 mapped pages, which the system drops when it needs room. Only `.bin` files from before torch 1.6 are read into memory.
@@ -43,7 +43,7 @@ SAFETENSORS_PATTERN, BIN_PATTERN = "model*.safetensors", "pytorch_model*.bin"
 MAX_SHARD_SIZE = "2GB"  # progress is shown once per shard
 MAX_UNCHECKED_LAYERS = 256
 SIZES = {"model.embedded_query.query_norm.weight": "query_hidden_size", "model.query_tokens": "num_query_tokens"}
-"""Sizes that no release's config holds, by the tensor whose first axis gives them."""
+"""Config fields that no release's config has, by the tensor whose first axis gives them."""
 UNUSED = (
     r"^model\.vision_tower\.(post_layernorm|head)\.",
     r"\.position_ids$",
@@ -163,7 +163,7 @@ def _find_source(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ConversionError(f"{source} is a file; give the folder that holds config.json and the weights.")
+        raise ConversionError(f"{source} is a file; give the folder with config.json and the weights.")
     try:
         try:
             has_safetensors = bool(fnmatch.filter(list_repo_files(str(source)), SAFETENSORS_PATTERN))
@@ -226,7 +226,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
             "safetensors, or from a source that you trust."
         ) from error
     except Exception as error:  # a broken pickle can raise anything
-        reason = str(error).partition("\n")[0][:200]
+        reason = first_line(error)[:200]
         raise ValueError(f"{file} is damaged or was not written by torch.save: {reason}. Download it again.") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
@@ -290,7 +290,7 @@ def _is_unused(name: str, num_tower_layers: int) -> bool:
 
 
 def _find_mismatch(tensor: StoredTensor, shape: torch.Size | None) -> str | None:
-    """What is wrong with a tensor, if anything. `shape` is the expected one; `None` if the model has no such tensor."""
+    """Describe how a tensor differs from the model's, whose shape is `shape`; `None`: the model has no such tensor."""
     found, dtype = tuple(tensor.data.shape), tensor.data.dtype
     if shape is None:
         return f"unexpected: {tensor}, shape {found}"
@@ -324,7 +324,7 @@ def _build_processor(folder: Path, original_config: dict, config: FlashSlothConf
 
 @contextlib.contextmanager
 def _validating(part: str) -> Iterator[None]:
-    """Name the part of the release that an error is about. A field of the wrong type can raise anything."""
+    """Convert errors to a ValueError that names the part of the release; a field of a wrong type can raise anything."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The device and the dtype that commands, examples and benchmarks run a model with."""
+"""Default device and dtype of commands, examples and benchmarks."""
 
 import torch
 
@@ -11,10 +11,13 @@ def default_device() -> torch.device:
 
 
 def has_bfloat16(device: torch.device | str) -> bool:
-    """Whether a device has instructions that multiply bfloat16 matrices.
+    """Whether a device multiplies bfloat16 matrices in hardware.
 
-    A CPU without them emulates them, several times slower than float32. A PyTorch that cannot tell (before
-    `torch.cpu.get_capabilities`) counts as one without.
+    A CPU that does not is several times slower in bfloat16 than in float32. If PyTorch is too old to tell (it has no
+    `torch.cpu.get_capabilities`), the answer is False for every CPU.
+
+    Args:
+        device: The device.
     """
     if torch.device(device).type != "cpu":
         return True
@@ -23,5 +26,9 @@ def has_bfloat16(device: torch.device | str) -> bool:
 
 
 def working_dtype(device: torch.device | str) -> torch.dtype | str:
-    """The `dtype` to load a model with: "auto", the checkpoint's, or float32 on a CPU that has no bfloat16."""
+    """The `dtype` to load a model with: "auto", which keeps the checkpoint's, or float32 on a CPU without bfloat16.
+
+    Args:
+        device: The device that will run the model.
+    """
     return "auto" if has_bfloat16(device) else torch.float32

@@ -1,9 +1,9 @@
-"""Export of a checkpoint, such as the folder that a training wrote, to a complete model repository.
+"""Export of a checkpoint, such as the output folder of a training run, to a complete model repository.
 
     checkpoint ─ load it as a user would, check it ─ write weights, configs, processor, code, handler and card
 
-The repository holds what was loaded and the licence. Other files of the checkpoint, such as optimizer states, logs and
-access tokens, are not copied.
+The repository contains the loaded model and the licence. Other files of the checkpoint, such as optimizer states, logs
+and access tokens, are not copied.
 """
 
 import contextlib
@@ -18,9 +18,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_flashsloth import is_flashsloth_config
+from ..image_processing_flashsloth import is_web_address
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..processing_flashsloth import FlashSlothProcessor
-from . import URL_PREFIXES, first_line, model_card
+from . import first_line, model_card
 from .repository import (
     RepositoryError,
     check_json_files,
@@ -88,7 +89,7 @@ def export(
 
     Raises:
         RepositoryError: If the checkpoint is broken, incomplete or not a FlashSloth, the output is in use, or the
-            licence is not spelled as the Hub does.
+            licence is not spelled as on the Hub.
     """
     checkpoint, output = Path(checkpoint), unused_folder(output)
     try:
@@ -135,7 +136,7 @@ def _load_model(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGener
     if (folder / ADAPTER_CONFIG).is_file():
         return _merge_adapter(folder, dtype)
     if not (folder / "config.json").is_file():
-        raise ValueError("it has no config.json; give the folder that `save_pretrained` or a training wrote.")
+        raise ValueError("it has no config.json; give a folder that `save_pretrained` or a training run wrote.")
     return _load_whole(folder, dtype), folder
 
 
@@ -173,7 +174,7 @@ def _load_whole(source: str | Path, dtype: str) -> FlashSlothForConditionalGener
 
 
 def _load_processor(source: str | Path, base: str | Path) -> FlashSlothProcessor:
-    """The checkpoint's processor, or that of the base model if an adapter has none."""
+    """Load the processor from `source`, or from the base model if an adapter's folder has none."""
     for folder in (source, base):
         try:
             return FlashSlothProcessor.from_pretrained(folder)
@@ -218,7 +219,7 @@ def _read_card(folder: Path) -> ModelCardData:
 
 
 def _hub_ids(names: str | list[str] | None) -> list[str] | None:
-    """The names that are Hub ids. Paths, which a training that started from a folder writes, stay private."""
+    """The names that are Hub ids. Paths, which a training run that started from a folder writes, are dropped."""
     found = []
     for name in [names] if isinstance(names, str) else names or []:
         with contextlib.suppress(HFValidationError):
@@ -249,8 +250,8 @@ def _copy_license(checkpoint: Path, folder: Path, license_id: str | None) -> Non
 
 
 def _copy_example(image: str, folder: Path) -> str:
-    """Copy an image, unless it is a URL; returns where the widget finds it."""
-    if image.startswith(URL_PREFIXES):
+    """Copy an image unless it is a URL; return its URL or its path in the repository."""
+    if is_web_address(image):
         return image
     if not Path(image).is_file():
         raise RepositoryError(f"there is no example image {image}.")

@@ -1,12 +1,12 @@
 """Build a new FlashSloth: a pretrained vision tower and a pretrained decoder, with untrained modules between them.
 
     configs, tokenizer, chat template ─ checked before any weights are read
-      ├─ decoder: all weights; the vocabulary grows only if the added tokens find no unused rows
+      ├─ decoder: all weights; the vocabulary grows only if it has too few unused rows for the added tokens
       ├─ vision tower: the layers that are used
       └─ pooling, projector, query tokens, Embedded Query: initialised by the model, from a seed
     ─ temporary folder next to the output: weights, config, processor, code, card ─ renamed to the output
 
-The model shares its tensors with the parts it is built from, so memory holds about one model.
+The model shares its tensors with the tower and the decoder, so memory holds about one model.
 """
 
 import contextlib
@@ -57,12 +57,12 @@ PAD_TOKEN, ANCHOR_TEXT, PROBE_TEXT = "<pad>", " .", "The image shows a small hou
 RELEASED_WINDOWS_PER_SIDE = 9
 MAX_WINDOWS_PER_SIDE = 2 * RELEASED_WINDOWS_PER_SIDE
 VISION_FAMILIES, LANGUAGE_FAMILIES = "SigLIP, CLIP, DINOv2, AIMv2 or ViT", "Phi, Llama, Qwen3, Gemma 3 or SmolLM3"
-RELEASED_QUERY_DEPTH = 7 / 32  # layers before the update of the query tokens, of all layers
+RELEASED_QUERY_DEPTH = 7 / 32  # share of the decoder layers that precede the update of the query tokens
 MAX_SHARD_SIZE = "5GB"
 PIXEL_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor", "do_rescale", "resample")
 BACKBONE_FIELDS = {"out_features", "out_indices", "stage_names", "_out_features", "_out_indices"}
 TOWER, DECODER = "model.vision_tower.", "model.language_model."
-TOLERANCE = 0.02  # relative to the largest logit; half precision may round differently
+TOLERANCE = 0.02  # relative to the largest value; half precision may round differently
 
 
 class Initialisation(NamedTuple):
@@ -88,11 +88,11 @@ class Initialisation(NamedTuple):
 
 
 class Tower(NamedTuple):
-    """The vision tower as FlashSloth uses it.
+    """A vision tower, reduced to the layers that FlashSloth uses.
 
     Attributes:
         source: Folder or Hub id.
-        native_config: Config with the layers that are used, for the image size that the tower was trained with.
+        native_config: Config with only those layers, for the image size that the tower was trained with.
         config: The same config for the requested image size.
         key_mapping: Regular expressions for tensor names in the source, mapped to the names in the tower.
     """
@@ -128,7 +128,7 @@ def init(
         output: Folder to write; must be empty or not exist. It appears once it is complete.
         vision_layer: Which hidden state of the tower to use: -1 is the output of the last layer, -2 its input. Default:
             -2, or -1 for the tower of a FlashSloth.
-        image_size: Side of a tile in pixels. Default: the tower's; for another, its position embeddings are
+        image_size: Side of a tile in pixels. Default: the tower's; otherwise its position embeddings are
             interpolated.
         pooling_window_size: Side of a pooling window in patches. Default: the size that gives at most about 9×9
             windows; 1, which does not compress, only if the side of the patch grid is prime, with a warning.
@@ -143,13 +143,13 @@ def init(
         seed: Seed of the new modules.
 
     Returns:
-        What was written.
+        A summary of the new model.
 
     Raises:
         RepositoryError: If the two models do not fit FlashSloth, or the output is not empty.
     """
     output = unused_folder(output)
-    with _refusal(str(language)):
+    with _repository_errors(str(language)):
         tower = _find_tower(str(vision), vision_layer, image_size)
         grid = _find_grid(tower)
         window = pooling_window_size or default_pooling_window(grid)
@@ -215,16 +215,16 @@ def default_pooling_window(grid: int) -> int:
 
 
 @contextlib.contextmanager
-def _refusal(language: str) -> Iterator[None]:
-    """Convert errors into a `RepositoryError` of one line."""
+def _repository_errors(language: str) -> Iterator[None]:
+    """Convert errors to `RepositoryError`s with one line."""
     try:
         yield
     except RepositoryError:
         raise
     except (ValueError, OSError) as error:
         raise RepositoryError(first_line(error)) from error
-    except Exception as error:  # the tower has been tested on its own, so the decoder does not fit
-        detail = str(error).partition("\n")[0].removesuffix(".")
+    except Exception as error:  # the tower has been tested alone, so the decoder does not fit
+        detail = first_line(error).removesuffix(".")
         raise _unfit("--language", language, f"is not a decoder that fits: {detail}") from error
 
 
@@ -315,7 +315,7 @@ def _adapt_tokenizer(tokenizer: Any, template: str | None) -> tuple[str, str]:
         FlashSloth's chat template, and the token that ends an answer.
     """
     if template is None and tokenizer.chat_template:
-        template = derive_template(tokenizer)  # before tokens are added: with those that the decoder was trained with
+        template = derive_template(tokenizer)  # before tokens are added, with those that the decoder was trained on
     added = [QUERY_TOKEN, END_TOKEN, IMAGE_TOKEN]  # in this order, Phi-2 gets the ids of the released models
     if template is not None or tokenizer.eos_token not in (None, tokenizer.bos_token, tokenizer.pad_token):
         added.remove(END_TOKEN)
@@ -332,7 +332,7 @@ def _adapt_tokenizer(tokenizer: Any, template: str | None) -> tuple[str, str]:
             unused_end = PAD_TOKEN
         tokenizer.pad_token = unused_end
     tokenizer.chat_template = None  # the processor has the template with images
-    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"  # `save_pretrained` writes the first
     return template, end_token
 
 
@@ -453,8 +453,8 @@ def _build_model(
     difference = (found - expected).abs().max() / expected.abs().max()
     if not difference < TOLERANCE:
         raise RepositoryError(
-            f"inside FlashSloth, the decoder ({config.text_config.model_type}) gives different logits than alone, by "
-            f"{difference:.1%}, so its head does something that FlashSloth does not support; choose another "
+            f"the decoder ({config.text_config.model_type}) gives different logits inside FlashSloth than on its own "
+            f"(by {difference:.1%}), so its head does something that FlashSloth does not support; choose another "
             f"--language, such as a {LANGUAGE_FAMILIES}."
         )
     model.generation_config = GenerationConfig(
@@ -482,7 +482,7 @@ def _check_queries(model: FlashSlothForConditionalGeneration, processor: FlashSl
     reason = None
     try:
         model.generate(**inputs, max_new_tokens=2)
-    except Exception as error:  # as above
+    except Exception as error:  # a decoder that does not fit may raise anything
         reason = error
     finally:
         hook.remove()
@@ -493,13 +493,22 @@ def _check_queries(model: FlashSlothForConditionalGeneration, processor: FlashSl
 
 
 def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of the tower by their names in FlashSloth, without those that are missing in the checkpoint."""
+    """Load the tower and check it.
+
+    Returns:
+        Its tensors by their names in FlashSloth.
+
+    Raises:
+        RepositoryError: If tensors are missing, or the tower does not fit.
+    """
     num_layers = tower.native_config.num_hidden_layers
     model, report = _load(
         "--vision",
         AutoModel.from_pretrained,
         tower.source,
-        config=_changed(tower.native_config, num_hidden_layers=num_layers + 1),  # FlashSloth reads the last one's input
+        config=_changed(
+            tower.native_config, num_hidden_layers=num_layers + 1
+        ),  # FlashSloth reads its last layer's input
         dtype=dtype,
         output_loading_info=True,
         **({"key_mapping": tower.key_mapping} if tower.key_mapping else {}),
@@ -523,17 +532,15 @@ def _check_tower(tower: Tower, model: PreTrainedModel, used: PreTrainedModel) ->
 
     Args:
         tower: The tower.
-        model: The tower in transformers, with one more layer, whose input FlashSloth reads.
-        used: The tower in FlashSloth.
+        model: The tower as transformers builds it, with one more layer, whose input FlashSloth reads.
+        used: The tower as FlashSloth builds it.
 
     Raises:
         RepositoryError: If the tower does not fit.
     """
     config = tower.native_config
-    grid, side, patch = (
-        _side(config.image_size) // _side(config.patch_size),
-        *map(_side, (config.image_size, config.patch_size)),
-    )
+    side, patch = _side(config.image_size), _side(config.patch_size)
+    grid = side // patch
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.dtype)
     pixels[1] = pixels[0]
     pixels[1, :, :patch, (grid - 1) * patch : grid * patch] += 1  # changes the last patch of the first row

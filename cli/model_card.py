@@ -98,6 +98,9 @@ def build_model_card(
         license_id: Hub identifier of the weights' licence, or `None` if it is unknown.
         results: Evaluation results, as `read_results` returns them.
         examples: Pairs of an image (a path in the repository or a URL) and a question, for the Hub's widget.
+
+    Returns:
+        The card.
     """
     text, vision = config.text_config, config.vision_config
     metadata = ModelCardData(
@@ -138,6 +141,9 @@ def read_results(file: Path) -> list[EvalResult]:
 
     Args:
         file: A JSON file with the counts `asked` and `right` of every kind of question, or with lmms-eval's `results`.
+
+    Returns:
+        One result per kind of question, or per task and metric.
 
     Raises:
         ValueError: If the file has neither form.

@@ -59,7 +59,7 @@ class VisionGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Decoder with Embedded Query module: the prefill."""
+    """Decoder with the Embedded Query module, for the prefill."""
 
     def __init__(self, model: FlashSlothForConditionalGeneration) -> None:
         super().__init__()
@@ -74,15 +74,17 @@ class DecoderGraph(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Logits after the prompt, `(batch, vocab_size)`, then the keys and values of every layer."""
         inner = self.model.model
-        inner._pool = lambda _: image_tokens  # already pooled and projected by the vision graph
+        # The vision graph has pooled and projected the patches, and `forward` takes no image tokens: it would repeat
+        # both in the decoder's graph. So this instance returns the given ones while the graph is traced.
+        inner._to_image_tokens = lambda _: image_tokens
         try:
             return _run(self.model, DynamicCache(), input_ids, attention_mask, patch_features=patch_features)
         finally:
-            del inner._pool
+            del inner._to_image_tokens
 
 
 class StepGraph(nn.Module):
-    """Decoder: one decoding step, which reads one token per row and the KV cache."""
+    """Decoder, for a decoding step, which reads one token per row and the KV cache."""
 
     def __init__(self, model: FlashSlothForConditionalGeneration) -> None:
         super().__init__()
@@ -126,9 +128,8 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise RepositoryError('ONNX export requires further packages: pip install "flashsloth[onnx]"') from error
-    logging.getLogger("torch.onnx").setLevel(
-        logging.ERROR
-    )  # it reports torchvision operators that are missing but not needed
+    # It warns about missing torchvision operators, which are not needed.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     model = model.float().eval()
     with (
         complete_or_absent(output, 2 * BYTES_PER_WEIGHT * model.num_parameters()) as partial,
@@ -173,7 +174,7 @@ def _run(
 
 
 def _build_inputs(processor: FlashSlothProcessor, questions: Iterable[str | None]) -> dict[str, torch.Tensor]:
-    """A batch with one conversation per question, each with two images of noise; `None` stands for text only."""
+    """A batch with one conversation per question, each about two images of noise; `None`: one without images."""
     size = processor.image_processor.size
     rng = np.random.default_rng(0)
     conversations = []
@@ -241,7 +242,7 @@ def _export(graph: nn.Module, inputs: tuple, shapes: tuple, names: list[str], ou
 
 
 def _cummax(states: Any, dim: int) -> tuple[Any, Any]:
-    """Running maximum of every row, for which ONNX has no operator. The second output, the indices, is unused."""
+    """Running maximum of every row, for which ONNX has no operator. The second output, the indices, is not used."""
     from onnxscript import opset18 as op
 
     length = op.Squeeze(op.Shape(states, start=1, end=2))
@@ -257,14 +258,14 @@ def _save_sharing_weights(program: Any, file: Path, other: Path) -> None:
     import onnx_ir
 
     stored = (value.const_value for value in onnx_ir.load(other).graph.initializers.values())
-    known = {_identity(tensor): tensor for tensor in stored if isinstance(tensor, onnx_ir.ExternalTensor)}
+    known = {_content_key(tensor): tensor for tensor in stored if isinstance(tensor, onnx_ir.ExternalTensor)}
     for value in program.model.graph.initializers.values():
-        value.const_value = known.get(_identity(value.const_value), value.const_value)
+        value.const_value = known.get(_content_key(value.const_value), value.const_value)
     onnx_ir.save(program.model, file)
 
 
-def _identity(tensor: Any) -> tuple:
-    """A key that is the same for equal tensors, whose names differ between the graphs."""
+def _content_key(tensor: Any) -> tuple:
+    """A key that equal tensors share, because their names differ between the graphs."""
     return tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
 
 

@@ -1,4 +1,4 @@
-"""Folders of model repositories: which files they hold, and how to write one so that it is complete or absent.
+"""Folders of model repositories: checks of their files, and writing a folder so that it is complete or absent.
 
 A repository is written into a hidden folder next to the output, which is renamed when it is complete. The process holds
 a lock in the hidden folder. If it is killed, the folder stays; the next process that writes the same output removes it,
@@ -27,7 +27,7 @@ JSON_FILES = (
 
 
 class RepositoryError(ValueError):
-    """A model repository cannot be made; nothing was written."""
+    """A model repository cannot be built; nothing was written."""
 
 
 def read_json(file: Path) -> dict:
@@ -55,7 +55,7 @@ def check_json_files(folder: Path) -> None:
         folder: A checkpoint's folder.
 
     Raises:
-        ValueError: If one does not; names it.
+        ValueError: If one does not; the message names the file.
     """
     for name in JSON_FILES:
         if (folder / name).is_file():
@@ -114,16 +114,19 @@ def unused_folder(output: str | Path) -> Path:
 
 @contextlib.contextmanager
 def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
-    """Give a hidden folder, which becomes the output at the end of the block, or is removed if the block fails.
+    """Create a hidden folder that becomes the output when the block ends, or is removed if the block fails.
 
-    Folders that killed processes left for the same output are removed first.
+    Hidden folders that killed processes left for the same output are removed first.
 
     Args:
         output: The path that `unused_folder` returned.
         num_bytes: Size of the weights, in bytes.
 
+    Yields:
+        The hidden folder.
+
     Raises:
-        RepositoryError: If the disk is too full for the weights.
+        RepositoryError: If the disk has no room for the weights.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
@@ -135,7 +138,7 @@ def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
     workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         with _lock(workplace):
-            partial = workplace / output.name  # `mkdtemp` gives access to the owner only; `mkdir` follows the umask
+            partial = workplace / output.name  # with the umask's permissions; `mkdtemp` gives access to the owner only
             partial.mkdir()
             yield partial
             if output.exists():
@@ -147,7 +150,7 @@ def complete_or_absent(output: Path, num_bytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock(workplace: Path) -> Iterator[None]:
-    """Hold a lock in a folder. The system releases it when the process ends, however it ends."""
+    """Hold a lock in a folder. The system releases it when the process ends, even if it is killed."""
     descriptor = None
     if fcntl is not None:
         with contextlib.suppress(OSError):  # the file system has no locks
@@ -166,7 +169,7 @@ def _remove_abandoned(output: Path) -> None:
     if fcntl is None:
         return
     for workplace in output.parent.glob(f".{glob.escape(output.name)}-*"):
-        with contextlib.suppress(OSError):  # it has no lock and is not ours, or a running process holds the lock
+        with contextlib.suppress(OSError):  # another program's folder, without a lock, or one that is being written
             descriptor = os.open(workplace / LOCK, os.O_RDWR)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

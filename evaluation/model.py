@@ -1,4 +1,4 @@
-"""FlashSloth as a chat model of lmms-eval: answers messages with images, batch by batch."""
+"""FlashSloth as a chat model of lmms-eval, which answers messages with images and videos in batches."""
 
 import logging
 import os
@@ -23,13 +23,14 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 WINDOW = 16
-"""Batches whose requests are sorted by length together, and whose answers are returned together."""
-DEFAULT_MAX_NEW_TOKENS = 1024  # for tasks that set none; other models of lmms-eval use 1024 or more
+"""Number of batches whose requests are sorted by length together and whose answers are returned together."""
+DEFAULT_MAX_NEW_TOKENS = 1024  # for tasks that set no limit; other models of lmms-eval use 1024 or more
 RUN_ID = "LMMS_CACHE_RUN_ID"
+"""Environment variable with the name of a run in lmms-eval's response cache."""
 
 
 class FlashSlothForEvaluation(lmms):
-    """A chat model of lmms-eval; its arguments are those of `--model_args`.
+    """A chat model of lmms-eval, constructed with the values of `--model_args`.
 
     With several processes (`accelerate launch` or `torchrun`), every process has a copy of the model and answers its
     share of the requests; lmms-eval gathers the scores.
@@ -74,8 +75,8 @@ class FlashSlothForEvaluation(lmms):
             pretrained, revision=revision, dtype=dtype, attn_implementation=attn_implementation
         )
         self.model.to(self.device).eval()
-        # The response cache of lmms-eval names every run differently, so the answers of a killed run would never be
-        # found again. With one name for all runs, they are; its keys distinguish models and tasks.
+        # lmms-eval's response cache names every run differently, so it would not find the answers of a killed run. With
+        # one name for all runs it does, and its keys tell models and tasks apart. Only the environment sets the name.
         os.environ.setdefault(RUN_ID, "flashsloth")
 
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[str] | list[str]:
@@ -86,14 +87,14 @@ class FlashSlothForEvaluation(lmms):
                 the generation arguments, and the index, task and split of the document.
 
         Returns:
-            The answers in order. They are an iterator, because the response cache (`--use_cache`) saves each answer
-            when it receives it: with a list, a killed run would save nothing.
+            The answers in order, as an iterator: the response cache (`--use_cache`) saves each answer as it arrives,
+            whereas a killed run would lose a list. A single answer is a list, which agentic tasks index.
         """
         answers = self._answers(requests)
-        return answers if len(requests) > 1 else list(answers)  # agentic tasks index their single answer
+        return answers if len(requests) > 1 else list(answers)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
-        """Raise; lmms-eval does not send such tasks to chat models.
+        """Raise an error; lmms-eval does not send such tasks to chat models.
 
         Raises:
             NotImplementedError: Always.
@@ -104,7 +105,7 @@ class FlashSlothForEvaluation(lmms):
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> NoReturn:
-        """Raise; no benchmark of the paper has several rounds.
+        """Raise an error; no benchmark of the paper has several rounds.
 
         Raises:
             NotImplementedError: Always.
@@ -115,7 +116,7 @@ class FlashSlothForEvaluation(lmms):
         )
 
     def _answers(self, requests: Sequence[Instance]) -> Iterator[str]:
-        """Answer window by window, the longest questions of a window first, so that rows need little padding."""
+        """Answer one window after another, the longest questions of each first, so that rows need little padding."""
         size = WINDOW * self.batch_size
         with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
             for start in range(0, len(requests), size):
@@ -131,7 +132,7 @@ class FlashSlothForEvaluation(lmms):
     def _answer_batch(self, batch: list[tuple]) -> list[str]:
         conversations = [
             self._conversation(to_messages(self.task_dict[task][split][document]))
-            for _, to_messages, _, document, task, split in batch
+            for _, to_messages, _, document, task, split in batch  # `args` of a request, see `generate_until`
         ]
         inputs = self.processor.encode_conversations(conversations, padding=True, **self.image_kwargs).to(self.device)
         prompt_length = inputs["input_ids"].shape[1]
@@ -166,9 +167,9 @@ def generation_options(task_options: Mapping[str, Any]) -> tuple[dict[str, Any],
     """Convert the generation options of a task to arguments of `generate`.
 
     Args:
-        task_options: `generation_kwargs` of the task; `until` is one text or several that end an answer. As in other
-            models of lmms-eval, a temperature of 0 means greedy decoding and a higher one sampling. Options that
-            `generate` does not know, such as those for other models, are ignored.
+        task_options: `generation_kwargs` of the task; `until` is a text or a list of texts that end an answer. As in
+            other models of lmms-eval, a temperature of 0 means greedy decoding, and a higher one sampling. Options that
+            `generate` does not have, such as those for other models, are ignored.
 
     Returns:
         Arguments of `generate`, and the texts that end an answer.
@@ -200,7 +201,7 @@ def _batches(window: list[tuple], batch_size: int) -> Iterator[list[int]]:
 
 
 def _cut(text: str, stops: list[str]) -> str:
-    """The text before the first stop."""
+    """The text before the first of `stops`."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))].strip()
 
 

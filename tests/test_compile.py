@@ -117,13 +117,13 @@ def test_an_image_that_a_static_cache_cannot_hold_is_refused(make_model, model, 
     with pytest.raises(ValueError, match=r"more than `max_cache_len`=32"):
         model.image_prefix_cache(max_cache_len=32)(inputs)
     sliding = make_model("gemma3_text")
-    with pytest.raises(ValueError, match=r"sliding window of the decoder.*leave it out"):
+    with pytest.raises(ValueError, match=r"sliding window of the decoder.*omit it"):
         sliding.image_prefix_cache(max_cache_len=MAX_CACHE_LEN)(inputs)
 
 
 def test_beams_from_a_static_cache_are_refused(model, ask, images):
     known = model.image_prefix_cache(max_cache_len=MAX_CACHE_LEN)(ask([(images[:1], "What is it?")]))
-    expected = r"need a DynamicCache to continue from, found a StaticPrefixCache.*leave `max_cache_len` out"
+    expected = r"need a DynamicCache to continue from, found a StaticPrefixCache.*without `max_cache_len`"
     with pytest.raises(ValueError, match=expected):
         model.generate(**known, **GREEDY, num_beams=2)
 

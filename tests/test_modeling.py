@@ -430,11 +430,9 @@ def test_a_call_with_packed_samples_returns_no_cache(model, ask, images):
 def test_packed_samples_that_would_be_mixed_are_refused(model, make_model, ask, images):
     sample = ask([(images[:1], "What?")])
     inputs, lengths = packed(sample, sample)
-    with pytest.raises(ValueError, match=r"of row 0 restart within it.*leave `attention_mask` out"):
+    with pytest.raises(ValueError, match=r"of row 0 restart within it.*omit `attention_mask`"):
         model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
-    with pytest.raises(
-        ValueError, match="`cu_seq_lens_q` says that samples are packed, but there are no `position_ids`"
-    ):
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` marks packed samples, but there are no `position_ids`"):
         model(inputs["input_ids"], inputs["pixel_values"], cu_seq_lens_q=torch.tensor([0, *lengths]).cumsum(dim=0))
     query = inputs["input_ids"][0] == model.config.query_token_id
     first_query = int(query.nonzero()[0])
@@ -454,7 +452,7 @@ def test_a_decoder_whose_layers_mix_packed_samples_is_refused(make_config, ask, 
     model = FlashSlothForConditionalGeneration(make_config("llama", text_config=text)).eval()
     sample = ask([(images[:1], "What?")])
     logits_of(model, packed(sample)[0])
-    with pytest.raises(ValueError, match=r"\(lfm2\) has layers of type conv, which would mix them; pad rows"):
+    with pytest.raises(ValueError, match=r"\(lfm2\) has layers of type conv, which would mix them; put one"):
         model(**packed(sample, sample)[0])
 
 

@@ -58,6 +58,16 @@ def as_arrays(batch):
     return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
+@torch.no_grad()
+def test_the_decoder_graph_reads_the_image_tokens_that_it_is_given(model, ask, images):
+    batch = ask([(images[:1], "What is it?")])
+    patches, tokens = graphs.VisionGraph(model)(batch["pixel_values"])
+    prompt = (batch["input_ids"], batch["attention_mask"])
+    own, other = (graphs.DecoderGraph(model)(*prompt, patches, given)[0] for given in (tokens, -tokens))
+    torch.testing.assert_close(own, model(**batch).logits[:, -1])
+    assert not torch.equal(own, other)
+
+
 @pytest.mark.slow
 def test_logits_are_the_models(exported, onnx_model, model, batches):
     assert max(exported.differences.values()) < 1e-5

@@ -204,7 +204,7 @@ def test_broken_and_missing_clips_are_refused(tmp_path, clip):
     with pytest.raises(TypeError, match="found generator; convert iterators to lists"):
         video_frames(numbered(i) for i in range(3))
     for num_frames in (0, 2.5, True, "3", None):
-        with pytest.raises(ValueError, match=f"`num_frames` of 1 or more, found {num_frames!r}"):
+        with pytest.raises(ValueError, match=f"`num_frames` to be a whole number of at least 1, found {num_frames!r}"):
             video_frames(clip, num_frames)
 
 

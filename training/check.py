@@ -33,7 +33,7 @@ def check_rows(rows: Any, collator: FlashSlothDataCollator, *, num_workers: int 
     Args:
         rows: The output of `load_rows`.
         collator: The collator used for training; its `on_bad_row` is ignored.
-        num_workers: Number of processes that read rows; a stream is read by this process.
+        num_workers: Number of processes that read rows; this process always reads a stream itself.
 
     Yields:
         A report on every row, in order.

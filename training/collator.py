@@ -11,7 +11,7 @@ from transformers import BatchFeature
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processing_flashsloth import FlashSlothProcessor
-from .data import is_url, normalize_row
+from .data import is_url, normalize_row, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ MODEL_COLUMNS = {"input_ids", "attention_mask", "position_ids", "pixel_values", 
 
 
 class BadRowError(ValueError):
-    """A row cannot be used for training; the message has its index and the reason."""
+    """A row cannot be used for training; the message has the row's index and the reason."""
 
 
 class Sample(NamedTuple):
@@ -56,8 +56,8 @@ class FlashSlothDataCollator:
 
     Args:
         processor: Processor of the model.
-        max_length: Maximum number of tokens in a row, including image and query tokens. Default: no limit.
-        pad_to_multiple_of: Pad to a multiple of this many tokens.
+        max_length: Maximum number of tokens in a row, including image and query tokens. `None`: no limit.
+        pad_to_multiple_of: Pad rows to a multiple of this many tokens. `None`: to the longest row.
         padding_free: Concatenate all rows of a batch into one, without padding, with `position_ids` that restart at
             each row; the model keeps the rows separate.
         on_bad_row: What to do with a row that cannot be used (missing file, broken image, no answer): `"raise"` a
@@ -159,7 +159,7 @@ class FlashSlothDataCollator:
         row = normalize_row(row)
         text, answers = self._render_caption(row) if "caption" in row else self._render_messages(row["messages"])
         tokenizer = self.processor.tokenizer
-        images = [_checked(image) for image in _images(row)]
+        images = [_check_exists(image) for image in _images(row)]
         encoded = self.processor(
             text=text,
             images=images or None,
@@ -189,7 +189,7 @@ class FlashSlothDataCollator:
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the last message must be the assistant's answer")
         for message in messages:
-            if message["role"] == "assistant" and not _text_of(message).strip():
+            if message["role"] == "assistant" and not text_of(message["content"]).strip():
                 raise ValueError("an answer is empty")
         prompts, spans = render_jinja_template(
             conversations=[self.processor.guard_control_tokens(messages)],
@@ -232,17 +232,13 @@ class FlashSlothDataCollator:
         )
 
 
-def _text_of(message: dict) -> str:
-    return "".join(part.get("text", "") for part in message["content"])
-
-
 def _images(row: dict[str, Any]) -> list:
     if "caption" in row:
         return row["image"]
     return [part["image"] for message in row["messages"] for part in message["content"] if part["type"] == "image"]
 
 
-def _checked(image: Any) -> Any:
+def _check_exists(image: Any) -> Any:
     if isinstance(image, str) and not is_url(image) and not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image}; set `image_folder` to the folder of the images")
     return image

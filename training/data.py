@@ -48,7 +48,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ImportError: If the package `datasets` is missing and `source` is not a JSON file, or is streamed.
+        ImportError: If the package `datasets` is missing, unless `source` is a JSON file and is not streamed.
         ValueError: If a JSON file does not contain a list, or another split of a file is requested.
 
     Example:
@@ -87,7 +87,7 @@ class Rows(Dataset):
 
     Args:
         records: A sequence of records: a list, `JsonLines` or `datasets.Dataset`.
-        normalize: Turns a record and its index into a row.
+        normalize: Function that turns a record and its index into a row.
     """
 
     def __init__(self, records: Any, normalize: Any) -> None:
@@ -104,13 +104,13 @@ class Rows(Dataset):
         return self.normalize(self.record(index), index)
 
     def record(self, index: int) -> dict[str, Any]:
-        """The record as it is in the source."""
+        """Read a record as it is in the source, without normalising it."""
         record = self.records[index]
         return record.to_pylist()[0] if self.is_arrow else record
 
 
 class JsonLines:
-    """The non-blank lines of a file by index; only their positions are kept in memory."""
+    """Reads the non-blank lines of a file by index; only their positions are kept in memory."""
 
     def __init__(self, file: str | Path) -> None:
         self.file = Path(file)
@@ -167,14 +167,16 @@ def normalize_row(row: dict[str, Any], *, image_folder: str | Path | None = None
     _check_dict(row, "a row")
     if row.get("error") is not None:
         raise ValueError(row["error"])
-    images = [_image(value, image_folder) for value in _image_column(row)]
+    images = [_read_image(value, image_folder) for value in _image_column(row)]
     caption = row.get("caption", row.get("text"))
     if row.get("messages") is not None:
         messages = [_read_message(message, "role", "content", image_folder) for message in row["messages"]]
-        messages = _place(messages, images, is_marked=bool(images) and any(map(_count_marks, messages)))
+        messages = _place_images(
+            messages, images, at_placeholders=bool(images) and any(map(_count_placeholders, messages))
+        )
     elif row.get("conversations") is not None:
         messages = [_read_message(message, "from", "value", image_folder) for message in row["conversations"]]
-        messages = _place(messages, images, is_marked=True)
+        messages = _place_images(messages, images, at_placeholders=True)
     elif caption is not None:
         return _caption_row(images, caption)
     else:
@@ -212,6 +214,11 @@ def is_url(image: str) -> bool:
     return image.startswith(("http://", "https://", "file://", "data:"))
 
 
+def text_of(parts: list[dict[str, Any]]) -> str:
+    """Text of a message's parts, without its images."""
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
 def _import_datasets(source: str | Path) -> Any:
     try:
         import datasets
@@ -242,6 +249,7 @@ def _read_json(file: str | Path) -> list[dict[str, Any]]:
 
 
 def _iterate(rows: list[Any]) -> Any:
+    """Yield all rows of the data sets in a list, which `datasets` divides among the workers of a stream."""
     for records in rows:
         yield from (records[index] for index in range(len(records)))
 
@@ -268,7 +276,7 @@ def _image_column(row: dict[str, Any]) -> list:
     return []
 
 
-def _image(value: Any, image_folder: str | Path | None) -> Any:
+def _read_image(value: Any, image_folder: str | Path | None) -> Any:
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path") is None:
             raise TypeError(f"an image must have `bytes` or `path`, but has {sorted(value)}")
@@ -316,27 +324,33 @@ def _read_part(part: dict, image_folder: str | Path | None) -> dict[str, Any]:
         return {"type": "image"}
     key, value = next(iter(sources.items()))
     value = value["url"] if isinstance(value, dict) and "url" in value else value
-    return {"type": "image", "image": _image(f"data:;base64,{value}" if key == "base64" else value, image_folder)}
+    return {"type": "image", "image": _read_image(f"data:;base64,{value}" if key == "base64" else value, image_folder)}
 
 
-def _count_marks(message: dict) -> int:
-    is_asked = message["role"] == "user" and isinstance(message["content"], str)
-    return message["content"].count(PLACEHOLDER) if is_asked else 0
+def _count_placeholders(message: dict) -> int:
+    is_user_text = message["role"] == "user" and isinstance(message["content"], str)
+    return message["content"].count(PLACEHOLDER) if is_user_text else 0
 
 
-def _place(messages: list[dict], images: list, *, is_marked: bool) -> list[dict]:
-    """Place images at empty image parts or placeholders, else before the first question."""
+def _place_images(messages: list[dict], images: list, *, at_placeholders: bool) -> list[dict]:
+    """Convert contents to parts, with images at image parts without one, at placeholders, or before the first question.
+
+    Args:
+        messages: Messages whose content is text or a list of parts.
+        images: Images to place, in order.
+        at_placeholders: Whether `<image>` in a user's text is a placeholder.
+    """
     waiting = [part for message in messages for part in _parts(message) if part == {"type": "image"}]
-    num_unmarked = 0 if is_marked or waiting else len(images)
+    num_leading = 0 if at_placeholders or waiting else len(images)
     placed = []
     for message in messages:
         parts = message["content"]
         if isinstance(parts, str):
-            text, num_images = parts, _count_marks(message) if is_marked else 0
+            text, num_images = parts, _count_placeholders(message) if at_placeholders else 0
             if num_images:
                 text = text.replace(PLACEHOLDER, "").strip()
             elif message["role"] == "user":
-                num_images, num_unmarked = num_unmarked, 0
+                num_images, num_leading = num_leading, 0
             parts = [*({"type": "image"} for _ in range(num_images)), _text_part(text)]
         placed.append({"role": message["role"], "content": parts})
     waiting = [part for message in placed for part in message["content"] if part == {"type": "image"}]
@@ -365,8 +379,7 @@ def _as_caption_row(messages: list[dict]) -> dict[str, Any]:
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not answers:
         raise ValueError("the conversation has no answer to use as a caption")
-    caption = "".join(part.get("text", "") for part in answers[0])
-    return _caption_row([part["image"] for part in parts if part["type"] == "image"], caption)
+    return _caption_row([part["image"] for part in parts if part["type"] == "image"], text_of(answers[0]))
 
 
 def _caption_row(images: list, caption: Any) -> dict[str, Any]:

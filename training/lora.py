@@ -1,4 +1,4 @@
-"""Module names for LoRA adapters and for quantisation."""
+"""Names of modules for LoRA adapters and for quantisation."""
 
 LORA_TARGET_MODULES = r"(?:.*\.)?language_model\.layers\.\d+\.(?:.*\.)?(?:\w+_proj|dense|fc[12]|w[123])"
 """`target_modules` for peft: the linear layers inside the decoder's layers, as Phi, Llama, Qwen, Gemma and similar

@@ -11,12 +11,13 @@ from transformers.trainer_utils import has_length
 
 from ..configuration_flashsloth import check_transformers
 from ..modeling_flashsloth import FlashSlothForConditionalGeneration
-from .data import row_lengths
+from .data import row_lengths, text_of
 from .sampler import ModalityLengthSampler
 
 logger = logging.getLogger(__name__)
 
-check_transformers("trainer.Trainer", "trainer_callback.TrainerCallback")  # here, for their import takes long
+# Not checked with the other hooks, because importing `Trainer` takes long.
+check_transformers("trainer.Trainer", "trainer_callback.TrainerCallback")
 
 
 def freeze_for_stage(
@@ -29,6 +30,9 @@ def freeze_for_stage(
         stage: 1, alignment: Spatial Attention Pooling and projector. 2, instruction tuning: all but the vision tower.
         train_vision_tower: Whether stage 2 also trains the vision tower, as the paper says of FlashSloth-HD. The
             authors' code runs the tower under `torch.no_grad`, so it is not trained: `False` reproduces their code.
+
+    Returns:
+        The same model.
 
     Raises:
         ValueError: If `stage` is neither 1 nor 2.
@@ -45,10 +49,10 @@ def freeze_for_stage(
 
 
 class ResumeCallback(TrainerCallback):
-    """Sets the epoch of the sampler, and warns if a resumed run has nothing left to train.
+    """Sets the sampler's epoch, and warns if a resumed run has nothing left to train.
 
-    With several processes, the data loader that skips the rows a resumed run has already seen does not set the epoch,
-    so rows would come in the order of the first epoch.
+    In a resumed run with several processes, the data loader that skips rows already seen does not set the epoch, so the
+    rows would come in the order of the first epoch.
     """
 
     def on_train_begin(
@@ -82,8 +86,9 @@ class FlashSlothTrainer(Trainer):
     With `train_sampling_strategy="group_by_length"`, a batch has rows of similar length, either all with images or all
     without. `processing_class` must be the model's processor.
 
-    It sets what `FlashSlothDataCollator` needs: rows keep their columns (`remove_unused_columns=False`), and every
-    process builds its own batches of a stream (`dispatch_batches=False`). Resuming a finished run trains nothing.
+    It sets two arguments that `FlashSlothDataCollator` needs: `remove_unused_columns=False` keeps the columns of rows,
+    and `dispatch_batches=False` lets every process build its own batches of a stream. Resuming a finished run trains
+    nothing.
 
     Args:
         *args: As for `Trainer`.
@@ -101,8 +106,8 @@ class FlashSlothTrainer(Trainer):
         self.args.remove_unused_columns = False
         self.add_callback(ResumeCallback)
         for module in self.model.modules():
-            # On some CPUs, bitsandbytes repacks 4-bit weights in the first inference, and then gives no gradients. It
-            # has no setting for that but this attribute.
+            # On some CPUs, bitsandbytes repacks 4-bit weights in the first inference, and then gives no gradients. This
+            # attribute is its only switch for that.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
 
@@ -117,7 +122,7 @@ class FlashSlothTrainer(Trainer):
         super().create_accelerator_and_postprocess()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train one epoch, unless a resumed run is already at its last step: `Trainer` only checks after a step."""
+        """Train one epoch, unless a resumed run has done its last step: `Trainer` checks that only after a step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -143,7 +148,7 @@ class FlashSlothTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate, see `Trainer.evaluate`, and measure `num_eval_answers` answers."""
+        """Evaluate, and compare `num_eval_answers` generated answers; see `Trainer.evaluate`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
@@ -155,7 +160,7 @@ class FlashSlothTrainer(Trainer):
 
     @torch.no_grad()
     def _exact_match(self, rows: Any) -> float:
-        """Share of the first rows whose last answer equals that of `generate`."""
+        """Share of the first `num_eval_answers` rows whose last answer `generate` reproduces exactly."""
         conversations = [row.get("messages", []) for row in islice(rows, self.num_eval_answers)]
         conversations = [messages for messages in conversations if messages and messages[-1]["role"] == "assistant"]
         if not conversations:
@@ -165,14 +170,11 @@ class FlashSlothTrainer(Trainer):
             )
         size = self.args.eval_batch_size
         batches = [conversations[first : first + size] for first in range(0, len(conversations), size)]
-        return sum(map(self._num_right, batches)) / len(conversations)
+        return sum(map(self._num_correct, batches)) / len(conversations)
 
-    def _num_right(self, conversations: list[list[dict[str, Any]]]) -> int:
+    def _num_correct(self, conversations: list[list[dict[str, Any]]]) -> int:
         processor = self.processing_class
-        expected = [
-            "".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text").strip()
-            for messages in conversations
-        ]
+        expected = [text_of(messages[-1]["content"]).strip() for messages in conversations]
         questions = [messages[:-1] for messages in conversations]
         inputs = processor.encode_conversations(questions, padding=True).to(self.args.device)
         longest = max(len(ids) for ids in processor.tokenizer([f" {answer}" for answer in expected])["input_ids"])

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Sampler
 
 MEGABATCH_SIZE = 50
-"""Batches whose rows are sorted by length together; a smaller number needs more padding, a larger one shuffles less."""
+"""Number of batches whose rows are sorted by length together; fewer need more padding, more shuffle less."""
 
 
 class ModalityLengthSampler(Sampler[int]):
@@ -16,8 +16,8 @@ class ModalityLengthSampler(Sampler[int]):
     split into batches; then the batches of both kinds are shuffled together. Rows that do not fill a batch come last,
     those with images first, so only there may a batch mix both kinds.
 
-    The sampler yields all rows. accelerate distributes whole device batches to the processes in turn, so the rows of
-    one step are similar on all processes if `batch_size` counts all of them.
+    The sampler yields the rows of all processes. accelerate distributes device batches to the processes in turn, so the
+    rows of one step are similar on all processes if `batch_size` counts the rows of a whole step.
 
     Args:
         lengths: Length of every row, in any unit (see `row_lengths`).
