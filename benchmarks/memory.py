@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 from latency import Candidate, build_filled, kernel_bytes
-from peers import PEERS
+from peers import PEERS, QUESTION_TOKENS, TILE_SIDE
 from report import build_parser, describe_machine, markdown_table, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,9 +40,8 @@ from flashsloth.modeling_flashsloth import PromptSpans
 
 logger = logging.getLogger(__name__)
 
-QUESTION_TOKENS, MARK_ID, TEXT_ID = 40, 198, 1000
+MARK_ID, TEXT_ID = 198, 1000
 ROUNDS = 3
-SIDE = 384
 SECONDS = {"imports": "imports_s", "loading": "loading_s", "first token": "first_token_s", "total": "total_s"}
 
 
@@ -170,7 +169,7 @@ def probe(folder: Path, started: float) -> dict[str, float]:
     model = FlashSlothForConditionalGeneration.from_pretrained(folder).eval()
     loaded = time.time()
     private_after, read_after = _private_and_read()
-    inputs = Candidate(PEERS[0], model).inputs(SIDE, 1)
+    inputs = Candidate(PEERS[0], model).inputs(TILE_SIDE, 1)
     ready = time.time()
     model.generate(**inputs, max_new_tokens=1)
     answered = time.time()
