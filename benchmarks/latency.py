@@ -510,7 +510,7 @@ def _models_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
 def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
     counted = {(case["model"], case["side"]): case["counts"] for case in cases if "counts" in case}
     head = (
-        "model | image, px | visual tokens | prompt | TFLOPs: vision | prefill | to first token | ratio | "
+        "model | image, px | image tokens | prompt | TFLOPs: vision | prefill | to first token | ratio | "
         "GFLOPs a token | KV MB an image"
     )
     rows = []
@@ -562,7 +562,7 @@ def _figure(value: float | None, factor: float) -> str:
 
 
 def plot(cases: list[dict], file: Path) -> None:
-    """Plot time to first token against visual tokens, at the smallest batch; FLOPs if nothing was measured."""
+    """Plot time to first token against image tokens, at the smallest batch; FLOPs if nothing was measured."""
     from matplotlib.figure import Figure
 
     measured = [case for case in cases if "measured" in case]
@@ -574,7 +574,7 @@ def plot(cases: list[dict], file: Path) -> None:
     figure = Figure(figsize=(4.5 * len(sides) + 2.5, 4.5), layout="constrained")
     panels = figure.subplots(ncols=len(sides), sharex=True, sharey=True, squeeze=False)[0]
     for side, axes in zip(sides, panels, strict=True):
-        axes.set(title=f"{side}×{side} px, batch {smallest}", xscale="log", yscale="log", xlabel="visual tokens")
+        axes.set(title=f"{side}×{side} px, batch {smallest}", xscale="log", yscale="log", xlabel="image tokens")
         for case in (case for case in shown if (case["side"], case["batch_size"]) == (side, smallest)):
             name = case["model"]
             marker = "*" if name.startswith("FlashSloth") else "osD"[names.index(name) // 10]

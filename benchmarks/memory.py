@@ -6,9 +6,9 @@
   fake tensors, which have shapes but no data; temporary memory inside kernels does not count. The columns are the
   vision tower's pass; the rest of the model, given the tower's patch features; both in one call; and keys and values,
   which are part of the two columns before and remain afterwards.
-- Loading: random weights of the released size (6.4 GB) are written to a folder, and new processes load it one after
-  another; figures are medians, with the files in the system's page cache. Private memory of a process is all that is
-  not a mapped file; the bytes it has read are the pages of mapped files that it has touched.
+- Loading: random weights of the released size (6.4 GB) are written to a temporary folder, and new processes load it one
+  after another; figures are medians, with the files in the system's page cache. Private memory of a process is all that
+  is not a mapped file; the bytes it has read are the pages of mapped files that it has touched.
 """
 
 import json
@@ -192,9 +192,7 @@ def _private_and_read() -> tuple[int, int]:
 
 
 def loading_table(folder: Path, rounds: int) -> str:
-    """Load the model in new processes; return the medians as Markdown."""
-    if not (folder / "config.json").exists():
-        build_filled(PEERS[0], "cpu").save_pretrained(folder)
+    """Load the model of a folder in new processes; return the medians as Markdown."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     runs = []
     for turn in range(rounds + 1):
@@ -216,7 +214,6 @@ def loading_table(folder: Path, rounds: int) -> str:
 def main() -> None:
     """Count and measure, and write tables."""
     parser = build_parser(__doc__)
-    parser.add_argument("--folder", type=Path, help="folder to write the weights to (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--probe", nargs=2, help=SUPPRESS)
     args = parser.parse_args()
@@ -225,13 +222,14 @@ def main() -> None:
         sys.stdout.write(json.dumps(probe(Path(folder), float(started))) + "\n")
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as folder:
+        build_filled(PEERS[0], "cpu").save_pretrained(folder)
         parts = [
             f"{describe_machine()}; made by benchmarks/memory.py.",
             "## Prefill of FlashSloth-3.2B, without weights and inputs",
             prefill_table(),
             f"## Loading FlashSloth-3.2B in a new process, medians of {args.rounds}",
-            loading_table(args.folder or Path(temporary), args.rounds),
+            loading_table(Path(folder), args.rounds),
         ]
     write_report(args.output, *parts)
 

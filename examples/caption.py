@@ -7,9 +7,9 @@ Images come from a folder, including its subfolders, or from the column `image` 
 file or of a data set; a column `question` there overrides `--question`. `answers.jsonl` has one line per row, in order.
 For an image that cannot be read, the line has an `error` instead of an `answer` and is also written to `errors.jsonl`.
 
-The processes share only the output folder. Of N processes, process n answers the batches n, n + N, n + 2N and so on, and
-appends them to its own file, one line each. Start an interrupted run again to resume it, with any number of processes;
-the process that finds all batches done writes the answers.
+The processes share only the output folder. Of N processes, process n answers the batches n, n + N, n + 2N … and appends
+them to its own file, one line each. Start an interrupted run again to resume it, with any number of processes; the
+process that finds all batches done writes the answers.
 """
 
 import argparse
