@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from latency import Candidate, answer, build_filled, medians_in_turns
-from peers import PEERS
+from peers import PEERS, TILE_SIDE
 from report import build_parser, describe_machine, describe_rounds, markdown_table, write_report
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,10 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """The decoder's `attn_implementation`, and arguments of `generate`."""
 
-SIDE = 384  # pixels; every image becomes tiles of one size
-
 
 def measure(candidate: Candidate, batch_size: int, new_tokens: int, rounds: int) -> dict[str, tuple[float, float]]:
     """Median seconds to the first token and per token of every combination, after one warm-up round."""
-    inputs = candidate.inputs(SIDE, batch_size)
+    inputs = candidate.inputs(TILE_SIDE, batch_size)
 
     def work(attention: str, arguments: dict[str, Any], is_warmup: bool) -> dict[str, float | None]:
         candidate.model.set_attn_implementation({"text_config": attention})

@@ -4,16 +4,16 @@
     python benchmarks/latency.py --output benchmarks/results/latency_cpu
 
 All models of `peers.py` are built from their configs, with random weights in bfloat16. Each answers a question of 40
-tokens about an image by `generate` with its usual settings (greedy, default cache, one device), with a fixed number of
+tokens about an image with `generate` and its usual settings (greedy, default cache, one device), with a fixed number of
 new tokens. The script writes OUTPUT.md, OUTPUT.json and OUTPUT.png, and every finished case to a file in the folder
 OUTPUT. An interrupted run resumes there: a case with the same settings, hardware and versions is not measured again.
 Delete the folder after changing the models.
 
 - Counts are computed without running the models. FLOPs are those of the matrix products, attention and convolutions of
   a prompt, by `torch.utils.flop_counter`, which counts attention as if it were not causal. Vision is everything outside
-  the decoder, prefill is decoder and head, and a token is one decoding step after the prompt. KV is the cache of the
-  whole prompt except the question: image, marks around it, queries.
-- Times are medians over rounds in which the peer and FlashSloth-3.2B take turns in one process; ratios are to that
+  the decoder, prefill is decoder and head, and a token is one decoding step after the prompt. KV is the KV cache of the
+  whole prompt except the question: the image, the marks around it, and the queries.
+- Times are medians over rounds in which a model and FlashSloth-3.2B take turns in one process; ratios are to that
   FlashSloth. Time to first token starts with the inputs on the device and excludes preprocessing.
 - Peak memory is the increase during `generate` plus the weights. On a CPU it is the resident memory that Linux reports,
   without memory that an earlier run returned to the allocator but not to the system.
@@ -510,7 +510,7 @@ def _models_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
 def _counts_table(cases: list[dict], peers: tuple[Peer, ...]) -> str:
     counted = {(case["model"], case["side"]): case["counts"] for case in cases if "counts" in case}
     head = (
-        "model | image, px | visual tokens | prompt | TFLOPs: vision | prefill | to first token | ratio | "
+        "model | image, px | image tokens | prompt | TFLOPs: vision | prefill | to first token | ratio | "
         "GFLOPs a token | KV MB an image"
     )
     rows = []
@@ -562,7 +562,7 @@ def _figure(value: float | None, factor: float) -> str:
 
 
 def plot(cases: list[dict], file: Path) -> None:
-    """Plot time to first token against visual tokens, at the smallest batch; FLOPs if nothing was measured."""
+    """Plot time to first token against image tokens, at the smallest batch; FLOPs if nothing was measured."""
     from matplotlib.figure import Figure
 
     measured = [case for case in cases if "measured" in case]
@@ -574,7 +574,7 @@ def plot(cases: list[dict], file: Path) -> None:
     figure = Figure(figsize=(4.5 * len(sides) + 2.5, 4.5), layout="constrained")
     panels = figure.subplots(ncols=len(sides), sharex=True, sharey=True, squeeze=False)[0]
     for side, axes in zip(sides, panels, strict=True):
-        axes.set(title=f"{side}×{side} px, batch {smallest}", xscale="log", yscale="log", xlabel="visual tokens")
+        axes.set(title=f"{side}×{side} px, batch {smallest}", xscale="log", yscale="log", xlabel="image tokens")
         for case in (case for case in shown if (case["side"], case["batch_size"]) == (side, smallest)):
             name = case["model"]
             marker = "*" if name.startswith("FlashSloth") else "osD"[names.index(name) // 10]

@@ -6,9 +6,9 @@
   fake tensors, which have shapes but no data; temporary memory inside kernels does not count. The columns are the
   vision tower's pass; the rest of the model, given the tower's patch features; both in one call; and keys and values,
   which are part of the two columns before and remain afterwards.
-- Loading: random weights of the released size (6.4 GB) are written to a folder, and new processes load it one after
-  another; figures are medians, with the files in the system's page cache. Private memory of a process is all that is
-  not a mapped file; the bytes it has read are the pages of mapped files that it has touched.
+- Loading: random weights of the released size (6.4 GB) are written to a temporary folder, and new processes load it one
+  after another; figures are medians, with the files in the system's page cache. Private memory of a process is all that
+  is not a mapped file; the bytes it has read are the pages of mapped files that it has touched.
 """
 
 import json
@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 from latency import Candidate, build_filled, kernel_bytes
-from peers import PEERS
+from peers import PEERS, QUESTION_TOKENS, TILE_SIDE
 from report import build_parser, describe_machine, markdown_table, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,9 +40,8 @@ from flashsloth.modeling_flashsloth import PromptSpans
 
 logger = logging.getLogger(__name__)
 
-QUESTION_TOKENS, MARK_ID, TEXT_ID = 40, 198, 1000
+MARK_ID, TEXT_ID = 198, 1000
 ROUNDS = 3
-SIDE = 384
 SECONDS = {"imports": "imports_s", "loading": "loading_s", "first token": "first_token_s", "total": "total_s"}
 
 
@@ -170,7 +169,7 @@ def probe(folder: Path, started: float) -> dict[str, float]:
     model = FlashSlothForConditionalGeneration.from_pretrained(folder).eval()
     loaded = time.time()
     private_after, read_after = _private_and_read()
-    inputs = Candidate(PEERS[0], model).inputs(SIDE, 1)
+    inputs = Candidate(PEERS[0], model).inputs(TILE_SIDE, 1)
     ready = time.time()
     model.generate(**inputs, max_new_tokens=1)
     answered = time.time()
@@ -193,9 +192,7 @@ def _private_and_read() -> tuple[int, int]:
 
 
 def loading_table(folder: Path, rounds: int) -> str:
-    """Load the model in new processes; return the medians as Markdown."""
-    if not (folder / "config.json").exists():
-        build_filled(PEERS[0], "cpu").save_pretrained(folder)
+    """Load the model of a folder in new processes; return the medians as Markdown."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     runs = []
     for turn in range(rounds + 1):
@@ -217,7 +214,6 @@ def loading_table(folder: Path, rounds: int) -> str:
 def main() -> None:
     """Count and measure, and write tables."""
     parser = build_parser(__doc__)
-    parser.add_argument("--folder", type=Path, help="folder to write the weights to (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--probe", nargs=2, help=SUPPRESS)
     args = parser.parse_args()
@@ -226,13 +222,14 @@ def main() -> None:
         sys.stdout.write(json.dumps(probe(Path(folder), float(started))) + "\n")
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as folder:
+        build_filled(PEERS[0], "cpu").save_pretrained(folder)
         parts = [
             f"{describe_machine()}; made by benchmarks/memory.py.",
             "## Prefill of FlashSloth-3.2B, without weights and inputs",
             prefill_table(),
             f"## Loading FlashSloth-3.2B in a new process, medians of {args.rounds}",
-            loading_table(args.folder or Path(temporary), args.rounds),
+            loading_table(Path(folder), args.rounds),
         ]
     write_report(args.output, *parts)
 

@@ -4,9 +4,9 @@ All are built from their configs, with random weights and without access to the 
 transformers where `Peer.source` says so, and otherwise those of the named release's `config.json`, from memory.
 `latency.py` prints the resulting number of parameters, to be compared with that of the release.
 
-Inputs are built without tokenizers and processors. A row consists of marks, image, marks, a question of 40 tokens, and
-for FlashSloth its 9 queries. Marks are the tokens that a model's own processor puts around images and tiles. All models
-do without system prompt and role names.
+Inputs are built without tokenizers and processors. A row consists of marks, the image, marks, a question of 40 tokens,
+and for FlashSloth its 9 queries. Marks are the tokens that a model's own processor puts around images and tiles. There
+are no system prompts and no role names.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from flashsloth.configuration_flashsloth import PHI_2, SIGLIP_SO400M_384
 
 QUESTION_TOKENS = 40
 QUESTION_IDS = (1000, 9000)  # ordinary text in every vocabulary
+TILE_SIDE = 384  # pixels; FlashSloth resizes every image to tiles of this size
 
 QWEN3_1_7B = {
     "model_type": "qwen3",

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from latency import Candidate, answer, build_filled, medians_in_turns
-from peers import PEERS, Peer
+from peers import PEERS, TILE_SIDE, Peer
 from report import build_parser, describe_machine, markdown_table, write_report
 from safetensors.torch import load_file
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
@@ -57,7 +57,6 @@ RECIPES = {
     ),
 }
 IMAGES, NEW_TOKENS, ROUNDS = 500, 16, 3
-SIDE = 384  # pixels; every image becomes tiles of one size
 FIGURES = ("first_token_s", "token_s")
 
 
@@ -139,7 +138,7 @@ def compare_times(
 ) -> Iterator[Times]:
     """Let all precisions, which must include bfloat16, answer in turns."""
     candidates = {precision: build(peer, precision) for precision in precisions}
-    inputs = candidates["bfloat16"].inputs(SIDE, batch_size=1)
+    inputs = candidates["bfloat16"].inputs(TILE_SIDE, batch_size=1)
 
     def work(candidate: Candidate, is_warmup: bool) -> dict[str, float | None]:
         return answer(candidate.model, inputs, 2 if is_warmup else new_tokens)

@@ -14,14 +14,13 @@ import time
 from typing import Any
 
 from latency import Candidate, build_filled
-from peers import PEERS, QUESTION_IDS
+from peers import PEERS, QUESTION_IDS, TILE_SIDE
 from report import add_device_option, build_parser, describe_machine, markdown_table, write_report
 
 logger = logging.getLogger(__name__)
 
 MODELS = ("FlashSloth-3.2B", "FlashSloth-HD-3.2B", "FlashSloth + Qwen3-1.7B", "FlashSloth + Qwen3-0.6B")
 ROUNDS = 5
-SIDE = 384  # pixels; every image becomes tiles of one size
 
 
 def seconds_to_first_token(model: Any, inputs: dict[str, Any], cache: Any = None) -> float:
@@ -34,7 +33,7 @@ def seconds_to_first_token(model: Any, inputs: dict[str, Any], cache: Any = None
 
 def measure(candidate: Candidate, rounds: int) -> tuple[list[float], int]:
     """Median seconds without a cache, for a first and for a second question; and the bytes that the cache keeps."""
-    first = candidate.inputs(SIDE, 1)
+    first = candidate.inputs(TILE_SIDE, 1)
     ids = first["input_ids"]
     is_question = (ids >= QUESTION_IDS[0]) & (ids < QUESTION_IDS[1])
     second = first | {"input_ids": ids + is_question.long()}

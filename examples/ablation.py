@@ -2,12 +2,12 @@
 
     python examples/ablation.py --output ablation
 
-trains a vision tower on generated images once, and then every variant of `VARIANTS` with every seed on the tower's
-frozen features: same images, same questions in the same order, same number of steps, and the same number of trained
-parameters within 1 %. It writes `results.json`, `table.md` and `plot.png` into the output folder. An interrupted run
-resumes: finished parts are not repeated.
+trains a vision tower on drawn images once, and then every variant of `VARIANTS` with every seed on the tower's frozen
+features: same images, same questions in the same order, same number of steps, and the same number of trained parameters
+within 1 %. It writes `results.json`, `table.md` and `plot.png` into the output folder. An interrupted run resumes:
+finished parts are not repeated.
 
-`ablation_scenes.py` generates images and questions; `docs/ablation.md` has the results.
+`ablation_scenes.py` draws the images and asks the questions; `docs/ablation.md` has the results.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Data of the ablation: generated images, the content of their patches, questions and answers.
+"""Data of the ablation: drawn images, the content of their patches, questions and answers.
 
 Every image shows one large shape, a sign of three letters and small dots at random positions on a plain background;
 letters and dots are about the size of a patch. Two of the `TASKS` depend on such details, two do not. Images of the

@@ -1,15 +1,15 @@
-"""Answers a question about every image of a folder or listing, in one process or, with torchrun, in several.
+"""Answers a question about every image of a folder or table, in one process or, with torchrun, in several.
 
     python examples/caption.py photos --question "Describe the picture." --output captions
-    torchrun --nproc_per_node 8 examples/caption.py listing.jsonl --question "Describe the picture." --output captions
+    torchrun --nproc_per_node 8 examples/caption.py table.jsonl --question "Describe the picture." --output captions
 
 Images come from a folder, including its subfolders, or from the column `image` of a `.json`, `.jsonl` or `.parquet`
 file or of a data set; a column `question` there overrides `--question`. `answers.jsonl` has one line per row, in order.
 For an image that cannot be read, the line has an `error` instead of an `answer` and is also written to `errors.jsonl`.
 
-The processes share only the output folder. Batch n belongs to process n modulo their number, and each process appends
-its answered batches to its own file, one line each. Start an interrupted run again to resume it, with any number of
-processes; the process that finds the last batch done writes the answers.
+The processes share only the output folder. Of N processes, process n answers the batches n, n + N, n + 2N … and appends
+them to its own file, one line each. Start an interrupted run again to resume it, with any number of processes; the
+process that finds all batches done writes the answers.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def open_source(source: Path) -> tuple[Rows, Path]:
-    """Open a folder of images or a listing.
+    """Open a folder of images or a table.
 
     Returns:
         Its rows, and the base folder of their image paths.

@@ -30,7 +30,7 @@ from flashsloth.saliency_flashsloth import overlay
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError('The demo needs Gradio; install it with `pip install "flashsloth[demo]"`.') from error
+    raise ImportError('The demo needs Gradio; install it with `pip install ".[demo]"` in a clone.') from error
 
 SHIPPED_CHECKPOINT = Path(flashsloth.__file__).parent
 MAX_NEW_TOKENS = 512

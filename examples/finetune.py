@@ -152,7 +152,7 @@ class RecipeArguments(TrainingArguments):
     global_batch_size: int | None = field(
         default=None, metadata={"help": "rows per optimizer step; sets gradient_accumulation_steps"}
     )
-    use_cache: bool = field(default=True, metadata={"help": "`use_cache` of the saved config; slow answers without it"})
+    use_cache: bool = field(default=True, metadata={"help": "whether the saved config enables the KV cache"})
 
     def __post_init__(self) -> None:
         self.use_cpu |= self.check_data
@@ -474,9 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train_rows, eval_rows = rows["train_data"], rows.get("eval_data")
     if data_args.streaming:
         args.dataloader_num_workers = min(args.dataloader_num_workers, train_rows.num_shards)
-        train_rows = train_rows.repeat(
-            None
-        )  # one endless epoch, in which a resumed run skips the rows of its previous steps
+        train_rows = train_rows.repeat(None)  # one endless epoch, of which a resumed run skips the rows it has seen
     if eval_rows is None:
         args.eval_strategy = IntervalStrategy.NO
     trainer = FlashSlothTrainer(

@@ -8,7 +8,7 @@ from pathlib import Path
 import curve
 import pytest
 import torch
-from conversations import CAPTIONS, END, QUESTIONS, ConversationDataset, conversation
+from conversations import CAPTIONS, END, QUESTIONS, ConversationDataset
 from PIL import Image
 from scenes import HELD_OUT_PAIRS, QUESTION_KINDS, WORDINGS, describe, draw, scene_at
 from score import evaluation_set
@@ -35,7 +35,7 @@ def test_training_never_sees_the_held_out_pairs():
 @pytest.mark.parametrize("mix", [CAPTIONS, QUESTIONS])
 def test_answers_and_their_end_are_the_only_labels(mix):
     processor = FlashSlothProcessor.from_pretrained(ROOT)
-    rows = [conversation(index, 96, mix) for index in (3, 4)]
+    rows = [ConversationDataset(index, 1, 96, mix)[0]["messages"] for index in (3, 4)]
     batch = FlashSlothDataCollator(processor)([{"messages": row} for row in rows])
     for row, labels in zip(rows, batch["labels"], strict=True):
         answers = [message["content"][0]["text"] for message in row if message["role"] == "assistant"]
@@ -45,13 +45,15 @@ def test_answers_and_their_end_are_the_only_labels(mix):
 
 def test_captions_are_descriptions_and_nothing_else():
     for index in range(20):
-        (question, _), (answer, _) = ((m["content"][-1]["text"], m["role"]) for m in conversation(index, 96, CAPTIONS))
+        (messages,) = ConversationDataset(index, 1, 96, CAPTIONS)[0].values()
+        question, answer = (message["content"][-1]["text"] for message in messages)
         assert question in WORDINGS["describe"]
         assert answer == describe(scene_at("train", index))
 
 
 def test_training_also_asks_where_objects_are():
-    asked = [m["content"][-1]["text"] for i in range(50) for m in conversation(i, 96, QUESTIONS) if m["role"] == "user"]
+    conversations = map(ConversationDataset(0, 50, 96, QUESTIONS).__getitem__, range(50))
+    asked = [m["content"][-1]["text"] for row in conversations for m in row["messages"] if m["role"] == "user"]
     assert any(question.startswith("Where is the") for question in asked)
     assert any(question.endswith(" left or right?") for question in asked)
 

@@ -118,22 +118,8 @@ def build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerFast
     )
 
 
-def conversation(index: int, size: int, mix: Mix = QUESTIONS) -> list[dict]:
-    """A training conversation: an image, questions about it and their answers.
-
-    Args:
-        index: Number of the conversation; it determines the scene, in the split "train".
-        size: Side of the image, in pixels.
-        mix: Which questions are asked.
-
-    Returns:
-        Messages for `apply_chat_template`.
-    """
-    return _messages(*_plan(index, mix), size)
-
-
 def _plan(index: int, mix: Mix) -> tuple[Scene, list[tuple[str, str]]]:
-    """Choose a scene, questions about it, and their answers."""
+    """Choose a scene of the split "train", questions about it, and their answers."""
     rng = random.Random(f"conversation:{index}")
     scene = _choose_scene(index, mix.num_scenes)
     (_, describe, description), *others = questions(scene, rng)

@@ -1,4 +1,4 @@
-"""The tiny checkpoint's data: generated scenes with their images, questions and answers.
+"""The tiny checkpoint's data: drawn scenes with questions and answers.
 
 A scene has one to four objects in a loose 2x2 layout: coloured shapes, at most one sign (a word on a coloured board,
 which takes a row) and at most one number (which takes a cell). Split and index determine everything:
