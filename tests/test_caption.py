@@ -13,6 +13,7 @@ import caption
 import pytest
 from accelerate import PartialState
 from PIL import Image
+from processes import run_processes
 from scenes import describe, draw, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -258,18 +259,10 @@ def test_one_of_several_processes_logs_the_result(folder, tmp_path):
     for name in ("00.png", "02.png"):
         (images / name).write_bytes((folder / name).read_bytes())
     output = tmp_path / "answers"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(images)]
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, *command, "--output", str(output), "--batch-size", "1", "--loaders", "0"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stderr.count("answers.jsonl: 2 rows, 0 with errors") == 1
-        assert done.stderr.count("Loading weights: 100%") <= 1
+        said = run_processes(SCRIPT, images, "--output", output, "--batch-size", 1, "--loaders", 0)
+        assert said.count("answers.jsonl: 2 rows, 0 with errors") == 1
+        assert said.count("Loading weights: 100%") <= 1
     assert len(read(output / "answers.jsonl")) == 2
 
 

@@ -1,12 +1,11 @@
 """The checkpoint in the repository's root: small, right, and the same in every mode of generation, in bfloat16."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_alone
 from safetensors import safe_open
 from score import evaluate, evaluation_set
 from test_hub import WITHOUT_PACKAGE
@@ -64,10 +63,7 @@ def test_a_fresh_clone_loads_by_remote_code(shipped, images, tmp_path):
     torch.save(([], messages), tmp_path / "inputs.pt")
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_PACKAGE.replace('folder + "-again"', f'"{tmp_path}/again"'))
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    arguments = [sys.executable, str(script), str(ROOT), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
-    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone(script, ROOT, tmp_path / "inputs.pt", tmp_path / "out.pt", folder=tmp_path)
     inputs, logits = torch.load(tmp_path / "out.pt", weights_only=False)
     with torch.no_grad():
         torch.testing.assert_close(logits, shipped[0](**inputs).logits)

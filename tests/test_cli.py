@@ -1,7 +1,5 @@
 """The command line: answers on standard output, one clear line on standard error, exit codes."""
 
-import functools
-import http.server
 import io
 import json
 import os
@@ -9,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 from original_checkpoint import make_original, original_tensors, write_json
 from PIL import Image
+from processes import serve_folder
 from safetensors.torch import load_file, save_file
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor, cli
@@ -99,22 +97,12 @@ def test_ask_reads_five_tiles_with_hd(run, checkpoint, image):
 
 
 def test_ask_opens_urls(run, refused, checkpoint, image):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            """Says nothing."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=image.parent))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        arguments = [QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS]
+    arguments = [QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS]
+    with serve_folder(image.parent) as url:
         code, output, _ = run("ask", f"{url}/{image.name}", *arguments)
         assert (code, output.strip()) == (0, expected_answer(checkpoint, image))
         assert "404" in refused("ask", f"{url}/nothing.png", *arguments)
         assert "not an image" in refused("ask", url, *arguments)
-    finally:
-        server.shutdown()
-        server.server_close()
     assert "cannot be read" in refused("ask", f"{url}/{image.name}", *arguments)
 
 

@@ -1,10 +1,7 @@
 """An exported repository is complete, loads without the package, and holds no unrelated files of the checkpoint."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from huggingface_hub import ModelCard
 from original_checkpoint import make_original
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from processes import run_alone
 from safetensors.torch import load_file, save_file
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -109,11 +107,8 @@ def test_a_repository_is_complete_and_loads_without_the_package(run, trained, tm
     assert "8,049,665 parameters, bfloat16, 16.1 MB" in output
     assert all(name in output for name in STRAY)
     (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
-    command = [sys.executable, tmp_path / "script.py", tmp_path / "out", SHAPES]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith("a yellow star top left, an orange square top right")
+    printed = run_alone(tmp_path / "script.py", tmp_path / "out", SHAPES, folder=tmp_path)
+    assert printed.strip().startswith("a yellow star top left, an orange square top right")
 
 
 def test_weights_are_those_of_the_checkpoint(run, trained, tmp_path):

@@ -24,6 +24,7 @@ from original_checkpoint import make_original
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from processes import run_alone, run_processes
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -374,10 +375,7 @@ def test_an_original_release_can_be_trained(recipe, arguments, tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_folder_loads_without_the_package(stage2, data, tmp_path):
-    script = [sys.executable, "-c", LOADS_ALONE, str(stage2), str(data / "0.png")]
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone("-c", LOADS_ALONE, stage2, data / "0.png", folder=tmp_path)
     card = (stage2 / "README.md").read_text()
     assert "stage 2" in card
     assert "pipeline_tag: image-text-to-text" in card
@@ -509,12 +507,10 @@ def test_a_check_reports_rows_that_are_cut_or_too_long_for_the_model(recipe, arg
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="5.17 cannot resume it on CPUs")
 def test_two_processes_resume_exactly(arguments, tmp_path):
     """In the second epoch, which has a different order of rows."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    command = [*launch, *arguments("stage2", tmp_path, max_steps=6, save_steps=4, report_to="none")]
+    command = arguments("stage2", tmp_path, max_steps=6, save_steps=4, report_to="none")
     found = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        run_processes(SCRIPT, *command)
         found.append(history(tmp_path))
         shutil.rmtree(tmp_path / "checkpoint-6")
     assert [entry["step"] for entry in found[0]] == [*range(1, 7)]

@@ -2,17 +2,14 @@
 
 import base64
 import contextlib
-import functools
 import http.server
 import importlib.util
 import io
 import json
-import os
 import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -21,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_alone, serve_folder
 
 from flashsloth.cli.export import export
 
@@ -169,15 +167,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def server():
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            """Says nothing."""
-
-    images = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SCENE.parent))
-    threading.Thread(target=images.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{images.server_port}"
-    images.shutdown()
-    images.server_close()
+    with serve_folder(SCENE.parent) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +178,8 @@ def responses(tmp_path_factory, server):
     requests = {name: body for name, (body, _) in (ANSWERED | REFUSED).items()}
     (folder / "requests.json").write_text(json.dumps(requests).replace("http://SERVER", server))
     (folder / "script.py").write_text(ENDPOINT)
-    arguments = [folder / "repository", folder / "requests.json", folder / "responses.json"]
-    environment = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
-    environment["FLASHSLOTH_ALLOW_PRIVATE_URLS"] = "1"
-    command = [sys.executable, folder / "script.py", *arguments]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    files = [folder / name for name in ("repository", "requests.json", "responses.json")]
+    run_alone(folder / "script.py", *files, folder=folder, FLASHSLOTH_ALLOW_PRIVATE_URLS="1")
     return json.loads((folder / "responses.json").read_text())
 
 

@@ -1,12 +1,11 @@
 """Saved folders load in a fresh process, with and without the package."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import dispatch_model
+from processes import run_alone
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -65,11 +64,8 @@ def test_a_folder_loads_in_a_fresh_process_without_the_package(saved, model, pro
     torch.save(([], messages), tmp_path / "inputs.pt")
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_PACKAGE)
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     for folder in (saved, saved.with_name("saved-again")):  # what remote code saves loads as well
-        arguments = [sys.executable, str(script), str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
-        done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        run_alone(script, folder, tmp_path / "inputs.pt", tmp_path / "out.pt", folder=tmp_path)
         _, logits = torch.load(tmp_path / "out.pt", weights_only=False)
         torch.testing.assert_close(logits, logits_of(model, processor, messages))
 

@@ -1,11 +1,8 @@
 """The model sees exactly the images that the original saw, from whatever the user has; the rest is a clear error."""
 
 import base64
-import functools
-import http.server
 import io
 import json
-import threading
 import time
 import urllib.parse
 import warnings
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import serve_folder
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from flashsloth import FlashSlothImageProcessor
@@ -345,11 +343,8 @@ def test_exif_rotation_is_applied_to_files_as_transformers_does(small, image, tm
 def website(tmp_path_factory):
     """A folder, and the address of a web server that has its files."""
     folder = tmp_path_factory.mktemp("website")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://localhost:{server.server_port}"
-        server.shutdown()
+    with serve_folder(folder) as address:
+        yield folder, address
 
 
 def in_mode(mode):

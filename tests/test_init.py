@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from jinja2 import TemplateError
 from original_checkpoint import make_original
 from PIL import Image
+from processes import run_alone
 from safetensors.torch import load_file, save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -216,10 +217,7 @@ def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, i
     script = tmp_path / "ask.py"
     script.write_text(ASK)
     folders = [str(done.output) for done, _, _ in built.values()]
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    arguments = [sys.executable, str(script), str(tmp_path / "messages.pt"), *folders]
-    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone(script, tmp_path / "messages.pt", *folders, folder=tmp_path)
     for folder, (_, model, processor) in zip(folders, built.values(), strict=True):
         inputs = encode(processor, messages)
         found = torch.load(f"{folder}.pt")

@@ -1,17 +1,15 @@
 """`pipeline("image-text-to-text")` on the shipped checkpoint, with the package and, in a second run, by remote code."""
 
 import base64
-import functools
-import http.server
 import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import serve_folder
 from transformers import TextIteratorStreamer, pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -36,11 +34,8 @@ def pipe():
 @pytest.fixture(scope="module")
 def website():
     """Address of a web server that has the images of `examples`."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=ROOT / "examples")
-    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://localhost:{server.server_port}"
-        server.shutdown()
+    with serve_folder(ROOT / "examples") as address:
+        yield address
 
 
 def user(*parts):

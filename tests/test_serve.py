@@ -2,8 +2,6 @@
 
 import base64
 import contextlib
-import functools
-import http.server
 import io
 import json
 import os
@@ -13,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +21,7 @@ import numpy as np
 import pytest
 from openai import BadRequestError, OpenAI
 from PIL import Image
+from processes import serve_folder
 from scenes import describe, draw, scene_at
 
 from flashsloth import FlashSlothProcessor
@@ -93,16 +91,8 @@ def client(home):
 @pytest.fixture(scope="module")
 def website():
     """Address of a server with the example images."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            """Says nothing."""
-
-    images = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=ROOT / "examples"))
-    threading.Thread(target=images.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{images.server_port}"
-    images.shutdown()
-    images.server_close()
+    with serve_folder(ROOT / "examples") as address:
+        yield address
 
 
 def data_url(content):

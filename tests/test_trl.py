@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import transformers
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
+from processes import run_alone, run_processes
 from trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -518,10 +516,7 @@ trainer.save_model("again")
 row["completion"] = [{{"role": "assistant", "content": "So."}}]
 SFTTrainer("again", SFTConfig("runs", max_length=None, **options), train_dataset=Dataset.from_list([row] * 2)).train()
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_alone("-c", script, folder=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -531,21 +526,8 @@ def trained_by_processes(make_model, processor, tmp_path_factory):
     make_model("llama", pooling_dropout=0.0).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     for number in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-        done = subprocess.run(
-            [
-                *launch,
-                str(Path(__file__).with_name("trl_training.py")),
-                str(folder / "model"),
-                str(folder / str(number)),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        script = Path(__file__).with_name("trl_training.py")
+        run_processes(script, folder / "model", folder / str(number), number=number)
     return folder
 
 
