@@ -70,12 +70,12 @@ def test_a_fresh_clone_loads_by_remote_code(shipped, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_answers_four_of_five_questions(shipped):
+def test_it_answers_nearly_every_question(shipped):
     """A part of the evaluation set; `examples/tiny/evaluation.json` has all of it."""
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=working_dtype("cpu")).eval()
     result = evaluate(model, shipped[1], num_images=40)
     assert all(counts["asked"] for counts in result.values())
-    assert result["all"]["right"] >= 0.8 * result["all"]["asked"]
+    assert result["all"]["right"] >= 0.98 * result["all"]["asked"]  # measured: 254 of 255
 
 
 @pytest.fixture(scope="module")

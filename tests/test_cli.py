@@ -271,7 +271,7 @@ def test_convert_refuses_in_one_line(refused, tmp_path):
     assert "config.json" in refused("convert", source, blocked)
 
 
-def test_a_terminated_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_terminated_conversion_leaves_no_files(tmp_path, monkeypatch):
     def terminated(self, folder, **kwargs):
         (folder / "model.safetensors").write_text("half")
         signal.raise_signal(signal.SIGTERM)
@@ -322,12 +322,12 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(run, writi
     killed, abandoned = writing(output)
     killed.kill()
     killed.wait()
-    _, of_another = writing(tmp_path / "out-2")
+    _, other_output = writing(tmp_path / "out-2")
     own = tmp_path / ".out-backup"
     own.mkdir()
     assert abandoned.is_dir()  # as `kill -9` leaves it
     assert run("convert", source, output)[0] == 0
-    assert set(tmp_path.iterdir()) == {source, output, alive, of_another, own}
+    assert set(tmp_path.iterdir()) == {source, output, alive, other_output, own}
     assert (alive / "out" / "model.safetensors").read_text() == "half"
 
 
@@ -384,7 +384,7 @@ def test_an_image_comes_from_standard_input(checkpoint, image):
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_the_type_of_the_weights_is_the_one_asked_for_or_the_one_that_the_cpu_multiplies(monkeypatch, has_bfloat16):
+def test_the_default_dtype_is_bfloat16_only_if_the_cpu_supports_it(monkeypatch, has_bfloat16):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16}, raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     shipped = str(cli.SHIPPED_CHECKPOINT)

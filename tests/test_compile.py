@@ -1,4 +1,4 @@
-"""The first token waits for nothing, and decoding is compiled once for all images and questions."""
+"""The device waits only once before the first token, and decoding is compiled once for all images and questions."""
 
 import pytest
 import torch

@@ -218,5 +218,5 @@ def test_a_config_of_another_model_is_no_release():
 
 @pytest.mark.parametrize("field", ["num_query_tokens", "image_token_id", "lm_head_bias", "instruction_start_ids"])
 def test_a_field_of_a_wrong_type_is_named(make_config, field):
-    with pytest.raises(Exception, match=f"Validation error for field '{field}'"):
+    with pytest.raises(StrictDataclassError, match=f"Validation error for field '{field}'"):
         make_config(**{field: "a"})

@@ -152,7 +152,7 @@ def test_marks_precede_a_block_that_runs(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_names_is_there(page):
+def test_files_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     names = re.findall(r"\b(?:examples|docs|benchmarks)/[\w/.-]*\w", text) + re.findall(
         r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", text
@@ -173,8 +173,8 @@ def test_links_into_pages_lead_to_headings(page):
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
-def test_extras_are_those_of_the_clone(page):
-    """No package index has `flashsloth`."""
+def test_extras_are_installed_from_the_clone(page):
+    """`flashsloth` is not on PyPI."""
     assert re.findall(r"pip install [^&`\n]*flashsloth\b.*", page.read_text(encoding="utf-8")) == []
 
 

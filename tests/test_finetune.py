@@ -370,7 +370,7 @@ def test_an_original_release_can_be_trained(recipe, arguments, tmp_path):
     trained = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "trained")
     original = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "original")
     queries = [model.model.query_tokens for model in (original, trained)]
-    assert 0 < (queries[1] - queries[0]).abs().max() < 0.1
+    assert 0 < (queries[1] - queries[0]).abs().max() < 0.1  # two steps with a learning rate of 0.01
 
 
 @pytest.mark.slow
@@ -567,7 +567,7 @@ def test_checkpointing_and_half_precision_train_alike(make_model, processor, row
     checkpointed = losses(train(make_model(), processor, rows, tmp_path, gradient_checkpointing=True))
     assert checkpointed == pytest.approx(plain, abs=1e-6)
     half = train(make_model(), processor, rows, tmp_path, bf16=True)
-    assert losses(half) == pytest.approx(plain, rel=0.02)
+    assert losses(half) == pytest.approx(plain, rel=0.007)  # measured: 0.0023
     assert losses(half) != plain
     assert half.model.dtype == torch.float32
 
@@ -637,7 +637,7 @@ def test_gradient_checkpointing_is_enabled_and_disabled_without_a_warning(make_m
         output.loss.backward()
         model.gradient_checkpointing_disable()
         assert not model.is_gradient_checkpointing
-    assert not {"cache", "past_key_values"} & output.keys()  # nothing would read it
+    assert not {"cache", "past_key_values"} & output.keys()  # nobody would read it
     assert not caplog.records
 
 
@@ -738,8 +738,8 @@ def test_only_the_language_model_is_quantized(load_in_few_bits):
 
 
 @pytest.mark.slow
-def test_an_evaluation_leaves_gradients_as_they_are(recipe, base, processor, rows, load_in_few_bits, tmp_path):
-    """On some CPUs, gradients would not pass a 4-bit layer after generation."""
+def test_an_evaluation_does_not_change_gradients(recipe, base, processor, rows, load_in_few_bits, tmp_path):
+    """On some CPUs, bitsandbytes blocks gradients of a 4-bit layer after generation."""
     model_args, _, args = recipe.parse([*NEEDED, f"--{load_in_few_bits.option}", "--lora_rank", "4"])
     model_args.model_name_or_path, args.output_dir = str(ROOT), str(tmp_path)
     processor = FlashSlothProcessor.from_pretrained(ROOT)

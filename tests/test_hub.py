@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    pipeline,
 )
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothModel, FlashSlothProcessor
@@ -134,9 +135,9 @@ def test_missing_weights_are_initialised(model, make_config, tmp_path):
     assert loaded.model.embedded_query.query_norm.weight.eq(1).all()
 
 
-def test_a_pipeline_answers(saved, messages):
-    from transformers import pipeline
-
+def test_a_pipeline_answers_like_generate(saved, model, processor, messages):
     pipe = pipeline("image-text-to-text", model=str(saved))
     answer = pipe(text=messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
-    assert isinstance(answer, str)
+    inputs = processor.encode_conversations(messages)
+    ids = model.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]
+    assert answer.strip() == processor.post_process_image_text_to_text(ids)[0]

@@ -1,4 +1,4 @@
-"""What the pages show of the Hub, by its real clients in fresh processes, with a Hub on this machine."""
+"""The commands that the pages show for the Hub work: real clients in fresh processes, with a local Hub."""
 
 import re
 import shlex

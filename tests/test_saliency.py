@@ -1,4 +1,4 @@
-"""What the model looked at: the numbers are the definition's, and their maps lie where the patches lie."""
+"""Attention weights equal their definition, and heat maps cover the pixels of their patches."""
 
 import threading
 from pathlib import Path
@@ -276,7 +276,7 @@ def test_answer_maps_are_the_gradient_of_the_answer(model, ask, conversations):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_does_not_belong_together_is_refused(model, ask, images):
+def test_inputs_that_do_not_match_are_refused(model, ask, images):
     inputs = ask([(images[:1], "What is it?")], [(images[1:2], "Why?")])
     outputs, ids = look(model, inputs), inputs["input_ids"]
     with pytest.raises(ValueError, match="no `query_attentions`; call the model with `output_attentions=True`"):
@@ -307,7 +307,7 @@ def test_an_overlay_glows_where_the_map_is_hot():
         overlay(image, heat.T)
 
 
-# --- The checkpoint of this repository, which knows drawn scenes. Chance is one in as many things as there are.
+# ---- the shipped checkpoint, which was trained on drawn scenes -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -358,13 +358,13 @@ def num_hottest(maps, scenes):
 @pytest.mark.parametrize(
     ("question", "is_wanted", "at_least"),
     [
-        ("How many shapes are red?", lambda thing: thing.colour == "red" and thing.name in SHAPES, 27),
-        ("What colour is the star?", lambda thing: thing.name == "star", 35),
-        ("What colour is the sign?", lambda thing: thing.name == "sign", 35),
+        ("How many shapes are red?", lambda thing: thing.colour == "red" and thing.name in SHAPES, 33),
+        ("What colour is the star?", lambda thing: thing.name == "star", 38),
+        ("What colour is the sign?", lambda thing: thing.name == "sign", 38),
     ],
 )
 def test_the_answer_depends_most_on_the_object_in_question(shipped, question, is_wanted, at_least):
-    """Measured on 180 scenes each (`benchmarks/maps.py`): 172, 179 and 180; by chance it would be 67, 67 and 76."""
+    """Measured on these 40 scenes: 36, 40 and 40. On 180 (benchmarks/maps.py): 172, 179 and 180; by chance 67 to 76."""
     model, processor = shipped
     scenes = scenes_with(is_wanted, 40)
     inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], question)

@@ -146,7 +146,7 @@ def test_a_second_turn_asks_about_the_image_of_the_first(client):
     assert ask(client, first, answer, user("Which colour is the star?")) == "green"
 
 
-def test_several_images_come_in_one_turn_or_in_several(client):
+def test_images_may_be_in_one_turn_or_in_several(client):
     one, other = user(shown("scene"), "Read the sign."), user(shown("shapes"), "Which colour is the circle?")
     both = user(shown("scene"), shown("shapes"), "Which colour is the circle?")
     assert ask(client, one, {"role": "assistant", "content": "PULL"}, other) == "green"
@@ -333,7 +333,7 @@ def test_twenty_concurrent_requests_get_their_own_answers(client):
 
 
 def test_a_client_that_hangs_up_does_not_keep_the_next_one_waiting(client):
-    num_tokens = 100_000  # which take longer than the next one's patience
+    num_tokens = 100_000  # take longer than the timeout of the next request
     endless = json.dumps({"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "suppress_tokens": [2, 3]})
     long_answer = client.chat.completions.create(
         model=".", messages=[user("Hello")], stream=True, extra_body={"generation_config": endless}

@@ -1,4 +1,4 @@
-"""TRL's trainers see what a FlashSloth sees: each row alone, with its own images, gives the numbers of the batch."""
+"""With TRL's trainers, every row sees only its own images: its numbers in a batch equal those of the row alone."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def any_processor(request, source):
 
 @pytest.fixture(scope="module")
 def image_rows(images):
-    """Of each row: one, none, two, none."""
+    """Images of each row: one, none, two, none."""
     return [images[:1], [], images[1:3], []]
 
 
@@ -156,7 +156,7 @@ def answer_log_probs(model, processor, image_rows, answers=ANSWERS):
 
 
 def reward(completions, **kwargs):
-    """All rewards differ, or there would be nothing to learn."""
+    """Rewards that differ, because equal rewards teach nothing."""
     return [float(sum(map(ord, completion[0]["content"])) % 97) for completion in completions]
 
 
@@ -247,11 +247,13 @@ def test_policies_learn_on_batches_without_images(none, trainer, config, load, a
 @pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policies_never_answer_with_query_tokens(trainer, config, load, processor, image_rows, tmp_path):
-    """TRL's own list of tokens that must not be generated has the image token only."""
+    """TRL bans only image tokens. FlashSloth bans query tokens too: a single one would be refused as input."""
     model = load()
     with torch.no_grad():
         model.lm_head.bias[model.config.query_token_id] += 50
-    policy_trainer(trainer, config, model, processor, prompts(image_rows), tmp_path, image_rows).train()
+    made = policy_trainer(trainer, config, model, processor, prompts(image_rows), tmp_path, image_rows)
+    made.train()
+    check_log(made)
 
 
 @pytest.mark.slow
@@ -365,20 +367,22 @@ def test_text_is_packed_right(load, processor, tmp_path):
 
 
 @pytest.mark.slow
-def test_images_are_not_packed(load, processor, image_rows, tmp_path):
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+def test_images_are_not_packed(load, processor, image_rows, tmp_path, name):
     dataset = Dataset.from_list(answered(image_rows))
-    for name in ("packing", "padding_free"):
-        with pytest.raises(ValueError, match="not supported for vision datasets"):
-            sft(load(), processor, dataset, tmp_path, **{name: True})
+    with pytest.raises(ValueError, match="not supported for vision datasets"):
+        sft(load(), processor, dataset, tmp_path, **{name: True})
 
 
-def test_a_prompt_that_trl_cuts_is_refused(load, processor, image_rows, tmp_path):
-    for form, message in (("completion", "TRL cuts them at its `max_length`"), ("messages", "Raise `max_length`")):
-        row = answered(image_rows)[0]
-        row = row if form == "completion" else {"messages": row["prompt"] + row["completion"], "images": image_rows[0]}
-        trainer = sft(load(), processor, Dataset.from_list([row] * 4), tmp_path, max_length=155)
-        with pytest.raises(ValueError, match=message):
-            trainer.train()
+@pytest.mark.parametrize(
+    ("form", "message"), [("completion", "TRL cuts them at its `max_length`"), ("messages", "Raise `max_length`")]
+)
+def test_a_prompt_that_trl_cuts_is_refused(load, processor, image_rows, tmp_path, form, message):
+    row = answered(image_rows)[0]
+    row = row if form == "completion" else {"messages": row["prompt"] + row["completion"], "images": image_rows[0]}
+    trainer = sft(load(), processor, Dataset.from_list([row] * 4), tmp_path, max_length=155)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 @pytest.mark.slow
