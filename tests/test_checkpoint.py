@@ -29,13 +29,12 @@ def prompts(shipped):
     """Renders the first questions of the evaluation set, as one batch or alone."""
     questions = [question for question, _ in zip(evaluation_set(8), range(NUM_QUESTIONS), strict=False)]
 
-    def render(rows, **kwargs):
+    def render(rows):
         conversations = []
         for question in (questions[row] for row in rows):
             content = [{"type": "image", "image": question.image}, {"type": "text", "text": question.text}]
             conversations.append([{"role": "user", "content": content}])
-        arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return shipped[1].apply_chat_template(conversations, **arguments, processor_kwargs={"padding": True, **kwargs})
+        return shipped[1].encode_conversations(conversations, padding=True)
 
     return render
 

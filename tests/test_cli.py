@@ -69,14 +69,7 @@ def refused(run):
 def expected_answer(folder, image, **images_kwargs):
     model, processor = (c.from_pretrained(folder) for c in (FlashSlothForConditionalGeneration, FlashSlothProcessor))
     content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=images_kwargs,
-    )
+    inputs = processor.encode_conversations([{"role": "user", "content": content}], **images_kwargs)
     ids = model.generate(**inputs, max_new_tokens=NUM_TOKENS)[:, inputs["input_ids"].shape[1] :]
     return processor.post_process_image_text_to_text(ids)[0]
 

@@ -45,13 +45,7 @@ IMAGE = Image.radial_gradient("L").resize((40, 30)).convert("RGB")
 
 def compute_logits(model, processor, image):
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is .?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.dtype)
+    inputs = processor.encode_conversations([{"role": "user", "content": content}]).to(model.dtype)
     with torch.no_grad():
         return model.eval()(**inputs).logits
 
@@ -553,7 +547,7 @@ def test_an_empty_output_folder_is_used(tmp_path, tensors):
 
 
 @pytest.mark.slow
-def test_a_hub_id_is_read_from_what_was_downloaded(tmp_path, tensors):
+def test_a_hub_id_is_read_from_the_cache(tmp_path, tensors):
     repository = tmp_path / "cache/models--someone--sloth"
     source = make_original(repository / "snapshots" / ("0" * 40), tensors)
     (repository / "refs").mkdir()

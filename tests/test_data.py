@@ -341,9 +341,7 @@ def test_a_normal_row_is_not_changed():
 
 def test_rows_are_ready_for_the_chat_template(processor, folder):
     row = load_rows(write_lines(folder / "rows.jsonl", LLAVA_ROWS))[2]
-    inputs = processor.apply_chat_template(
-        row["messages"][:-1], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = processor.encode_conversations(row["messages"][:-1])
     assert len(inputs["pixel_values"]) == 2
 
 

@@ -46,10 +46,7 @@ folder, image = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 content = [{"type": "image", "path": image}, {"type": "text", "text": "Describe the picture."}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
+inputs = processor.encode_conversations([{"role": "user", "content": content}])
 answer = model.generate(**inputs, max_new_tokens=50)[:, inputs["input_ids"].shape[1] :]
 print(processor.post_process_image_text_to_text(answer)[0])
 """

@@ -68,10 +68,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 content = [{"type": "image", "path": sys.argv[2]}, {"type": "text", "text": "What?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
+inputs = processor.encode_conversations([{"role": "user", "content": content}])
 assert getattr(model.config, "use_cache", True) and model.config.text_config.use_cache
 assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
 """

@@ -91,10 +91,7 @@ def test_the_readmes_snippet_works_with_a_hub_id(run, hub, published, tmp_path):
 ASK = """
 {loading}
 content = [{{"type": "image", "path": {scene!r}}}, {{"type": "text", "text": "Read the sign."}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True,
-    return_tensors="pt",
-)
+inputs = processor.encode_conversations([{{"role": "user", "content": content}}])
 output = model.generate(**inputs, max_new_tokens=20)
 print(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0])
 print(type(model).__module__)

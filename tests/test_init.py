@@ -59,9 +59,7 @@ messages = torch.load(sys.argv[1], weights_only=False)
 for folder in sys.argv[2:]:
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = processor.encode_conversations(messages)
     torch.save(model.generate(**inputs, max_new_tokens=5), folder + ".pt")
 """
 
@@ -129,12 +127,6 @@ def answer(text="A red circle."):
 
 def system(text="Be brief."):
     return {"role": "system", "content": text}
-
-
-def encode(processor, conversations, **kwargs):
-    return processor.apply_chat_template(
-        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
-    )
 
 
 @pytest.mark.parametrize("family", PAIRS)
@@ -226,7 +218,7 @@ def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, i
     folders = [str(done.output) for done, _, _ in built.values()]
     run_alone(script, tmp_path / "messages.pt", *folders, folder=tmp_path)
     for folder, (_, model, processor) in zip(folders, built.values(), strict=True):
-        inputs = encode(processor, messages)
+        inputs = processor.encode_conversations(messages)
         found = torch.load(f"{folder}.pt")
         assert torch.equal(found, model.generate(**inputs, max_new_tokens=5))
         assert found.shape[1] > inputs["input_ids"].shape[1]
@@ -240,10 +232,10 @@ def test_a_row_does_not_depend_on_its_batch(built, images, family):
         [question(text="No image.")],
         [question(images[1], images[2], text="Which?"), answer(), question(text="Sure?")],
     ]
-    batch = encode(processor, conversations, processor_kwargs={"padding": True})
+    batch = processor.encode_conversations(conversations, padding=True)
     with torch.no_grad():
         together = model(**batch, logits_to_keep=1).logits
-        alone = [model(**encode(processor, conversation), logits_to_keep=1).logits for conversation in conversations]
+        alone = [model(**processor.encode_conversations(row), logits_to_keep=1).logits for row in conversations]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
@@ -293,7 +285,7 @@ def without_thoughts(text):
 
 
 @pytest.mark.parametrize("family", [family for family in TOKENIZERS if family != "phi"])
-def test_text_is_rendered_like_the_decoders_own_template_does(adapted, family):
+def test_text_is_rendered_as_by_the_decoders_own_template(adapted, family):
     original, tokenizer, template, _ = adapted[family]
     has_system = family not in ("gemma", "mistral")
     for messages, is_question in conversations_of(has_system):

@@ -61,14 +61,7 @@ def load(source=ROOT, quantization_config=None):
 def ask(image, question):
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     content = [{"type": "image", "image": Image.open(ROOT / "examples" / image)}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    return processor, inputs
+    return processor, processor.encode_conversations([{"role": "user", "content": content}])
 
 
 def answer(model, image, question):

@@ -330,14 +330,7 @@ def scenes_with(is_wanted, count, others=frozenset()):
 
 def prompts(processor, images, question):
     content = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for image in images]
-    return processor.apply_chat_template(
-        [[{"role": "user", "content": parts}] for parts in content],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    return processor.encode_conversations([[{"role": "user", "content": parts}] for parts in content], padding=True)
 
 
 def hottest(heat, scene):

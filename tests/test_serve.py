@@ -279,7 +279,7 @@ def test_an_image_is_an_image_url_or_an_input_image_and_nothing_else(client):
     assert seen == {"image_url": True, "input_image": True, "image": False}
 
 
-def test_a_tokenizer_without_a_longest_text_gets_the_models_positions(tmp_path):
+def test_a_tokenizer_without_model_max_length_gets_the_models_positions(tmp_path):
     for name in ("config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"):
         shutil.copy(ROOT / name, tmp_path)
     settings = json.loads((ROOT / "tokenizer_config.json").read_text())

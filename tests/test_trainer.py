@@ -131,7 +131,7 @@ def test_neftune_adds_equal_noise_to_every_token(make_model, processor, rows, tm
     class WithNoise(Trainer):
         def training_step(self, *args, **kwargs):
             hook = embeddings.register_forward_hook(
-                lambda module, ids, output: noise.append(float((output - module.weight[ids[0]]).abs().max()))
+                lambda module, ids, output: noise.append(float((output - module.weight[ids[0]]).detach().abs().max()))
             )
             loss = super().training_step(*args, **kwargs)
             hook.remove()

@@ -133,13 +133,7 @@ def prompts(image_rows):
 def log_probs_alone(model, processor, image_rows, question, answer_ids):
     """Log-probabilities of an answer's tokens in a batch of one, `(num_tokens,)`."""
     content = [*({"type": "image", "image": image} for image in image_rows), {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [[{"role": "user", "content": content}]],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = processor.encode_conversations([{"role": "user", "content": content}])
     answer_ids = torch.as_tensor(answer_ids).view(1, -1)
     ids = torch.cat([inputs["input_ids"], answer_ids], dim=1)
     with torch.no_grad():
