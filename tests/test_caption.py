@@ -173,7 +173,7 @@ def test_parquet_with_embedded_images_is_answered_with_its_own_questions(scenes,
     assert rows[2]["question"] == "Describe the image."
 
 
-def test_a_listing_may_have_broken_lines_and_rotated_images(scenes, tmp_path):
+def test_broken_lines_of_a_listing_are_errors_of_their_rows_and_rotation_is_applied(scenes, tmp_path):
     image = draw(scenes[0], 96)
     (exif := Image.Exif())[0x0112] = 6  # rotate by 90° clockwise
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
@@ -184,7 +184,7 @@ def test_a_listing_may_have_broken_lines_and_rotated_images(scenes, tmp_path):
     assert [row["row"] for row in read(tmp_path / "answers" / "errors.jsonl")] == [1, 2, 3, 4]
 
 
-def test_sources_that_look_alike_are_told_apart(scenes, tmp_path):
+def test_a_source_with_the_same_file_names_but_other_content_is_refused(scenes, tmp_path):
     datasets = pytest.importorskip("datasets")
     for day, scene in zip(("monday", "tuesday"), scenes[:2], strict=True):
         (tmp_path / day / "tables").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The checkpoint in the repository's root: small, right, and the same in every mode of generation, in bfloat16."""
+"""The shipped checkpoint is small, answers correctly, and answers the same in every generation mode, in bfloat16."""
 
 import copy
 from pathlib import Path

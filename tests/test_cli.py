@@ -42,7 +42,7 @@ def image(tmp_path_factory):
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command line in this process; gives exit code, standard output and standard error."""
+    """Runs a command line in this process; returns exit code, standard output and standard error."""
 
     def run_main(*arguments):
         code = cli.main([str(argument) for argument in arguments])
@@ -53,7 +53,7 @@ def run(capsys):
 
 @pytest.fixture
 def refused(run):
-    """Runs a command line that must fail with one line on standard error; gives the line."""
+    """Runs a command line that must fail with one line on standard error; returns the line."""
 
     def run_refused(*arguments):
         code, output, errors = run(*arguments)
@@ -99,7 +99,7 @@ def test_ask_opens_urls(run, refused, checkpoint, image):
     assert "cannot be read" in refused("ask", f"{url}/{image.name}", *arguments)
 
 
-RELEASES = {  # what differs from a release's config, or is absent
+RELEASES = {  # fields that differ from those of a release's config; None: absent
     "as on the Hub": {},
     "of the authors' class": {"model_type": "flashsloth"},
     "without a model_type": {"model_type": None},
@@ -235,7 +235,7 @@ def test_broken_checkpoints_are_one_clear_line(refused, tmp_path, checkpoint, im
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_convert_says_what_it_wrote_and_shows_progress(run, tmp_path):
+def test_convert_describes_its_output_and_shows_progress(run, tmp_path):
     code, output, errors = run("convert", make_original(tmp_path / "in", num_shards=2), tmp_path / "out")
     assert code == 0
     assert output.startswith(f"{tmp_path / 'out'}: 5,034,393 parameters in 199 tensors, float32, 20.1 MB in 1 shard\n")
@@ -292,7 +292,7 @@ with complete_or_absent(Path(sys.argv[1]), 0) as folder:
 
 @pytest.fixture
 def writing():
-    """Starts processes that have half-written an output; gives the process and its hidden folder."""
+    """Starts a process that stops halfway through writing an output; returns it and its hidden folder."""
     processes = []
 
     def start(output):

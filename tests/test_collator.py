@@ -216,7 +216,7 @@ PIECES = r" US(?=ER:)|ER(?=:)| ASS(?=IST)|IST(?=ANT)|ANT(?=:)| umb|rell|as(?=\.)
 
 @pytest.fixture(scope="module")
 def golden():
-    """The checkpoint of the golden cases, and a processor whose tokenizer gives the recorded ids."""
+    """A processor whose tokenizer returns the recorded ids of the golden cases."""
     ids = {"<|endoftext|>": 50256, "<learnable>": 50295, "</s>": 50296, "<image>": 50297}
     for name in ("turns", "batch", "mixed"):
         case = json.loads((GOLDEN / f"{name}.json").read_text())

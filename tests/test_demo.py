@@ -245,7 +245,7 @@ def test_a_new_chat_discards_an_answer_that_is_being_generated(page, demo):
             leave()
             page.wait.until(lambda _: not demo.answering)
             page.wait.until(lambda _: not page.answers())
-            time.sleep(1)  # time for the rest of the old answer, which must not appear
+            time.sleep(1)  # the rest of the old answer would appear in this time
             assert (page.answers(), page.views()) == ([], [])
             page.browser.refresh()
             page.wait.until(lambda _: page.all("#image input[type=file]"))

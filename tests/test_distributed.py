@@ -1,4 +1,4 @@
-"""Two processes train like one, even if one of them has no image, and what they save loads anywhere."""
+"""Two processes train like one, even if one of them has no image, and save models that load without the package."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_sharded_training_equals_that_of_one_process(prepared, trained_alone):
         torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_what_sharded_training_saves_loads_without_the_package(prepared, tmp_path):
+def test_a_model_saved_by_sharded_training_loads_without_the_package(prepared, tmp_path):
     """It has its class name and code, although `fully_shard` changes the class of the model."""
     config = json.loads((prepared / "trained" / "config.json").read_text())
     assert config["architectures"] == ["FlashSlothForConditionalGeneration"]

@@ -1,4 +1,4 @@
-"""An exported repository is complete, loads without the package, and holds no unrelated files of the checkpoint."""
+"""An exported repository is complete, loads without the package, and contains no unrelated files."""
 
 import json
 import shutil
@@ -117,7 +117,7 @@ def test_weights_are_those_of_the_checkpoint(run, trained, tmp_path):
     assert {tensor.dtype for tensor in half.values()} == {torch.float16}
 
 
-def test_the_card_holds_what_is_known(run, trained, tmp_path):
+def test_the_card_has_the_given_metadata_and_the_measured_results(run, trained, tmp_path):
     lmms = {
         "results": {
             "mme": {

@@ -503,7 +503,7 @@ def test_a_check_reports_rows_that_are_cut_or_too_long_for_the_model(recipe, arg
 @pytest.mark.slow
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="5.17 cannot resume it on CPUs")
 def test_two_processes_resume_exactly(arguments, tmp_path):
-    """In the second epoch, which has a different order of rows."""
+    """The run resumes in the second epoch, whose rows are in a different order."""
     command = arguments("stage2", tmp_path, max_steps=6, save_steps=4, report_to="none")
     found = []
     for _ in range(2):
@@ -585,7 +585,7 @@ def test_batches_are_of_one_kind(make_model, processor, rows, tmp_path):
     assert sorted(map(str, kinds)) == ["{False}"] * 2 + ["{True}"] * 4
 
 
-def test_the_trainer_sets_what_rows_and_their_images_need(make_model, processor, rows, tmp_path):
+def test_the_trainer_keeps_the_columns_of_rows_and_does_not_dispatch_batches(make_model, processor, rows, tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     collator = FlashSlothDataCollator(processor)
     trainer = FlashSlothTrainer(make_model(), args, collator, rows, processing_class=processor)

@@ -65,7 +65,7 @@ def test_a_folder_loads_in_a_fresh_process_without_the_package(saved, model, pro
     torch.save(([], messages), tmp_path / "inputs.pt")
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_PACKAGE)
-    for folder in (saved, saved.with_name("saved-again")):  # what remote code saves loads as well
+    for folder in (saved, saved.with_name("saved-again")):  # the second one was saved by remote code
         run_alone(script, folder, tmp_path / "inputs.pt", tmp_path / "out.pt", folder=tmp_path)
         _, logits = torch.load(tmp_path / "out.pt", weights_only=False)
         torch.testing.assert_close(logits, logits_of(model, processor, messages))
@@ -102,7 +102,7 @@ def test_a_folder_names_its_code(saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_load_in_the_precision_asked_for(saved, processor, messages, dtype):
+def test_weights_are_loaded_in_the_requested_dtype(saved, processor, messages, dtype):
     model = AutoModelForImageTextToText.from_pretrained(saved, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert logits_of(model, processor, messages).isfinite().all()

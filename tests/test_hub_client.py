@@ -98,7 +98,7 @@ print(type(model).__module__)
 """
 
 
-def test_a_pinned_commit_is_what_runs(run, hub, published, tmp_path):
+def test_only_the_code_of_a_pinned_commit_runs(run, hub, published, tmp_path):
     """As docs/converting.md pins it: code that is pushed later is not run."""
     repository, _ = published
     first = next(iter(hub.repositories[repository]))
@@ -151,7 +151,7 @@ def test_base_models_are_joined_by_their_hub_ids(run, hub, tmp_path, page):
     assert decoder in card
 
 
-def test_a_base_model_is_taken_at_a_commit(run, hub, tmp_path):
+def test_a_base_model_can_be_pinned_to_a_commit(run, hub, tmp_path):
     page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
     download, init = (shlex.split(line) for line in re.findall(r"^ *((?:hf download|flashsloth init) .*)", page, re.M))
     make_tower(tmp_path / "tower", "siglip_vision_model")

@@ -134,7 +134,7 @@ def test_text_alone_passes_through(model, ask):
     assert not cache.known
 
 
-def test_memory_is_bounded_and_the_least_recently_used_go_first(model, ask, images):
+def test_memory_is_bounded_and_the_least_recently_used_image_is_dropped(model, ask, images):
     cache = model.image_prefix_cache()
     inputs = [ask([([image], "What is it?")]) for image in images]
     scores_of(model, cache(inputs[0]))
@@ -153,7 +153,7 @@ def test_memory_is_bounded_and_the_least_recently_used_go_first(model, ask, imag
     assert not tiny.known
 
 
-def test_generating_does_not_change_what_is_kept(model, ask, images):
+def test_generating_does_not_change_the_cached_prefix(model, ask, images):
     cache, inputs = model.image_prefix_cache(), ask([(images[:1], "What is it?")])
     scores_of(model, cache(inputs))
     (known,) = cache.known.values()

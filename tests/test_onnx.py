@@ -43,7 +43,7 @@ def onnx_model(exported):
 
 @pytest.fixture
 def batches(images, ask):
-    """Batches of other sizes than the graphs were traced with."""
+    """Batches whose sizes differ from those of the traced inputs."""
     return [
         ask([(images[:1], "What is it?")]),
         ask([(images[:1], "Which?")], [(images[1:4], "And these three?")], [([], "Who are you?")]),

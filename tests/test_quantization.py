@@ -17,7 +17,7 @@ DECODER = "model.language_model."
 # Measured: 0.125, 0.19, 0.125 and 0.32.
 LOGIT_TOLERANCE = {"torchao int8": 0.2, "torchao int4": 0.5, "bitsandbytes 8-bit": 0.2, "bitsandbytes 4-bit": 0.5}
 SHARES = {"torchao int8": 0.55, "torchao int4": 0.35, "bitsandbytes 8-bit": 0.55, "bitsandbytes 4-bit": 0.35}
-"""Most memory of the decoder's layers, as a share of what they take in bfloat16."""
+"""The most memory that the decoder's layers may take, relative to bfloat16."""
 
 
 def torchao_int8():

@@ -143,7 +143,7 @@ def test_a_chat_with_a_cache_maps_its_last_question(model, ask, images):
     output = model.generate(**first, **LOOK)
     inputs = ask([turn, (images[1:2], "And now?")])
     known = output[CACHE_NAME].get_seq_length()
-    inputs["input_ids"][:, :known] = output.sequences[:, :known]  # what was generated instead of "That."
+    inputs["input_ids"][:, :known] = output.sequences[:, :known]  # the generated ids instead of "That."
     on_cache = model.generate(**inputs, **LOOK, **{CACHE_NAME: output[CACHE_NAME]})
     assert len(on_cache.query_attentions) == 1
     sizes = [(48, 40), (48, 40)]
@@ -318,7 +318,7 @@ def shipped():
 
 
 def scenes_with(is_wanted, count, others=frozenset()):
-    """Scenes with several objects, exactly one of them wanted, and objects with the given names; and the wanted one."""
+    """Pairs of a scene and its only wanted object; the scene has several objects, including all `others`."""
     found, index = [], 0
     while len(found) < count:
         scene, index = scene_at("saliency", index), index + 1
@@ -367,7 +367,7 @@ def test_the_answer_depends_most_on_the_object_in_question(shipped, question, is
 
 @pytest.mark.parametrize(("question", "name"), [("Read the sign.", "sign"), ("What is the number?", "number")])
 def test_queries_look_at_what_they_read(shipped, question, name):
-    """In scenes that hold both a sign and a number, so the question decides."""
+    """In scenes with both a sign and a number, so the question decides."""
     model, processor = shipped
     scenes = scenes_with(lambda thing: thing.name == name, 40, others={"sign", "number"} - {name})
     inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], question)

@@ -412,7 +412,7 @@ EXTRA_KEYS = {
 
 
 def in_parts(rows, keys):
-    """Rows whose prompts are parts, images being placeholders."""
+    """Rows whose prompts are lists of parts, with placeholders for images."""
     of_image, of_text = EXTRA_KEYS[keys]
     found = []
     for row in rows:
