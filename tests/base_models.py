@@ -1,7 +1,7 @@
-"""Tiny vision towers and decoders, as one finds them on the Hub: weights, tokenizer, chat template, pixel statistics.
+"""Tiny base models laid out as on the Hub, with weights, tokenizer, chat template and image statistics.
 
-The tokenizers are trained here in the manner of their families, so that line breaks and blanks merge
-with what follows them as they do there.
+Each tokenizer is trained like those of its family, so line breaks and spaces merge with the text after them in the
+same way.
 """
 
 import json
@@ -113,9 +113,9 @@ BARS = """
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PIECES = None  # like SentencePiece: blanks are letters, and nothing keeps a line break from what follows
+PIECES = None  # like SentencePiece: spaces are letters, and line breaks may merge with the text after them
 
-# family: (splitting of words, special tokens, names of some, chat template)
+# family: (word pattern, special tokens, index of each named special token, chat template)
 TOKENIZERS = {
     "phi": (GPT_2, ["<|endoftext|>"], {"bos": 0, "eos": 0}, None),
     "qwen3": (QWEN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {"eos": 2, "pad": 0}, CHATML),
@@ -177,7 +177,7 @@ PIXELS = {
 
 
 def make_tokenizer(family):
-    """A trained tokenizer in the way of a family of decoders."""
+    """Train a tokenizer like those of a family of decoders."""
     words, special, names, template = TOKENIZERS[family]
     trainer = {"vocab_size": 400, "special_tokens": special, "show_progress": False}
     if words is PIECES:
@@ -196,7 +196,7 @@ def make_tokenizer(family):
         backend.decoder = decoders.ByteLevel()
         trainer |= {"initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
     backend.train_from_iterator(CORPUS, trainers.BpeTrainer(**trainer))
-    if family == "phi":  # runs of blanks, which are no special tokens
+    if family == "phi":  # runs of spaces, which are not special tokens
         backend.add_tokens([AddedToken(" " * length, normalized=False) for length in (3, 2)])
     if "bos" in names and template:
         bos = special[names["bos"]]
@@ -211,7 +211,7 @@ def make_tokenizer(family):
 
 
 def make_decoder(folder, family, *, spare_rows=0, dtype=torch.float32, **changes):
-    """Write a decoder with its tokenizer; gives the model."""
+    """Write a decoder with its tokenizer, and return the model."""
     tokenizer = make_tokenizer(family)
     torch.manual_seed(1)
     config = AutoConfig.for_model(
@@ -226,7 +226,7 @@ def make_decoder(folder, family, *, spare_rows=0, dtype=torch.float32, **changes
 
 
 def make_tower(folder, family, **changes):
-    """Write a vision tower, with pixel statistics if it has its own; gives the model."""
+    """Write a vision tower, with image statistics if its family has them, and return the model."""
     torch.manual_seed(2)
     model = AutoModel.from_config(AutoConfig.for_model(family, **{**TOWERS[family], **changes})).eval()
     model.save_pretrained(folder)
@@ -236,7 +236,7 @@ def make_tower(folder, family, **changes):
 
 
 def main(folder):
-    """Write a tower and a decoder to try `flashsloth init` on."""
+    """Write a tower and a decoder for trying `flashsloth init`."""
     make_tower(folder / "clip", "clip")
     make_decoder(folder / "qwen3", "qwen3", spare_rows=8)
 

@@ -1,4 +1,4 @@
-"""Tiny real models, of several decoder families, and the processor that goes with them."""
+"""Tiny real models of several decoder families, and a processor for them."""
 
 import copy
 import logging as python_logging
@@ -6,7 +6,7 @@ import os
 import traceback
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of huggingface is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from flashsloth import (
     FlashSlothProcessor,
 )
 
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+torch.set_num_threads(1)  # the models are so tiny that more threads only slow them down
 
 SPECIAL_TOKENS = ["<|endoftext|>", "</s>", "<image>", "<learnable>"]
 TEXT = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "initializer_range": 0.2}
@@ -56,8 +56,8 @@ def pytest_configure(config):
     config.pluginmanager.register(RootIsADirectory())
 
 
-# transformers logs most of its deprecations. These messages are about calls that other packages make, or transformers
-# itself: part of the message, and part of a path in the call stack.
+# transformers logs most deprecations instead of warning. These are caused by calls in transformers itself or in other
+# packages: (part of the message, part of a path in the call stack).
 BOTH_KINDS_OF_OPTIONS = "Passing `generation_config` together with generation-related arguments"
 CALLS_OF_OTHERS = [
     (BOTH_KINDS_OF_OPTIONS, "/transformers/generation/candidate_generator.py"),
@@ -67,7 +67,7 @@ CALLS_OF_OTHERS = [
 
 
 class DeprecationRecorder(python_logging.Handler):
-    """Keeps what transformers logs about calls that are deprecated."""
+    """Keeps the deprecation messages that transformers logs."""
 
     def __init__(self):
         super().__init__(python_logging.WARNING)
@@ -93,7 +93,7 @@ def deprecations():
 @pytest.fixture(autouse=True)
 def _nothing_deprecated_is_called(deprecations):
     yield
-    python_logging.Logger.warning_once.cache_clear()  # so that every test hears what it calls itself
+    python_logging.Logger.warning_once.cache_clear()  # so that a message is logged in every test that causes it
     messages, deprecations.messages = deprecations.messages, []
     assert messages == []
 
@@ -109,7 +109,7 @@ def _undo_what_a_test_sets():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """One token a byte, and FlashSloth's special tokens."""
+    """A tokenizer with one token per byte, and FlashSloth's special tokens."""
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -156,7 +156,7 @@ def make_config(tokenizer):
 
 @pytest.fixture(scope="session")
 def make_model(make_config):
-    """Builds a model whose modules all matter: with the usual small weights the queries would hardly be heard."""
+    """Builds a model in which every module matters: with the usual small weights, queries hardly change the logits."""
 
     def make(family="phi", attn_implementation="sdpa", **changes):
         torch.manual_seed(0)
@@ -197,7 +197,7 @@ def processor(tokenizer, make_config):
 
 @pytest.fixture(scope="session")
 def images():
-    """Four images that have nothing in common."""
+    """Four images of random pixels."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (4, 48, 40, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(image.numpy()) for image in pixels]
@@ -216,7 +216,7 @@ def conversations(images):
 
 @pytest.fixture(scope="session")
 def ask(processor):
-    """Renders conversations: a turn is (images, question) or, answered, (images, question, answer)."""
+    """Encodes conversations. A turn is (images, question) or (images, question, answer)."""
 
     def render(*conversations, add_generation_prompt=True, padding_side="left", **kwargs):
         batch = []

@@ -27,7 +27,7 @@ def synthetic_weight(name, shape):
 
 
 def write_golden_checkpoint(folder):
-    """Write it in the original layout; its tokenizer is a stand-in with the same special ids."""
+    """Write the checkpoint in the original layout. Its tokenizer is a substitute with the same special ids."""
     shutil.copytree(GOLDEN / "checkpoint", folder, ignore=shutil.ignore_patterns("tensors.json"))
     shapes = json.loads((GOLDEN / "checkpoint" / "tensors.json").read_text())
     write_weights(folder, {name: torch.from_numpy(synthetic_weight(name, shape)) for name, shape in shapes.items()})
@@ -36,7 +36,7 @@ def write_golden_checkpoint(folder):
 
 
 def read_case(name, config):
-    """The prompts with their placeholders expanded, padded on the right, and the images."""
+    """A recorded case, and its inputs: prompts with expanded placeholders, padded on the right, and images."""
     case = json.loads((GOLDEN / f"{name}.json").read_text())
     shape = case["images"]["shape"]
     pixels = torch.from_numpy(np.clip(synthetic(case["images"]["synthetic"], shape), -1, 1)).view(-1, *shape[-3:])

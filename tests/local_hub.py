@@ -1,6 +1,6 @@
-"""A Hub on this machine, for the clients of huggingface_hub and transformers: what they ask for, over HTTP.
+"""A local server that answers the requests that huggingface_hub and transformers send to the Hub.
 
-It keeps every commit of every repository. Files are sent whole, as small ones are to the Hub.
+It keeps every commit of every repository. Uploads contain whole files, as small files do on the real Hub.
 """
 
 import base64
@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Repositories, by id; of each the commits, the latest one last, as `{sha: {path: content}}`."""
+    """Maps each repository id to its commits, oldest first: `{id: {sha: {path: content}}}`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -25,14 +25,14 @@ class LocalHub(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that lead a process of huggingface_hub here."""
+        """Environment variables that make huggingface_hub use this server."""
         address = f"http://127.0.0.1:{self.server_port}"
         settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         return inherited | settings | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_local"}
 
     def commit(self, repository: str, files: dict[str, bytes]) -> str:
-        """Add or replace files; returns the sha of the commit."""
+        """Add or replace files, and return the sha of the commit."""
         commits = self.repositories.setdefault(repository, {})
         tree = {**(list(commits.values())[-1] if commits else {}), **files}
         known = sorted((path, _etag(content)) for path, content in tree.items())
@@ -53,17 +53,17 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
-        """Tell about a file."""
+        """Send the headers of a file."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Send a file, or tell about a repository."""
+        """Send a file, or a description of a repository."""
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         if parts[:2] == ["api", "models"] and len(parts) > 3:
-            self._tell("/".join(parts[2:4]), parts[4:])
+            self._describe("/".join(parts[2:4]), parts[4:])
         elif parts[2:3] == ["resolve"]:
             self._send_file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._fail(404, "EntryNotFound")
 
-    def _tell(self, repository: str, rest: list[str]) -> None:
+    def _describe(self, repository: str, rest: list[str]) -> None:
         what, revision, *path = [*rest, "revision", "main"][:2] + rest[2:]
         found = self._tree(repository, revision)
         if found is None:
@@ -168,7 +168,7 @@ def _etag(content: bytes) -> str:
 
 @contextmanager
 def local_hub() -> Iterator[LocalHub]:
-    """A Hub that is served while the context lasts."""
+    """Serve an empty Hub."""
     hub = LocalHub()
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:

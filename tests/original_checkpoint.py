@@ -1,7 +1,7 @@
 """Makes tiny checkpoints in the layout of the original FlashSloth releases.
 
-The sizes are tiny, but the names, the files, the fields of the config, its `model_type` "phi" among them, and the token
-ids are the releases': the vocabulary has Phi-2's ids where FlashSloth needs them, and meaningless entries elsewhere.
+The sizes are tiny. Tensor names, files, config fields (including `model_type` "phi") and token ids are those of the
+releases: the vocabulary has Phi-2's ids where FlashSloth needs them, and meaningless entries elsewhere.
 """
 
 import json
@@ -120,7 +120,7 @@ def _norm(shapes: dict[str, tuple[int, ...]], name: str, width: int) -> None:
 
 
 def original_tensors(dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, torch.Tensor]:
-    """Random tensors, the same in every call, by their original names."""
+    """Random tensors by their original names; every call returns the same."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in original_shapes(**sizes).items():
@@ -142,11 +142,11 @@ def make_original(
     """Write a checkpoint.
 
     Args:
-        folder: Where to.
+        folder: Output folder.
         tensors: Default: `original_tensors()`.
-        num_shards: Number of weight files; several have an index.
+        num_shards: Number of weight files. If there are several, an index is written.
         as_bin: Whether to write `pytorch_model.bin` instead of `model.safetensors`.
-        tower_folder: Where the tower's config goes. Default: where the checkpoint's config points.
+        tower_folder: Folder of the tower's config. Default: the one that the checkpoint's config names.
         **config: Fields that differ from `CONFIG`.
     """
     folder.mkdir(parents=True, exist_ok=True)

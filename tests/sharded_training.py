@@ -58,7 +58,7 @@ def main():
 
 
 def evaluate(model, folder):
-    """Only one of the two processes has an image; they would deadlock if they gathered different parameters."""
+    """Evaluate where only one process has an image: if they gathered different parameters, they would deadlock."""
     batch = torch.load(folder / f"batch_0_{dist.get_rank()}.pt")
     with torch.no_grad():
         assert model.eval()(**batch).logits.isfinite().all()

@@ -1,4 +1,4 @@
-"""The networks of transformers are built so that none of their steps is wasted, and compute what they always did."""
+"""Towers and decoders of transformers are built to run faster, and compute the same."""
 
 import pytest
 import torch
@@ -28,11 +28,12 @@ def test_patches_are_contiguous_in_every_layer(make_config, family):
     plain.load_state_dict(tower.state_dict(), strict=False)
     pixel_values = torch.randn(2, 3, 32, 32)
     inputs = layer_inputs(tower, pixel_values)
+    assert len(inputs) == config.num_hidden_layers
     assert all(states.is_contiguous() for states in inputs)
     assert all(map(torch.equal, inputs, layer_inputs(plain, pixel_values)))
 
 
-def test_phis_activation_is_the_same_function_in_one_kernel(make_config):
+def test_phis_activation_runs_in_one_kernel_and_computes_the_same(make_config):
     config = make_config().text_config
     config.hidden_act = "gelu_new"
     fused = build_decoder(config).layers[0].mlp.activation_fn

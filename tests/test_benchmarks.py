@@ -44,21 +44,20 @@ def test_the_committed_table_of_training_costs_follows_from_its_json():
 def test_both_models_have_nearly_the_same_size_and_different_prompt_lengths():
     cases = [step_cost.Case(model, 2, False) for model in step_cost.MODELS]
     sizes = [sum(p.numel() for p in step_cost.build_model(case, "small", "meta").parameters()) for case in cases]
-    # Pooling, which "all patches" lacks, is 2 % of this small model.
-    assert 0.97 < sizes[1] / sizes[0] < 1
+    # Pooling and the queries, which "all patches" lacks, are 0.2 % of this small model.
+    assert 0.995 < sizes[1] / sizes[0] < 1
     lengths = [step_cost.build_batch(case, "small", 1)["input_ids"].shape[1] for case in cases]
     assert lengths[1] - lengths[0] == 729 - 81 - 9
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_step_trains_what_the_stage_trains(stage):
-    for model in step_cost.MODELS:
-        run = step_cost.Training(step_cost.Case(model, stage, checkpointing=True), "small", 1, "cpu")
-        weights = {"projector": run.model.model.multi_modal_projector.linear_1.weight, "head": run.model.lm_head.weight}
-        before = {name: weight.detach().clone() for name, weight in weights.items()}
-        run.step()
-        changed = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
-        assert changed == {"projector"} | ({"head"} if stage == 2 else set())
+@pytest.mark.parametrize("model", step_cost.MODELS)
+@pytest.mark.parametrize(("stage", "trained"), [(1, {"projector"}), (2, {"projector", "head"})])
+def test_a_step_trains_what_the_stage_trains(model, stage, trained):
+    run = step_cost.Training(step_cost.Case(model, stage, checkpointing=True), "small", 1, "cpu")
+    weights = {"projector": run.model.model.multi_modal_projector.linear_1.weight, "head": run.model.lm_head.weight}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    run.step()
+    assert {name for name, weight in weights.items() if not torch.equal(weight, before[name])} == trained
 
 
 def test_counted_memory_is_that_of_the_tensors_alive_at_once():
@@ -78,7 +77,7 @@ def test_fake_tensors_take_as_much_as_real_ones(checkpointing):
     run = step_cost.Training(case, "small", 2, "cpu")
     with step_cost.CountedMemory() as memory:
         run.compute_gradients()
-    assert memory.peak == pytest.approx(counted, rel=0.02)
+    assert memory.peak == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.slow
@@ -130,5 +129,5 @@ def test_quantized_caches_are_compared_with_exact_keys_and_values(shipped):
     # Keys and values of six layers, 256 numbers each, in four bytes; or in four bits, plus two numbers per group of 64.
     num_tokens = int(table.split(" tokens")[0].split(", ")[-1])
     assert sizes[0] == num_tokens * 6 * 2 * 256 * 4
-    assert sizes[1] < 0.3 * sizes[0]
-    assert float(rounded[1].rstrip("%")) > 50
+    assert sizes[1] == num_tokens * 6 * 2 * 256 * (4 + 2 * 32 / 64) / 8
+    assert float(rounded[1].rstrip("%")) > 90

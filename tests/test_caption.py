@@ -13,6 +13,7 @@ import caption
 import pytest
 from accelerate import PartialState
 from PIL import Image
+from processes import run_processes
 from scenes import describe, draw, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -77,7 +78,7 @@ def answers(folder, tmp_path_factory):
     return output
 
 
-def test_every_image_gets_an_answer_in_order_and_broken_ones_a_reason(folder, scenes, answers):
+def test_images_are_answered_in_order_and_broken_ones_have_an_error(folder, scenes, answers):
     rows = read(answers / "answers.jsonl")
     files = [file for file in folder.rglob("*") if file.suffix in (".png", ".jpg")]
     assert [row["row"] for row in rows] == list(range(NUM_SCENES + 2))
@@ -99,13 +100,8 @@ def test_answers_are_those_of_generate(folder, answers):
     assert len(answered) == 4
     for row in answered:
         image = {"type": "image", "path": str(folder / row["image"])}
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [image, {"type": "text", "text": "Describe the picture."}]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        content = [image, {"type": "text", "text": "Describe the picture."}]
+        inputs = processor.encode_conversations([{"role": "user", "content": content}])
         output = model.generate(**inputs, max_new_tokens=128)[:, inputs["input_ids"].shape[1] :]
         assert processor.post_process_image_text_to_text(output) == [row["answer"]]
 
@@ -177,7 +173,7 @@ def test_parquet_with_embedded_images_is_answered_with_its_own_questions(scenes,
     assert rows[2]["question"] == "Describe the image."
 
 
-def test_a_listing_may_have_broken_lines_and_rotated_images(scenes, tmp_path):
+def test_broken_lines_of_a_listing_are_errors_of_their_rows_and_rotation_is_applied(scenes, tmp_path):
     image = draw(scenes[0], 96)
     (exif := Image.Exif())[0x0112] = 6  # rotate by 90° clockwise
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
@@ -188,7 +184,7 @@ def test_a_listing_may_have_broken_lines_and_rotated_images(scenes, tmp_path):
     assert [row["row"] for row in read(tmp_path / "answers" / "errors.jsonl")] == [1, 2, 3, 4]
 
 
-def test_sources_that_look_alike_are_told_apart(scenes, tmp_path):
+def test_a_source_with_the_same_file_names_but_other_content_is_refused(scenes, tmp_path):
     datasets = pytest.importorskip("datasets")
     for day, scene in zip(("monday", "tuesday"), scenes[:2], strict=True):
         (tmp_path / day / "tables").mkdir(parents=True)
@@ -258,18 +254,10 @@ def test_one_of_several_processes_logs_the_result(folder, tmp_path):
     for name in ("00.png", "02.png"):
         (images / name).write_bytes((folder / name).read_bytes())
     output = tmp_path / "answers"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(images)]
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, *command, "--output", str(output), "--batch-size", "1", "--loaders", "0"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stderr.count("answers.jsonl: 2 rows, 0 with errors") == 1
-        assert done.stderr.count("Loading weights: 100%") <= 1
+        said = run_processes(SCRIPT, images, "--output", output, "--batch-size", 1, "--loaders", 0)
+        assert said.count("answers.jsonl: 2 rows, 0 with errors") == 1
+        assert said.count("Loading weights: 100%") <= 1
     assert len(read(output / "answers.jsonl")) == 2
 
 

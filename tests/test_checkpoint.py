@@ -1,12 +1,11 @@
-"""The checkpoint in the repository's root: small, right, and the same in every mode of generation, in bfloat16."""
+"""The shipped checkpoint is small, answers correctly, and answers the same in every generation mode, in bfloat16."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_alone
 from safetensors import safe_open
 from score import evaluate, evaluation_set
 from test_hub import WITHOUT_PACKAGE
@@ -30,13 +29,12 @@ def prompts(shipped):
     """Renders the first questions of the evaluation set, as one batch or alone."""
     questions = [question for question, _ in zip(evaluation_set(8), range(NUM_QUESTIONS), strict=False)]
 
-    def render(rows, **kwargs):
+    def render(rows):
         conversations = []
         for question in (questions[row] for row in rows):
             content = [{"type": "image", "image": question.image}, {"type": "text", "text": question.text}]
             conversations.append([{"role": "user", "content": content}])
-        arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return shipped[1].apply_chat_template(conversations, **arguments, processor_kwargs={"padding": True, **kwargs})
+        return shipped[1].encode_conversations(conversations, padding=True)
 
     return render
 
@@ -64,22 +62,19 @@ def test_a_fresh_clone_loads_by_remote_code(shipped, images, tmp_path):
     torch.save(([], messages), tmp_path / "inputs.pt")
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_PACKAGE.replace('folder + "-again"', f'"{tmp_path}/again"'))
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    arguments = [sys.executable, str(script), str(ROOT), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
-    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone(script, ROOT, tmp_path / "inputs.pt", tmp_path / "out.pt", folder=tmp_path)
     inputs, logits = torch.load(tmp_path / "out.pt", weights_only=False)
     with torch.no_grad():
         torch.testing.assert_close(logits, shipped[0](**inputs).logits)
 
 
 @pytest.mark.slow
-def test_it_answers_four_of_five_questions(shipped):
+def test_it_answers_nearly_every_question(shipped):
     """A part of the evaluation set; `examples/tiny/evaluation.json` has all of it."""
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=working_dtype("cpu")).eval()
     result = evaluate(model, shipped[1], num_images=40)
     assert all(counts["asked"] for counts in result.values())
-    assert result["all"]["right"] >= 0.8 * result["all"]["asked"]
+    assert result["all"]["right"] >= 0.98 * result["all"]["asked"]  # measured: 254 of 255
 
 
 @pytest.fixture(scope="module")

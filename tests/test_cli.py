@@ -1,7 +1,5 @@
 """The command line: answers on standard output, one clear line on standard error, exit codes."""
 
-import functools
-import http.server
 import io
 import json
 import os
@@ -9,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 from original_checkpoint import make_original, original_tensors, write_json
 from PIL import Image
+from processes import serve_folder
 from safetensors.torch import load_file, save_file
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor, cli
@@ -44,7 +42,7 @@ def image(tmp_path_factory):
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command line in this process; gives exit code, standard output and standard error."""
+    """Runs a command line in this process; returns exit code, standard output and standard error."""
 
     def run_main(*arguments):
         code = cli.main([str(argument) for argument in arguments])
@@ -55,7 +53,7 @@ def run(capsys):
 
 @pytest.fixture
 def refused(run):
-    """Runs a command line that must fail with one line on standard error; gives the line."""
+    """Runs a command line that must fail with one line on standard error; returns the line."""
 
     def run_refused(*arguments):
         code, output, errors = run(*arguments)
@@ -71,14 +69,7 @@ def refused(run):
 def expected_answer(folder, image, **images_kwargs):
     model, processor = (c.from_pretrained(folder) for c in (FlashSlothForConditionalGeneration, FlashSlothProcessor))
     content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=images_kwargs,
-    )
+    inputs = processor.encode_conversations([{"role": "user", "content": content}], **images_kwargs)
     ids = model.generate(**inputs, max_new_tokens=NUM_TOKENS)[:, inputs["input_ids"].shape[1] :]
     return processor.post_process_image_text_to_text(ids)[0]
 
@@ -99,26 +90,16 @@ def test_ask_reads_five_tiles_with_hd(run, checkpoint, image):
 
 
 def test_ask_opens_urls(run, refused, checkpoint, image):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            """Says nothing."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=image.parent))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        arguments = [QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS]
+    arguments = [QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS]
+    with serve_folder(image.parent) as url:
         code, output, _ = run("ask", f"{url}/{image.name}", *arguments)
         assert (code, output.strip()) == (0, expected_answer(checkpoint, image))
         assert "404" in refused("ask", f"{url}/nothing.png", *arguments)
         assert "not an image" in refused("ask", url, *arguments)
-    finally:
-        server.shutdown()
-        server.server_close()
     assert "cannot be read" in refused("ask", f"{url}/{image.name}", *arguments)
 
 
-RELEASES = {  # what differs from a release's config, or is absent
+RELEASES = {  # fields that differ from those of a release's config; None: absent
     "as on the Hub": {},
     "of the authors' class": {"model_type": "flashsloth"},
     "without a model_type": {"model_type": None},
@@ -254,7 +235,7 @@ def test_broken_checkpoints_are_one_clear_line(refused, tmp_path, checkpoint, im
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_convert_says_what_it_wrote_and_shows_progress(run, tmp_path):
+def test_convert_describes_its_output_and_shows_progress(run, tmp_path):
     code, output, errors = run("convert", make_original(tmp_path / "in", num_shards=2), tmp_path / "out")
     assert code == 0
     assert output.startswith(f"{tmp_path / 'out'}: 5,034,393 parameters in 199 tensors, float32, 20.1 MB in 1 shard\n")
@@ -283,7 +264,7 @@ def test_convert_refuses_in_one_line(refused, tmp_path):
     assert "config.json" in refused("convert", source, blocked)
 
 
-def test_a_terminated_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_terminated_conversion_leaves_no_files(tmp_path, monkeypatch):
     def terminated(self, folder, **kwargs):
         (folder / "model.safetensors").write_text("half")
         signal.raise_signal(signal.SIGTERM)
@@ -311,7 +292,7 @@ with complete_or_absent(Path(sys.argv[1]), 0) as folder:
 
 @pytest.fixture
 def writing():
-    """Starts processes that have half-written an output; gives the process and its hidden folder."""
+    """Starts a process that stops halfway through writing an output; returns it and its hidden folder."""
     processes = []
 
     def start(output):
@@ -334,12 +315,12 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(run, writi
     killed, abandoned = writing(output)
     killed.kill()
     killed.wait()
-    _, of_another = writing(tmp_path / "out-2")
+    _, other_output = writing(tmp_path / "out-2")
     own = tmp_path / ".out-backup"
     own.mkdir()
     assert abandoned.is_dir()  # as `kill -9` leaves it
     assert run("convert", source, output)[0] == 0
-    assert set(tmp_path.iterdir()) == {source, output, alive, of_another, own}
+    assert set(tmp_path.iterdir()) == {source, output, alive, other_output, own}
     assert (alive / "out" / "model.safetensors").read_text() == "half"
 
 
@@ -396,7 +377,7 @@ def test_an_image_comes_from_standard_input(checkpoint, image):
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_the_type_of_the_weights_is_the_one_asked_for_or_the_one_that_the_cpu_multiplies(monkeypatch, has_bfloat16):
+def test_the_default_dtype_is_bfloat16_only_if_the_cpu_supports_it(monkeypatch, has_bfloat16):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16}, raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     shipped = str(cli.SHIPPED_CHECKPOINT)

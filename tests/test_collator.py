@@ -1,4 +1,4 @@
-"""Batches with labels: answers and their end tokens, and nothing else, whatever the rows hold."""
+"""Labels of a batch are the answers and their end tokens, whatever the rows contain."""
 
 import json
 import logging
@@ -91,7 +91,7 @@ def test_answers_and_their_ends_are_learned(collator, processor, rows):
     assert batch["pixel_values"].shape == (4, 3, 32, 32)
 
 
-def test_the_ids_are_those_of_the_chat_template(collator, processor, rows):
+def test_ids_are_those_of_the_chat_template(collator, processor, rows):
     batch = collator(rows)
     for position, sample in enumerate(rows):
         expected = processor.apply_chat_template(
@@ -103,7 +103,7 @@ def test_the_ids_are_those_of_the_chat_template(collator, processor, rows):
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}", ""])
-def test_a_beginning_token_stands_once_whoever_writes_it(processor, rows, template):
+def test_there_is_one_bos_token_whether_template_or_tokenizer_adds_it(processor, rows, template):
     processor = pickle.loads(pickle.dumps(processor))
     tokenizer = processor.tokenizer
     tokenizer.bos_token = "<|endoftext|>"
@@ -118,7 +118,7 @@ def test_a_beginning_token_stands_once_whoever_writes_it(processor, rows, templa
 
 
 def test_an_empty_block_of_a_template_is_not_learned(golden, rows):
-    """Such a block may stand inside a token."""
+    """It may even be inside a token."""
     golden = pickle.loads(pickle.dumps(golden))
     golden.chat_template = (
         "{{ 'peo' }}{% generation %}{% endgeneration %}{{ 'ple.' }}{% generation %}{{ ' yes' }}{% endgeneration %}"
@@ -135,7 +135,7 @@ def test_padding_is_on_the_right_and_not_learned(processor, rows):
     assert processor.tokenizer.padding_side == "left"  # as generation needs it
 
 
-def test_an_end_token_that_pads_too_is_learned(processor, rows):
+def test_an_end_token_that_is_also_the_pad_token_is_learned(processor, rows):
     processor = pickle.loads(pickle.dumps(processor))
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
     batch = FlashSlothDataCollator(processor, pad_to_multiple_of=64)(rows)
@@ -145,7 +145,7 @@ def test_an_end_token_that_pads_too_is_learned(processor, rows):
 @pytest.mark.skipif(
     not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"), reason="transformers before 5.18 has no such mask"
 )
-def test_labels_stand_where_transformers_own_mask_does(collator, processor, rows):
+def test_labels_agree_with_the_assistant_mask_of_transformers(collator, processor, rows):
     batch = collator(rows)
     for position, sample in enumerate(rows):
         expected = processor.apply_chat_template(
@@ -157,18 +157,18 @@ def test_labels_stand_where_transformers_own_mask_does(collator, processor, rows
 
 
 @pytest.mark.parametrize("text", ["x ASSISTANT: y", "USER: z", "<image>", "</s>", "<learnable>", "a</s>b", "née 象 🦥"])
-def test_what_text_says_does_not_move_labels(collator, processor, images, text):
+def test_control_tokens_in_text_do_not_move_labels(collator, processor, images, text):
     batch = collator([row((images[:1], text, "One."), ([], text, text), (images[:1], text, "Three."))])
     assert learned(batch, processor) == [[" One.</s>", f" {text}</s>", " Three.</s>"]]
     assert batch["input_ids"][0].tolist().count(processor.image_token_id) == 2 * processor.image_seq_length
 
 
-def test_white_space_of_answers_is_learned(collator, processor):
+def test_whitespace_in_answers_is_learned(collator, processor):
     batch = collator([row(([], " Why? ", "  a \n\n b  "))])
     assert learned(batch, processor) == [["   a \n\n b  </s>"]]
 
 
-def test_other_chat_formats_are_labelled(tokenizer, processor, images, rows):
+def test_answers_in_other_chat_formats_are_learned(tokenizer, processor, images, rows):
     tokenizer = pickle.loads(pickle.dumps(tokenizer))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}, False)
     chatml = FlashSlothProcessor(
@@ -185,7 +185,7 @@ def test_other_chat_formats_are_labelled(tokenizer, processor, images, rows):
     assert batch["input_ids"][3].tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
 
 
-def test_high_definition_takes_more_tokens(processor, rows):
+def test_five_tiles_take_five_times_the_tokens(processor, rows):
     split = pickle.loads(pickle.dumps(processor))
     split.image_processor.do_image_splitting = True
     batch = FlashSlothDataCollator(split)(rows[:1])
@@ -216,7 +216,7 @@ PIECES = r" US(?=ER:)|ER(?=:)| ASS(?=IST)|IST(?=ANT)|ANT(?=:)| umb|rell|as(?=\.)
 
 @pytest.fixture(scope="module")
 def golden():
-    """The checkpoint of the golden cases, and a processor whose tokenizer gives the recorded ids."""
+    """A processor whose tokenizer returns the recorded ids of the golden cases."""
     ids = {"<|endoftext|>": 50256, "<learnable>": 50295, "</s>": 50296, "<image>": 50297}
     for name in ("turns", "batch", "mixed"):
         case = json.loads((GOLDEN / f"{name}.json").read_text())
@@ -263,7 +263,7 @@ def test_labels_of_the_golden_cases_give_the_recorded_loss(golden, golden_model,
 # ---- truncation ------------------------------------------------------------------------------------------------------
 
 
-def test_turns_that_do_not_fit_go_with_their_images(processor, rows):
+def test_turns_that_do_not_fit_are_removed_with_their_images(processor, rows):
     whole = FlashSlothDataCollator(processor)(rows[2:])
     end = (whole["input_ids"][0] == processor.tokenizer.eos_token_id).nonzero()[0].item() + 1
     length = whole["input_ids"].shape[1]
@@ -276,7 +276,7 @@ def test_turns_that_do_not_fit_go_with_their_images(processor, rows):
     assert torch.equal(untouched["labels"], whole["labels"])
 
 
-def test_as_many_turns_are_kept_as_fit(processor):
+def test_all_turns_that_fit_are_kept(processor):
     sample = row(([], "One?", "a"), ([], "Two?", "b"), ([], "Three?", "c"))
     ids = FlashSlothDataCollator(processor)([sample])["input_ids"][0]
     ends = ((ids == processor.tokenizer.eos_token_id).nonzero().flatten() + 1).tolist()
@@ -293,7 +293,7 @@ def test_a_first_answer_that_is_too_long_is_cut(processor, rows):
     assert batch["input_ids"].shape[1] == max_length
 
 
-def test_no_length_cuts_images_or_queries(processor, model, rows):
+def test_truncation_never_cuts_images_or_queries(processor, rows):
     start = (FlashSlothDataCollator(processor)(rows[2:])["labels"][0] != -100).nonzero()[0].item()
     for max_length in range(1, start + 60):
         collator = FlashSlothDataCollator(processor, max_length=max_length)
@@ -340,7 +340,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows_end_the_training(collator, broken_files, monkeypatch, name):
+def test_bad_rows_raise_an_error(collator, broken_files, monkeypatch, name):
     monkeypatch.chdir(broken_files)
     bad, reason = BAD_ROWS[name]
     with pytest.raises(BadRowError, match=rf'Row 17 cannot be used: (?s:.*){reason}(?s:.*)pass on_bad_row="skip"'):
@@ -358,12 +358,12 @@ def test_bad_rows_are_skipped_if_asked(collator, processor, rows, broken_files, 
     assert re.search(rf"Row 17 cannot be used: (?s:.*){reason}(?s:.*)It is skipped", caplog.text)
 
 
-def test_a_row_without_an_index_is_found_by_its_place(collator, rows):
+def test_a_row_without_an_index_is_named_by_its_position_in_the_batch(collator, rows):
     with pytest.raises(BadRowError, match=r"A row without an index \(1 in its batch\)"):
         collator([rows[0], {"messages": []}])
 
 
-def test_a_batch_of_bad_rows_does_no_harm(processor, make_model):
+def test_a_batch_of_only_bad_rows_has_a_finite_loss(processor, make_model):
     batch = FlashSlothDataCollator(processor, on_bad_row="skip")([{"messages": []}])
     model = make_model().train()
     loss = model(**batch).loss
@@ -434,8 +434,8 @@ def test_embedded_images_reach_the_batch(collator, tmp_path, images):
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-def test_an_embedded_image_is_turned_as_its_file_is(collator, tmp_path, images):
-    (exif := Image.Exif())[0x0112] = 6  # to be turned clockwise by a quarter
+def test_rotation_metadata_is_applied_to_embedded_images_too(collator, tmp_path, images):
+    (exif := Image.Exif())[0x0112] = 6  # rotate by 90° clockwise
     images[0].save(tmp_path / "turned.png", exif=exif)
     forms = [str(tmp_path / "turned.png"), (tmp_path / "turned.png").as_uri()]
     forms.append({"bytes": (tmp_path / "turned.png").read_bytes()})

@@ -1,4 +1,4 @@
-"""The first token waits for nothing, and decoding is compiled once for all images and questions."""
+"""The device waits only once before the first token, and decoding is compiled once for all images and questions."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ class ReadOperations(TorchDispatchMode):
 
 
 class ReadMethods(TorchFunctionMode):
-    """Records what reads a tensor's memory without an operation."""
+    """Records methods that read a tensor's memory without dispatching an operation."""
 
     def __init__(self, events):
         super().__init__()
@@ -101,7 +101,7 @@ def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, prom
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi", "qwen3"])
-def test_cached_prefixes_and_compiled_decoding_go_together(make_model, prompts, num_graphs, family):
+def test_decoding_from_cached_prefixes_is_compiled_once(make_model, prompts, num_graphs, family):
     model = make_model(family)
     cache = model.image_prefix_cache(max_cache_len=MAX_CACHE_LEN)
     for number, inputs in enumerate(prompts):

@@ -101,7 +101,7 @@ def test_a_decoder_without_layers_is_refused(make_config):
         FlashSlothModel(make_config(text_config=text))
 
 
-ORIGINAL = {  # as on the Hub: what it says of the tower is a path that exists nowhere
+ORIGINAL = {  # as on the Hub, where `mm_vision_tower` is a path on the authors' machine
     "model_type": "phi",
     "architectures": ["FlashSlothForCausalLM"],
     "hidden_size": 2560,
@@ -123,7 +123,7 @@ ORIGINAL = {  # as on the Hub: what it says of the tower is a path that exists n
     "image_aspect_ratio": "square",
 }
 FIELDS = ("hidden_size", "num_hidden_layers", "rope_parameters", "vocab_size", "eos_token_id", "pad_token_id")
-VARIANTS = {  # what differs, or is absent
+VARIANTS = {  # fields that differ; None: absent
     "as on the Hub": {},
     "of the authors' class": {"model_type": "flashsloth"},
     "without a model_type": {"model_type": None},
@@ -132,7 +132,7 @@ VARIANTS = {  # what differs, or is absent
     "without a tower": {"mm_vision_tower": None},
     "without any mm_ field": {name: None for name in ORIGINAL if name.startswith("mm_")},
     "of the class of another version": {"architectures": ["FlashSlothForConditionalGenerationV2"]},
-    "with what newer ones have": {"image_hd": True, "image_token_index": 50297, "use_cache": False},
+    "with newer fields": {"image_hd": True, "image_token_index": 50297, "use_cache": False},
 }
 
 
@@ -218,5 +218,5 @@ def test_a_config_of_another_model_is_no_release():
 
 @pytest.mark.parametrize("field", ["num_query_tokens", "image_token_id", "lm_head_bias", "instruction_start_ids"])
 def test_a_field_of_a_wrong_type_is_named(make_config, field):
-    with pytest.raises(Exception, match=f"Validation error for field '{field}'"):
+    with pytest.raises(StrictDataclassError, match=f"Validation error for field '{field}'"):
         make_config(**{field: "a"})

@@ -1,4 +1,4 @@
-"""Converting original releases: what comes out, what is refused, and how much memory it takes."""
+"""Original releases are converted completely, refused clearly if broken, and not held in memory."""
 
 import inspect
 import json
@@ -45,13 +45,7 @@ IMAGE = Image.radial_gradient("L").resize((40, 30)).convert("RGB")
 
 def compute_logits(model, processor, image):
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is .?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.dtype)
+    inputs = processor.encode_conversations([{"role": "user", "content": content}]).to(model.dtype)
     with torch.no_grad():
         return model.eval()(**inputs).logits
 
@@ -65,7 +59,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-torch.set_num_threads(1)  # as here: the order of a sum depends on it
+torch.set_num_threads(1)  # as in these tests: the order of a sum depends on it
 {inspect.getsource(compute_logits)}
 folder, image, output = sys.argv[1:]
 model, report = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
@@ -138,7 +132,7 @@ def assert_refused(source, output, *parts, **kwargs):
         (torch.float32, 3, True, True),
     ],
 )
-def test_every_kind_of_release_becomes_what_loading_it_directly_gives(tmp_path, dtype, num_shards, as_bin, image_hd):
+def test_a_converted_release_equals_the_release_loaded_directly(tmp_path, dtype, num_shards, as_bin, image_hd):
     source = make_original(
         tmp_path / "in", original_tensors(dtype), num_shards=num_shards, as_bin=as_bin, image_hd=image_hd
     )
@@ -199,7 +193,7 @@ def test_output_loads_in_a_fresh_process_without_the_package(tmp_path, tensors, 
     torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_sizes_that_no_config_holds_are_read_from_the_tensors(tmp_path):
+def test_sizes_that_are_not_in_the_config_are_read_from_the_tensors(tmp_path):
     source = make_original(tmp_path / "in", original_tensors(query_hidden_size=8, num_query_tokens=4))
     convert.convert(source, tmp_path / "out")
     config = FlashSlothConfig.from_pretrained(tmp_path / "out")
@@ -244,7 +238,7 @@ def test_a_tensor_in_two_shards_is_named(tmp_path, tensors):
     assert_refused(source, tmp_path / "out", f"stored twice: lm_head.bias, as {first} and {second}")
 
 
-def test_two_tensors_that_would_get_one_name_are_named(tmp_path, tensors):
+def test_two_tensors_with_the_same_converted_name_are_named(tmp_path, tensors):
     source = make_original(tmp_path / "in", tensors | {"model.query_tokens": torch.zeros(9, 32)})
     assert_refused(source, tmp_path / "out", "stored twice: model.query_tokens, as", "model.learnable_tokens.token in")
 
@@ -253,6 +247,7 @@ def test_each_tensor_keeps_its_dtype(tmp_path, tensors):
     mixed = {name: tensor.half() if "mlp" in name else tensor.bfloat16() for name, tensor in tensors.items()}
     done = convert.convert(make_original(tmp_path / "in", mixed), tmp_path / "out")
     stored, expected = load_all(tmp_path / "out"), {rename(name): tensor for name, tensor in mixed.items()}
+    assert len(stored) == done.num_tensors > 100
     assert all(stored[name].dtype == expected[name].dtype for name in stored)
     assert all(torch.equal(stored[name], expected[name]) for name in stored)
     assert done.dtype == json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
@@ -273,6 +268,7 @@ def test_computed_buffers_are_dropped(tmp_path, tensors):
     }
     convert.convert(make_original(tmp_path / "in", tensors | buffers), tmp_path / "out")
     stored = load_all(tmp_path / "out")
+    assert stored
     assert not any("position_ids" in name or "inv_freq" in name or "post_layernorm" in name for name in stored)
 
 
@@ -532,7 +528,7 @@ def test_missing_files_of_a_release_are_named(tmp_path, tensors):
     assert_refused(source, tmp_path / "out", "tokenizer")
 
 
-def test_an_interruption_leaves_nothing_behind(tmp_path, tensors, monkeypatch):
+def test_an_interrupted_conversion_leaves_no_files(tmp_path, tensors, monkeypatch):
     def interrupted(self, folder, **kwargs):
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
@@ -551,7 +547,7 @@ def test_an_empty_output_folder_is_used(tmp_path, tensors):
 
 
 @pytest.mark.slow
-def test_a_hub_id_is_read_from_what_was_downloaded(tmp_path, tensors):
+def test_a_hub_id_is_read_from_the_cache(tmp_path, tensors):
     repository = tmp_path / "cache/models--someone--sloth"
     source = make_original(repository / "snapshots" / ("0" * 40), tensors)
     (repository / "refs").mkdir()

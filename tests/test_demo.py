@@ -1,4 +1,4 @@
-"""The demo in a browser: visitors show an image, and get answers and heat maps."""
+"""The demo in a browser: visitors upload an image and get answers and heat maps."""
 
 import base64
 import io
@@ -142,7 +142,7 @@ class Page:
 
     def warning(self):
         texts = self.wait.until(lambda _: list(filter(None, (toast.text for toast in self.all(".toast-body")))))
-        return texts[0]  # while fading in, the text comes and goes
+        return texts[0]  # read once: while the warning fades in, its text is not always visible
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_a_new_chat_discards_an_answer_that_is_being_generated(page, demo):
             leave()
             page.wait.until(lambda _: not demo.answering)
             page.wait.until(lambda _: not page.answers())
-            time.sleep(1)  # time for the rest of the old answer, which must not appear
+            time.sleep(1)  # the rest of the old answer would appear in this time
             assert (page.answers(), page.views()) == ([], [])
             page.browser.refresh()
             page.wait.until(lambda _: page.all("#image input[type=file]"))
@@ -533,7 +533,7 @@ def test_an_uploaded_image_is_read(stranger):
     assert words(stranger.ask({"url": f"data:image/png;base64,{encoded}"})) == "PULL"
 
 
-def test_a_link_in_the_upload_folder_cannot_lead_out_of_it(stranger, tmp_path):
+def test_a_symbolic_link_in_the_upload_folder_is_not_followed(stranger, tmp_path):
     shutil.copy(ROOT / "examples" / "scene.png", tmp_path / "secret.png")
     link = Path(stranger.upload(b"anything")).with_name("link.png")
     link.symlink_to(tmp_path / "secret.png")

@@ -1,7 +1,6 @@
-"""Two processes train like one, even if one of them has no image, and what they save loads anywhere."""
+"""Two processes train like one, even if one of them has no image, and save models that load without the package."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,27 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_alone, run_processes
 from sharded_training import LEARNING_RATE, MOMENTUM, NUM_STEPS
 
 from flashsloth import FlashSlothForConditionalGeneration
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.slow
-
-
-def run_processes(script, *args, number=2):
-    """Run a script in several processes, and return their stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    done = subprocess.run(
-        [*command, str(script), *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +58,7 @@ def test_sharded_training_equals_that_of_one_process(prepared, trained_alone):
         torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_what_sharded_training_saves_loads_without_the_package(prepared, tmp_path):
+def test_a_model_saved_by_sharded_training_loads_without_the_package(prepared, tmp_path):
     """It has its class name and code, although `fully_shard` changes the class of the model."""
     config = json.loads((prepared / "trained" / "config.json").read_text())
     assert config["architectures"] == ["FlashSlothForConditionalGeneration"]
@@ -85,10 +70,7 @@ def test_what_sharded_training_saves_loads_without_the_package(prepared, tmp_pat
         "assert type(model).__name__ == 'FlashSlothForConditionalGeneration', type(model);"
         "assert not report['missing_keys'] and not report['unexpected_keys'], report"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(prepared / "trained")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_alone("-c", script, prepared / "trained", folder=tmp_path)
 
 
 def test_the_plain_loop_trains_like_one_process_and_resumes(prepared, processor, images, tmp_path):

@@ -75,7 +75,7 @@ def clone(tmp_path, monkeypatch):
 
 
 def run(command, monkeypatch):
-    """Run a command: one of Python in this process, which has already imported everything."""
+    """Run a command; Python commands run in this process, which has already imported everything."""
     if command[0] == "flashsloth":
         assert flashsloth(command[1:]) == 0, command
     elif command[0] == "python":
@@ -105,7 +105,7 @@ def test_every_block_of_a_page_runs_on_its_own(page, shown, clone, monkeypatch):
 
 
 def new_entries(clone):
-    """The files written into a clone, which starts as symbolic links."""
+    """New files in a clone, whose original entries are symbolic links."""
     return [entry for entry in clone.iterdir() if not entry.is_symlink()]
 
 
@@ -121,7 +121,7 @@ def not_ignored(paths):
 
 
 def undefined_names(code):
-    """Names that code reads but never sets, which are missing when a reader copies only this block."""
+    """Names that code reads but never sets: they are missing if a reader copies only this block."""
     read, known = set(), set(dir(builtins))
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Name):
@@ -152,7 +152,7 @@ def test_marks_precede_a_block_that_runs(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_names_is_there(page):
+def test_files_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     names = re.findall(r"\b(?:examples|docs|benchmarks)/[\w/.-]*\w", text) + re.findall(
         r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", text
@@ -173,8 +173,8 @@ def test_links_into_pages_lead_to_headings(page):
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
-def test_extras_are_those_of_the_clone(page):
-    """No package index has `flashsloth`."""
+def test_extras_are_installed_from_the_clone(page):
+    """`flashsloth` is not on PyPI."""
     assert re.findall(r"pip install [^&`\n]*flashsloth\b.*", page.read_text(encoding="utf-8")) == []
 
 

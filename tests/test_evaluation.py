@@ -35,7 +35,7 @@ def shown_command(name):
 
 @pytest.fixture(scope="module")
 def asked():
-    """Questions of every kind on drawn scenes; to every fourth a wrong answer is expected."""
+    """Questions of every kind about drawn scenes. The expected answer of every fourth is wrong."""
     questions = list(evaluation_set(NUM_IMAGES))
     return [question._replace(answer="wrong") if i % 4 == 0 else question for i, question in enumerate(questions)]
 
@@ -48,13 +48,13 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def answers(asked, adapter):
-    """What the checkpoint says to `asked`, without lmms-eval."""
+    """Answers of the checkpoint to `asked`, without lmms-eval."""
     return answer(adapter.model, adapter.processor, asked)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, asked):
-    """A folder with the page's task, on `asked`."""
+    """A folder with the page's task, whose questions are `asked`."""
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "my-task").mkdir()
     yaml = re.search(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)[1]
@@ -84,7 +84,7 @@ def start(command, folder, **kwargs):
 
 
 def finish(process, folder):
-    """Score and answers that the evaluation wrote; its exit code says nothing."""
+    """Score, answers and log of an evaluation. Its exit code is 0 even if it fails."""
     process.wait(DEADLINE)
     log = (folder / "log.txt").read_text()
     results = sorted(folder.rglob("*_results.json"))
@@ -101,7 +101,7 @@ def share_right(answers, asked):
 
 @pytest.mark.slow
 @needs_lmms_eval
-def test_a_killed_run_goes_on_where_it_was_and_scores_as_asking_directly_does(folder, asked, answers):
+def test_a_killed_run_resumes_and_has_the_score_of_direct_answers(folder, asked, answers):
     command = shown_command("evaluate")
     process = start(command, folder, batch_size=1)
     saved = folder / "cache" / "runs" / "flashsloth" / "rank_0.audit.jsonl"
@@ -170,7 +170,7 @@ def mixed(adapter, tmp_path):
 
 
 @needs_lmms_eval
-def test_batching_changes_no_answer_and_no_order(adapter, mixed):
+def test_batching_changes_neither_answers_nor_their_order(adapter, mixed):
     alone = [adapter.generate_until([one])[0] for one in mixed]
     assert list(adapter.generate_until(mixed)) == alone
     assert list(adapter.generate_until(mixed[::-1])) == alone[::-1]
@@ -200,7 +200,7 @@ def test_hd_reads_five_tiles(adapter, asked):
 
 
 @needs_lmms_eval
-def test_answers_are_handed_over_before_the_last_question_is_asked(adapter):
+def test_answers_are_returned_before_the_last_question_is_asked(adapter):
     model = importlib.import_module("flashsloth.evaluation.model")
     size = model.WINDOW * adapter.batch_size
     requests = [request(adapter, i, [text("Hello?")], max_new_tokens=1) for i in range(size + 1)]
@@ -238,14 +238,14 @@ def test_an_answer_ends_at_until_and_within_the_positions_of_the_decoder(adapter
         ({"image_aspect_ratio": "original"}, {"do_sample": False, "max_new_tokens": 1024}),
     ],
 )
-def test_generation_arguments_of_a_task_are_followed(task, expected):
+def test_generation_arguments_of_a_task_are_used(task, expected):
     generation_options = importlib.import_module("flashsloth.evaluation.model").generation_options
     assert generation_options(task) == (expected, [])
     assert generation_options({**task, "until": "\n"}) == (expected, ["\n"])
 
 
 @needs_lmms_eval
-def test_what_it_cannot_do_it_says(adapter):
+def test_unsupported_requests_are_refused(adapter):
     model = importlib.import_module("flashsloth.evaluation.model")
     with pytest.raises(ValueError, match="content of type 'audio'"):
         adapter.generate_until([request(adapter, 0, [{"type": "audio", "url": "a.wav"}])])
@@ -257,7 +257,7 @@ def test_what_it_cannot_do_it_says(adapter):
         model.FlashSlothForEvaluation(str(ROOT), batch_size="auto")
 
 
-def test_without_lmms_eval_it_says_what_to_install(monkeypatch):
+def test_without_lmms_eval_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval.api.instance", None)
     monkeypatch.delitem(sys.modules, "flashsloth.evaluation.model", raising=False)
     with pytest.raises(ImportError, match=re.escape('pip install "flashsloth[eval]"')):

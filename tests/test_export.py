@@ -1,10 +1,7 @@
-"""An exported repository is complete, loads without the package, and holds no unrelated files of the checkpoint."""
+"""An exported repository is complete, loads without the package, and contains no unrelated files."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from huggingface_hub import ModelCard
 from original_checkpoint import make_original
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from processes import run_alone
 from safetensors.torch import load_file, save_file
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -48,10 +46,7 @@ folder, image = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 content = [{"type": "image", "path": image}, {"type": "text", "text": "Describe the picture."}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
+inputs = processor.encode_conversations([{"role": "user", "content": content}])
 answer = model.generate(**inputs, max_new_tokens=50)[:, inputs["input_ids"].shape[1] :]
 print(processor.post_process_image_text_to_text(answer)[0])
 """
@@ -109,11 +104,8 @@ def test_a_repository_is_complete_and_loads_without_the_package(run, trained, tm
     assert "8,049,665 parameters, bfloat16, 16.1 MB" in output
     assert all(name in output for name in STRAY)
     (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
-    command = [sys.executable, tmp_path / "script.py", tmp_path / "out", SHAPES]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith("a yellow star top left, an orange square top right")
+    printed = run_alone(tmp_path / "script.py", tmp_path / "out", SHAPES, folder=tmp_path)
+    assert printed.strip().startswith("a yellow star top left, an orange square top right")
 
 
 def test_weights_are_those_of_the_checkpoint(run, trained, tmp_path):
@@ -125,7 +117,7 @@ def test_weights_are_those_of_the_checkpoint(run, trained, tmp_path):
     assert {tensor.dtype for tensor in half.values()} == {torch.float16}
 
 
-def test_the_card_holds_what_is_known(run, trained, tmp_path):
+def test_the_card_has_the_given_metadata_and_the_measured_results(run, trained, tmp_path):
     lmms = {
         "results": {
             "mme": {

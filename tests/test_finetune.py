@@ -24,6 +24,7 @@ from original_checkpoint import make_original
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from processes import run_alone, run_processes
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -67,10 +68,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 content = [{"type": "image", "path": sys.argv[2]}, {"type": "text", "text": "What?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
+inputs = processor.encode_conversations([{"role": "user", "content": content}])
 assert getattr(model.config, "use_cache", True) and model.config.text_config.use_cache
 assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
 """
@@ -369,15 +367,12 @@ def test_an_original_release_can_be_trained(recipe, arguments, tmp_path):
     trained = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "trained")
     original = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / "original")
     queries = [model.model.query_tokens for model in (original, trained)]
-    assert 0 < (queries[1] - queries[0]).abs().max() < 0.1
+    assert 0 < (queries[1] - queries[0]).abs().max() < 0.1  # two steps with a learning rate of 0.01
 
 
 @pytest.mark.slow
 def test_a_finished_folder_loads_without_the_package(stage2, data, tmp_path):
-    script = [sys.executable, "-c", LOADS_ALONE, str(stage2), str(data / "0.png")]
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone("-c", LOADS_ALONE, stage2, data / "0.png", folder=tmp_path)
     card = (stage2 / "README.md").read_text()
     assert "stage 2" in card
     assert "pipeline_tag: image-text-to-text" in card
@@ -508,13 +503,11 @@ def test_a_check_reports_rows_that_are_cut_or_too_long_for_the_model(recipe, arg
 @pytest.mark.slow
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="5.17 cannot resume it on CPUs")
 def test_two_processes_resume_exactly(arguments, tmp_path):
-    """In the second epoch, which has a different order of rows."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    command = [*launch, *arguments("stage2", tmp_path, max_steps=6, save_steps=4, report_to="none")]
+    """The run resumes in the second epoch, whose rows are in a different order."""
+    command = arguments("stage2", tmp_path, max_steps=6, save_steps=4, report_to="none")
     found = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        run_processes(SCRIPT, *command)
         found.append(history(tmp_path))
         shutil.rmtree(tmp_path / "checkpoint-6")
     assert [entry["step"] for entry in found[0]] == [*range(1, 7)]
@@ -571,7 +564,7 @@ def test_checkpointing_and_half_precision_train_alike(make_model, processor, row
     checkpointed = losses(train(make_model(), processor, rows, tmp_path, gradient_checkpointing=True))
     assert checkpointed == pytest.approx(plain, abs=1e-6)
     half = train(make_model(), processor, rows, tmp_path, bf16=True)
-    assert losses(half) == pytest.approx(plain, rel=0.02)
+    assert losses(half) == pytest.approx(plain, rel=0.007)  # measured: 0.0023
     assert losses(half) != plain
     assert half.model.dtype == torch.float32
 
@@ -592,7 +585,7 @@ def test_batches_are_of_one_kind(make_model, processor, rows, tmp_path):
     assert sorted(map(str, kinds)) == ["{False}"] * 2 + ["{True}"] * 4
 
 
-def test_the_trainer_sets_what_rows_and_their_images_need(make_model, processor, rows, tmp_path):
+def test_the_trainer_keeps_the_columns_of_rows_and_does_not_dispatch_batches(make_model, processor, rows, tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     collator = FlashSlothDataCollator(processor)
     trainer = FlashSlothTrainer(make_model(), args, collator, rows, processing_class=processor)
@@ -641,7 +634,7 @@ def test_gradient_checkpointing_is_enabled_and_disabled_without_a_warning(make_m
         output.loss.backward()
         model.gradient_checkpointing_disable()
         assert not model.is_gradient_checkpointing
-    assert not {"cache", "past_key_values"} & output.keys()  # nothing would read it
+    assert not {"cache", "past_key_values"} & output.keys()  # nobody would read it
     assert not caplog.records
 
 
@@ -742,8 +735,8 @@ def test_only_the_language_model_is_quantized(load_in_few_bits):
 
 
 @pytest.mark.slow
-def test_an_evaluation_leaves_gradients_as_they_are(recipe, base, processor, rows, load_in_few_bits, tmp_path):
-    """On some CPUs, gradients would not pass a 4-bit layer after generation."""
+def test_an_evaluation_does_not_change_gradients(recipe, base, processor, rows, load_in_few_bits, tmp_path):
+    """On some CPUs, bitsandbytes blocks gradients of a 4-bit layer after generation."""
     model_args, _, args = recipe.parse([*NEEDED, f"--{load_in_few_bits.option}", "--lora_rank", "4"])
     model_args.model_name_or_path, args.output_dir = str(ROOT), str(tmp_path)
     processor = FlashSlothProcessor.from_pretrained(ROOT)

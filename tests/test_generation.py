@@ -1,4 +1,4 @@
-"""`generate` gives the same answer in every mode, whatever it is batched, padded or cached with."""
+"""`generate` gives the same answer in every mode, with any batch, padding and cache."""
 
 import copy
 import functools
@@ -236,7 +236,7 @@ def test_beams_refuse_more_images_than_placeholders(model, ask, images):
 def test_image_and_query_tokens_stay_suppressed_with_others(make_model, ask, images, asked):
     model, inputs = make_model("phi"), ask([(images[:1], "What is it?")])
     placeholders = [model.config.image_token_id, model.config.query_token_id]
-    with torch.no_grad():  # a model that would like nothing better
+    with torch.no_grad():  # without suppression, the model would generate only these
         model.lm_head.bias[placeholders] += 1000
         model.lm_head.bias[50] += 500
     model.generation_config.suppress_tokens = None

@@ -1,18 +1,15 @@
-"""The handler of Inference Endpoints, called as an endpoint does: from a repository's folder, without the package."""
+"""The handler for Inference Endpoints, called like an endpoint calls it: from a repository, without the package."""
 
 import base64
 import contextlib
-import functools
 import http.server
 import importlib.util
 import io
 import json
-import os
 import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -21,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_alone, serve_folder
 
 from flashsloth.cli.export import export
 
@@ -77,7 +75,7 @@ def blank(width, height):
 
 
 def deep_grey():
-    """The scene with 16 bits a pixel."""
+    """The scene as a PNG with 16 bits per pixel."""
     buffer = io.BytesIO()
     levels = np.asarray(Image.open(SCENE).convert("L")).astype(np.uint16) * 257
     Image.fromarray(levels).save(buffer, "png")
@@ -169,15 +167,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def server():
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            """Says nothing."""
-
-    images = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SCENE.parent))
-    threading.Thread(target=images.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{images.server_port}"
-    images.shutdown()
-    images.server_close()
+    with serve_folder(SCENE.parent) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +178,8 @@ def responses(tmp_path_factory, server):
     requests = {name: body for name, (body, _) in (ANSWERED | REFUSED).items()}
     (folder / "requests.json").write_text(json.dumps(requests).replace("http://SERVER", server))
     (folder / "script.py").write_text(ENDPOINT)
-    arguments = [folder / "repository", folder / "requests.json", folder / "responses.json"]
-    environment = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
-    environment["FLASHSLOTH_ALLOW_PRIVATE_URLS"] = "1"
-    command = [sys.executable, folder / "script.py", *arguments]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    files = [folder / name for name in ("repository", "requests.json", "responses.json")]
+    run_alone(folder / "script.py", *files, folder=folder, FLASHSLOTH_ALLOW_PRIVATE_URLS="1")
     return json.loads((folder / "responses.json").read_text())
 
 
@@ -251,7 +238,7 @@ ADDRESSES = [
     "[fd00:ec2::254]",
     "[ff02::1]",
 ]
-PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"  # in place of a public address, and a local one
+PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"  # the first one takes the role of a public address
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +256,7 @@ def endpoint(module):
 
 @pytest.fixture
 def public(module, monkeypatch):
-    """Lets `PUBLIC` pass for an address of the open Internet; all others of this machine are refused as ever."""
+    """Makes `PUBLIC` count as a public address. All other addresses of this machine are still refused."""
     is_public = module._is_public
     monkeypatch.setattr(module, "_is_public", lambda address: address == PUBLIC or is_public(address))
 
@@ -280,17 +267,17 @@ def read_sign(endpoint, *urls):
 
 @contextlib.contextmanager
 def website(respond, address=PUBLIC, port=0, context=None):
-    """The address of a server on which `respond(request, path)` answers; it yields what it was asked for as well."""
+    """Serve `respond(request, path)`; yields the address, and a list of (host, path) of the requests so far."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append((self.headers["Host"], self.path))
-            with contextlib.suppress(OSError):  # the other side has gone
+            with contextlib.suppress(OSError):  # the client hung up
                 respond(self, self.path)
 
         def log_message(self, *args):
-            """Says nothing."""
+            """Log nothing."""
 
     server = http.server.ThreadingHTTPServer((address, port), Handler)
     if context is not None:
@@ -310,11 +297,12 @@ def send(request, content=None, status=200, **headers):
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_no_spelling_of_an_address_leads_to_the_endpoints_own_network(endpoint, address):
-    start = time.monotonic()
+def test_no_spelling_of_a_private_address_is_requested(endpoint, monkeypatch, address):
+    asked = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
     with pytest.raises(ValueError, match=r"has no public address|cannot be resolved") as refusal:
         read_sign(endpoint, f"http://{address}/scene.png")
-    assert time.monotonic() - start < 5  # nobody was asked
+    assert not asked
     assert len(str(refusal.value)) < 400
 
 
@@ -323,7 +311,7 @@ def test_addresses_of_the_open_internet_are_public(module, address):
     assert module._is_public(address)
 
 
-def test_a_server_of_this_machine_is_not_asked(endpoint):
+def test_a_server_on_this_machine_is_not_requested(endpoint):
     with website(lambda request, _: send(request), PRIVATE) as (url, asked):
         with pytest.raises(ValueError, match="FLASHSLOTH_ALLOW_PRIVATE_URLS"):
             read_sign(endpoint, f"{url}/scene.png")
@@ -331,7 +319,7 @@ def test_a_server_of_this_machine_is_not_asked(endpoint):
 
 
 @pytest.mark.usefixtures("public")
-def test_a_public_server_is_asked_and_its_redirects_are_followed(endpoint):
+def test_redirects_of_a_public_server_are_followed(endpoint):
     def respond(request, path):
         if path == "/here%20and%C3%A9?a=b%2Fc":
             send(request)
@@ -367,7 +355,7 @@ def test_a_redirect_to_this_machine_is_refused(endpoint, status):
         ("http://[::1", "which is not a URL"),
     ],
 )
-def test_a_redirect_that_leads_nowhere_is_refused(endpoint, location, reason):
+def test_a_redirect_without_a_usable_target_is_refused(endpoint, location, reason):
     with (
         website(lambda request, _: send(request, b"", 302, Location=location)) as (url, asked),
         pytest.raises(ValueError, match=reason),
@@ -377,8 +365,8 @@ def test_a_redirect_that_leads_nowhere_is_refused(endpoint, location, reason):
 
 
 @pytest.mark.usefixtures("public")
-def test_a_name_is_looked_up_once(endpoint, monkeypatch):
-    """A name that resolves to a public address when checked and to this machine when requested."""
+def test_a_host_name_is_resolved_once(endpoint, monkeypatch):
+    """DNS rebinding: the name resolves to a public address at first, and to this machine afterwards."""
     look_up, found = socket.getaddrinfo, []
 
     def rebind(host, port, *args, **kwargs):
@@ -396,8 +384,8 @@ def test_a_name_is_looked_up_once(endpoint, monkeypatch):
 
 
 @pytest.mark.usefixtures("public")
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="making a certificate takes openssl")
-def test_a_secure_server_must_be_the_host_of_the_url(endpoint, monkeypatch, tmp_path):
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_a_certificate_must_be_for_the_host_of_the_url(endpoint, monkeypatch, tmp_path):
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key.pem -out certificate.pem -subj /CN=images"
     subprocess.run(
         [*command.split(), "-addext", "subjectAltName=DNS:images.test"], cwd=tmp_path, check=True, capture_output=True
@@ -418,7 +406,7 @@ def test_a_secure_server_must_be_the_host_of_the_url(endpoint, monkeypatch, tmp_
 
 
 @pytest.mark.usefixtures("public")
-def test_a_long_download_ends_at_the_limit(endpoint):
+def test_a_download_ends_at_the_limit_of_bytes(endpoint):
     sent = []
 
     def endless(request, path):
@@ -435,7 +423,7 @@ def test_a_long_download_ends_at_the_limit(endpoint):
 
 
 @pytest.mark.usefixtures("public")
-def test_images_of_a_request_share_its_bytes(endpoint):
+def test_the_limit_of_bytes_is_for_all_images_of_a_request(endpoint):
     with website(lambda request, _: send(request, bytes(2**24) if request.path == "/large" else None)) as (url, _):
         image = base64.b64encode(SCENE.read_bytes() + bytes(2**24)).decode()
         with pytest.raises(ValueError, match="bytes of images"):
@@ -445,7 +433,7 @@ def test_images_of_a_request_share_its_bytes(endpoint):
 
 
 def drip(request, _):
-    """Answers for ever, slowly enough to be dull and quickly enough not to be silent."""
+    """Sends a byte from time to time, forever."""
     while True:
         request.wfile.write(b"a")
         time.sleep(0.05)
@@ -467,17 +455,18 @@ def redirect_slowly(request, path):
 
 @pytest.mark.usefixtures("public")
 @pytest.mark.parametrize("respond", [drip, drip_content, say_nothing, redirect_slowly])
-def test_a_slow_download_ends_in_time(endpoint, monkeypatch, respond):
+def test_a_slow_download_ends_at_the_limit_of_seconds(endpoint, monkeypatch, respond):
+    """Otherwise it would never end, or end with another error."""
     monkeypatch.setitem(endpoint.limits, "max_seconds", 1)
-    with website(respond) as (url, _):
-        start = time.monotonic()
-        with pytest.raises(ValueError, match=r"takes too long; a request may have .* take 1 seconds"):
-            read_sign(endpoint, url)
-        assert time.monotonic() - start < 2.5
+    with (
+        website(respond) as (url, _),
+        pytest.raises(ValueError, match=r"takes too long; a request may have .* take 1 seconds"),
+    ):
+        read_sign(endpoint, url)
 
 
 @pytest.mark.usefixtures("public")
-def test_images_of_a_request_share_its_seconds(endpoint, monkeypatch):
+def test_the_limit_of_seconds_is_for_all_images_of_a_request(endpoint, monkeypatch):
     monkeypatch.setitem(endpoint.limits, "max_seconds", 1)
 
     def slow(request, _):
@@ -485,11 +474,9 @@ def test_images_of_a_request_share_its_seconds(endpoint, monkeypatch):
         send(request)
 
     with website(slow) as (url, _):
-        start = time.monotonic()
         assert read_sign(endpoint, url) == "PULL"
         with pytest.raises(ValueError, match="takes too long"):
             read_sign(endpoint, *[url] * 10)
-        assert time.monotonic() - start < 5
 
 
 @pytest.mark.usefixtures("public")
@@ -507,7 +494,7 @@ def test_a_16_bit_image_is_read_from_a_url_as_from_base64(endpoint):
         assert read_sign(endpoint, url) == "PULL"
 
 
-def test_limits_are_the_environments(module, monkeypatch):
+def test_limits_are_set_by_environment_variables(module, monkeypatch):
     monkeypatch.setenv("FLASHSLOTH_MAX_IMAGES", "1")
     endpoint = module.EndpointHandler(str(ROOT))
     assert read_sign(endpoint, encoded(SCENE)) == "PULL"
@@ -519,7 +506,7 @@ def test_limits_are_the_environments(module, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_answer_ends_where_the_model_does(endpoint, monkeypatch):
+def test_an_answer_ends_at_the_models_last_position(endpoint, monkeypatch):
     outputs, generate = [], endpoint.model.generate
     monkeypatch.setattr(endpoint.model, "generate", lambda **kwargs: outputs.append(generate(**kwargs)) or outputs[-1])
     endpoint({"inputs": "star " * 180, "parameters": {"max_new_tokens": 2048, "min_new_tokens": 1023}})

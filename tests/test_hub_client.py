@@ -1,4 +1,4 @@
-"""What the pages show of the Hub, by its real clients in fresh processes, with a Hub on this machine."""
+"""The commands that the pages show for the Hub work: real clients in fresh processes, with a local Hub."""
 
 import re
 import shlex
@@ -91,17 +91,14 @@ def test_the_readmes_snippet_works_with_a_hub_id(run, hub, published, tmp_path):
 ASK = """
 {loading}
 content = [{{"type": "image", "path": {scene!r}}}, {{"type": "text", "text": "Read the sign."}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True,
-    return_tensors="pt",
-)
+inputs = processor.encode_conversations([{{"role": "user", "content": content}}])
 output = model.generate(**inputs, max_new_tokens=20)
 print(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0])
 print(type(model).__module__)
 """
 
 
-def test_a_pinned_commit_is_what_runs(run, hub, published, tmp_path):
+def test_only_the_code_of_a_pinned_commit_runs(run, hub, published, tmp_path):
     """As docs/converting.md pins it: code that is pushed later is not run."""
     repository, _ = published
     first = next(iter(hub.repositories[repository]))
@@ -154,7 +151,7 @@ def test_base_models_are_joined_by_their_hub_ids(run, hub, tmp_path, page):
     assert decoder in card
 
 
-def test_a_base_model_is_taken_at_a_commit(run, hub, tmp_path):
+def test_a_base_model_can_be_pinned_to_a_commit(run, hub, tmp_path):
     page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
     download, init = (shlex.split(line) for line in re.findall(r"^ *((?:hf download|flashsloth init) .*)", page, re.M))
     make_tower(tmp_path / "tower", "siglip_vision_model")

@@ -47,30 +47,30 @@ def test_answers_are_those_of_a_fresh_prompt(any_model, ask, images, encodings):
     assert len(cache.known) == 2  # one image, and two
 
 
-def test_a_first_question_is_one_pass_and_keeps_its_prefix(make_model, ask, images):
+@pytest.mark.parametrize(("family", "passes"), [("phi", 1), ("qwen3", 1), ("gemma3_text", 2)])
+def test_a_first_question_is_one_pass_and_keeps_its_prefix(make_model, ask, images, family, passes):
+    """With sliding windows, as in Gemma 3, it is two passes."""
     prompt, other = (ask([(images[:1], question)]) for question in ("What is it?", "Why so?"))
-    for family, passes in (("phi", 1), ("qwen3", 1), ("gemma3_text", 2)):  # the last has sliding windows
-        model = make_model(family)
-        fed = []
-        hook = model.model.language_model.register_forward_pre_hook(
-            lambda _, args, kwargs, fed=fed: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-        )
-        cache = model.image_prefix_cache()
-        fresh = scores_of(model, prompt)
-        fed.clear()
-        first = scores_of(model, cache(prompt))
-        lengths = [length for length in fed if length > 1]
-        assert len(lengths) == passes
-        assert sum(lengths) == prompt["input_ids"].shape[1]
-        fed.clear()
-        scores_of(model, cache(other))
-        hook.remove()
-        (known,) = cache.known.values()
-        assert fed[0] == other["input_ids"].shape[1] - known.key_values.get_seq_length() < lengths[0]
-        if passes == 1:
-            assert torch.equal(first, fresh)
-            keys = known.key_values.layers[0].keys
-            assert keys.untyped_storage().nbytes() == keys.nbytes  # the first answer is not kept in memory
+    model, fed = make_model(family), []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    cache = model.image_prefix_cache()
+    fresh = scores_of(model, prompt)
+    fed.clear()
+    first = scores_of(model, cache(prompt))
+    lengths = [length for length in fed if length > 1]
+    assert len(lengths) == passes
+    assert sum(lengths) == prompt["input_ids"].shape[1]
+    fed.clear()
+    scores_of(model, cache(other))
+    hook.remove()
+    (known,) = cache.known.values()
+    assert fed[0] == other["input_ids"].shape[1] - known.key_values.get_seq_length() < lengths[0]
+    if passes == 1:
+        assert torch.equal(first, fresh)
+        keys = known.key_values.layers[0].keys
+        assert keys.untyped_storage().nbytes() == keys.nbytes  # the first answer is not kept in memory
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_text_alone_passes_through(model, ask):
     assert not cache.known
 
 
-def test_memory_is_bounded_and_the_least_recently_used_go_first(model, ask, images):
+def test_memory_is_bounded_and_the_least_recently_used_image_is_dropped(model, ask, images):
     cache = model.image_prefix_cache()
     inputs = [ask([([image], "What is it?")]) for image in images]
     scores_of(model, cache(inputs[0]))
@@ -153,7 +153,7 @@ def test_memory_is_bounded_and_the_least_recently_used_go_first(model, ask, imag
     assert not tiny.known
 
 
-def test_generating_does_not_change_what_is_kept(model, ask, images):
+def test_generating_does_not_change_the_cached_prefix(model, ask, images):
     cache, inputs = model.image_prefix_cache(), ask([(images[:1], "What is it?")])
     scores_of(model, cache(inputs))
     (known,) = cache.known.values()

@@ -1,11 +1,8 @@
-"""The model sees exactly the images that the original saw, from whatever the user has; the rest is a clear error."""
+"""The processor makes the same tiles as the original, from images in any form, and refuses anything else clearly."""
 
 import base64
-import functools
-import http.server
 import io
 import json
-import threading
 import time
 import urllib.parse
 import warnings
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import serve_folder
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from flashsloth import FlashSlothImageProcessor
@@ -33,7 +31,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def small():
-    """A processor that gives levels 0..255, in tiles as large as `image`, which is then not resized."""
+    """A processor that returns levels 0..255, in tiles of the size of `image`, which is therefore not resized."""
     return FlashSlothImageProcessor(size={"height": 6, "width": 8}, do_rescale=False, do_normalize=False)
 
 
@@ -43,7 +41,7 @@ def image():
 
 
 def levels(features):
-    """`pixel_values` as the images they were, `(tiles, height, width, 3)`; fails unless they are 8-bit levels."""
+    """Undo rescaling and normalization: `(tiles, height, width, 3)`. Fails unless the results are 8-bit levels."""
     values = (np.asarray(features["pixel_values"]) * np.float32(0.5) + np.float32(0.5)) * np.float32(255)
     rounded = np.rint(values)
     assert np.abs(values - rounded).max() < 1e-4
@@ -51,7 +49,7 @@ def levels(features):
 
 
 def pixels(features):
-    """What a processor without rescaling and normalising gives, `(tiles, height, width, 3)`."""
+    """`pixel_values` with channels last, `(tiles, height, width, 3)`."""
     return features["pixel_values"].transpose(0, 2, 3, 1)
 
 
@@ -80,7 +78,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FILES)
-def test_images_equal_the_original_to_the_last_bit(processor, name, form):
+def test_tiles_equal_those_of_the_original_bit_by_bit(processor, name, form):
     image = FORMS[form](FILES[name])
     expected = np.asarray(Image.open(GOLDEN / f"{name}.expect.png"))
     expected_hd = np.asarray(Image.open(GOLDEN / f"{name}.expect_hd.png")).reshape(5, *expected.shape)
@@ -91,7 +89,7 @@ def test_images_equal_the_original_to_the_last_bit(processor, name, form):
 @pytest.mark.parametrize(
     "size", [(1, 1), (1, 2), (2, 1), (31, 30), (30, 31), (97, 12), (12, 97), (700, 300), (300, 700)]
 )
-def test_tiles_equal_those_of_an_image_that_was_really_padded(processor, size, monkeypatch):
+def test_tiles_equal_those_of_a_padded_image(processor, size, monkeypatch):
     width, height = size
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
     side = max(size)
@@ -111,7 +109,7 @@ def padded_and_resized(image, side, size, background):
 
 @pytest.mark.parametrize("tile", [384, 96, 378, 1])
 @pytest.mark.parametrize("long_side", [1, 9, 100, 777, 2_500])
-def test_long_images_equal_those_that_were_really_padded(tile, long_side):
+def test_tiles_of_long_images_equal_those_of_padded_images(tile, long_side):
     generator = np.random.default_rng([tile, long_side])
     for short_side in {1, 2, *generator.integers(1, long_side // 8 + 2, 3).tolist()}:
         image = Image.fromarray(generator.choice([0, 255, 90], (long_side, short_side, 3)).astype(np.uint8))
@@ -122,15 +120,15 @@ def test_long_images_equal_those_that_were_really_padded(tile, long_side):
 
 
 @pytest.mark.parametrize("size", [(1, 65_535), (65_535, 1), (3, 60_000)])
-def test_the_padding_of_a_long_image_costs_nothing(size):
-    """Padded to a square, it has four thousand million pixels: half a minute."""
+def test_padding_a_long_image_takes_little_time(size):
+    """Padded to a square, it would have four billion pixels, which take half a minute; measured: 0.03 s of CPU time."""
     processor = FlashSlothImageProcessor(do_image_splitting=True)
     start = time.process_time()
     processor(Image.new("RGB", size, "red"), return_tensors="pt")
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 0.5
 
 
-def test_splitting_is_chosen_by_the_checkpoint_and_by_the_call(image):
+def test_the_call_overrides_the_checkpoints_choice_of_splitting(image):
     plain, hd = FlashSlothImageProcessor(), FlashSlothImageProcessor(do_image_splitting=True)
     shapes = {"plain": (1, 3, 384, 384), "hd": (5, 3, 384, 384)}
     assert plain(image)["pixel_values"].shape == shapes["plain"]
@@ -143,7 +141,7 @@ def test_splitting_is_chosen_by_the_checkpoint_and_by_the_call(image):
 @pytest.mark.parametrize("default", [False, True])
 @pytest.mark.parametrize("called_with", [None, False, True])
 @pytest.mark.parametrize("size", [(1, 1), (3, 10_000), (480, 640)])
-def test_the_number_of_tiles_is_known_beforehand(default, called_with, size):
+def test_the_number_of_tiles_is_known_without_the_image(default, called_with, size):
     processor = FlashSlothImageProcessor(do_image_splitting=default, size={"height": 4, "width": 4})
     options = {"do_image_splitting": called_with}
     tiles = processor(Image.new("RGB", size[::-1]), **options)["pixel_values"]
@@ -151,7 +149,7 @@ def test_the_number_of_tiles_is_known_beforehand(default, called_with, size):
     assert processor.get_number_of_image_patches(*size) == (5 if default else 1)
 
 
-def test_tiles_of_all_images_come_in_order(small):
+def test_tiles_keep_the_order_of_the_images(small):
     greys = [Image.new("RGB", (5, 5), (level, level, level)) for level in (10, 20, 30)]
     expected = [10, 20, 30]
     for images in (
@@ -166,7 +164,7 @@ def test_tiles_of_all_images_come_in_order(small):
     np.testing.assert_array_equal(split[:, 0, 0, 0], np.repeat(expected, 5))
 
 
-def test_no_images_give_no_tiles(small):
+def test_an_empty_list_has_no_tiles(small):
     for images in ([], [[]], [[], []]):
         assert small(images, return_tensors="pt")["pixel_values"].shape == (0, 3, 6, 8)
 
@@ -183,20 +181,29 @@ def test_the_type_of_the_output_follows_return_tensors(small, image):
         small(image, device="cuda")
 
 
-def test_every_option_of_the_arithmetic_has_its_effect(image):
+MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, lambda raw: (raw / 255 - 0.5) / 0.5),
+        ({"image_mean": MEAN, "image_std": STD}, lambda raw: (raw / 255 - MEAN) / STD),
+        ({"image_mean": 0.2, "image_std": 0.3}, lambda raw: (raw / 255 - 0.2) / 0.3),
+        ({"do_normalize": False}, lambda raw: raw / 255),
+        ({"do_rescale": False, "do_normalize": False}, lambda raw: raw),
+        ({"rescale_factor": 1 / 128, "do_normalize": False}, lambda raw: raw / 128),
+    ],
+    ids=["defaults", "per channel", "numbers", "no normalization", "levels", "another factor"],
+)
+def test_levels_are_rescaled_and_normalized_as_the_options_say(image, options, expected):
     processor = FlashSlothImageProcessor(size={"height": 6, "width": 8})
     raw = np.asarray(image, dtype=np.float64)[None]
-    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    cases = [
-        ({}, (raw / 255 - 0.5) / 0.5),
-        ({"image_mean": mean, "image_std": std}, (raw / 255 - mean) / std),
-        ({"image_mean": 0.2, "image_std": 0.3}, (raw / 255 - 0.2) / 0.3),
-        ({"do_normalize": False}, raw / 255),
-        ({"do_rescale": False, "do_normalize": False}, raw),
-        ({"rescale_factor": 1 / 128, "do_normalize": False}, raw / 128),
-    ]
-    for options, expected in cases:
-        np.testing.assert_allclose(pixels(processor(image, **options)), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(pixels(processor(image, **options)), expected(raw), rtol=1e-6, atol=1e-7)
+
+
+def test_size_and_resampling_are_options(image):
+    processor = FlashSlothImageProcessor()
     smaller = processor(image, size={"height": 3, "width": 4}, resample=Image.Resampling.NEAREST, do_normalize=False)
     nearest = np.asarray(image.resize((4, 3), Image.Resampling.NEAREST))
     np.testing.assert_allclose(pixels(smaller)[0], nearest / 255, rtol=1e-6)
@@ -210,7 +217,7 @@ def test_the_padding_has_the_mean_colour(image):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_image_of_any_mode_is_read_as_pillow_converts_it(small, image, mode):
+def test_every_mode_is_converted_to_rgb_as_pillow_does(small, image, mode):
     converted = image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
     expected = converted.convert("LA").convert("RGB") if mode == "La" else converted.convert("RGB")
     np.testing.assert_array_equal(pixels(small(converted))[0], np.asarray(expected))
@@ -258,10 +265,10 @@ def test_sixteen_bit_files_and_arrays_agree(small, tmp_path, suffix):
 def test_deep_modes_made_from_eight_bits_keep_their_levels(small, image, mode):
     grey = image.convert("L")
     np.testing.assert_array_equal(pixels(small(grey.convert(mode)))[0], np.asarray(grey.convert("RGB")))
-    np.testing.assert_allclose(pixels(small(image.convert(mode)))[0, ..., 0], np.asarray(grey), atol=1)
+    np.testing.assert_array_equal(pixels(small(image.convert(mode)))[0, ..., 0], np.asarray(grey))
 
 
-def test_floats_have_white_at_one_with_and_without_rescaling(image):
+def test_one_is_white_in_float_images_with_and_without_rescaling(image):
     processor = FlashSlothImageProcessor(size={"height": 6, "width": 8})
     values = np.asarray(image)
     expected = processor(image)["pixel_values"]
@@ -271,7 +278,7 @@ def test_floats_have_white_at_one_with_and_without_rescaling(image):
             np.testing.assert_array_equal(processor(floats, **options)["pixel_values"], expected)
     tensor = torch.from_numpy(values / 255).requires_grad_()
     np.testing.assert_array_equal(processor(tensor)["pixel_values"], expected)
-    np.testing.assert_allclose(processor(tensor.bfloat16())["pixel_values"], expected, atol=0.01)
+    np.testing.assert_array_equal(processor(tensor.bfloat16())["pixel_values"], expected)  # 8 bits are enough
     grey = np.asarray(image.convert("L"))
     for options in ({}, {"do_rescale": False}):
         result = processor((grey / 255).astype(np.float32), **options)["pixel_values"]
@@ -331,7 +338,7 @@ def test_an_animation_shows_its_first_frame(small, tmp_path, suffix):
 
 def test_exif_rotation_is_applied_to_files_as_transformers_does(small, image, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    exif[0x0112] = 6  # show it rotated by 90 degrees clockwise
     path = tmp_path / "phone.png"
     image.save(path, exif=exif)
     turned = image.transpose(Image.Transpose.ROTATE_270)
@@ -345,15 +352,12 @@ def test_exif_rotation_is_applied_to_files_as_transformers_does(small, image, tm
 def website(tmp_path_factory):
     """A folder, and the address of a web server that has its files."""
     folder = tmp_path_factory.mktemp("website")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://localhost:{server.server_port}"
-        server.shutdown()
+    with serve_folder(folder) as address:
+        yield folder, address
 
 
 def in_mode(mode):
-    """An image of a mode that files have, with all its levels."""
+    """An image of the given mode, with levels from the whole range."""
     ramp = np.linspace(0, 65_535, 48).reshape(6, 8).round()
     if mode in ("I;16", "I;16B"):
         return Image.fromarray(ramp.astype(">u2" if mode == "I;16B" else "<u2"))
@@ -373,7 +377,7 @@ def in_mode(mode):
         *[("RGBA", "webp"), ("L", "bmp"), ("P", "gif")],
     ],
 )
-def test_an_image_of_any_mode_is_the_same_from_wherever_it_comes(small, website, mode, suffix):
+def test_every_source_of_an_image_gives_the_same_pixels(small, website, mode, suffix):
     folder, address = website
     file = folder / f"{mode.replace(';', '-')}.{suffix}"
     in_mode(mode).save(file)
@@ -391,10 +395,10 @@ def test_an_image_of_any_mode_is_the_same_from_wherever_it_comes(small, website,
         "data URL without base64": f"data:image/{suffix},{quoted}",
     }
     expected = pixels(small(str(file)))
-    for source in sources.values():
-        np.testing.assert_array_equal(pixels(small(source)), expected)
+    for name, source in sources.items():
+        np.testing.assert_array_equal(pixels(small(source)), expected, err_msg=name)
     if mode.startswith(("I", "F")):
-        assert len(np.unique(expected)) > 40, "it is scaled, not clipped"
+        assert len(np.unique(expected)) > 40  # scaled, not clipped
 
 
 @pytest.mark.parametrize(
@@ -409,7 +413,7 @@ def test_an_image_of_any_mode_is_the_same_from_wherever_it_comes(small, website,
         ("", "neither a file"),
     ],
 )
-def test_an_image_that_is_nowhere_is_refused_with_the_reason(small, website, source, reason):
+def test_an_image_that_cannot_be_read_is_refused_with_the_reason(small, website, source, reason):
     with pytest.raises(ValueError, match=rf"(?s)Expected the path, URL or base64 string of a complete.*{reason}"):
         small(source.replace("WEBSITE", website[1]))
 
@@ -440,7 +444,7 @@ def test_an_image_that_is_nowhere_is_refused_with_the_reason(small, website, sou
         ("A" * 5_000, ["AAAA…AAAA", "base64", "UnidentifiedImageError"]),
     ],
 )
-def test_a_bad_image_is_named_with_what_was_expected_and_the_fix(processor, images, parts):
+def test_errors_about_bad_images_name_the_image_and_the_fix(processor, images, parts):
     with pytest.raises(ValueError) as caught:
         processor(images, return_tensors="pt")
     message = str(caught.value)
@@ -450,13 +454,13 @@ def test_a_bad_image_is_named_with_what_was_expected_and_the_fix(processor, imag
 
 
 @pytest.mark.parametrize("thing", [None, 3, b"bytes", {"url": "x"}, [[1, 2], [3, 4]]])
-def test_what_is_no_image_is_refused_by_its_type(processor, thing):
+def test_an_object_that_is_not_an_image_is_refused_by_its_type(processor, thing):
     with pytest.raises(TypeError, match=r"Expected an image.*found (NoneType|int|bytes|dict).*PIL.Image.open"):
         processor(thing)
 
 
 def encoded(suffix):
-    """A whole file of noise, which compresses badly enough to be cut anywhere."""
+    """A file of noise, which hardly compresses, so that every cut removes pixels."""
     file = io.BytesIO()
     noise = np.random.default_rng(4).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(noise).save(file, suffix)
@@ -478,7 +482,7 @@ def test_a_truncated_file_is_named(processor, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "bmp"])
-def test_a_truncated_file_that_pillow_opened_is_named_with_its_place(processor, image, tmp_path, suffix):
+def test_a_truncated_file_opened_by_pillow_is_named_with_its_index(processor, image, tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     content = encoded(suffix)
     path.write_bytes(content[: len(content) // 2])
@@ -488,7 +492,7 @@ def test_a_truncated_file_that_pillow_opened_is_named_with_its_place(processor, 
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "bmp", "webp", "ppm", "tga", "pcx"])
-def test_damage_anywhere_in_a_file_never_escapes_as_another_error(small, tmp_path, suffix):
+def test_a_damaged_file_never_raises_any_other_error(small, tmp_path, suffix):
     content, rng, path = encoded(suffix), np.random.default_rng(5), tmp_path / "damaged"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -503,14 +507,14 @@ def test_damage_anywhere_in_a_file_never_escapes_as_another_error(small, tmp_pat
                 assert "damaged" in str(error) or "image 0" in str(error)
 
 
-def test_a_file_that_is_no_image_is_named(processor, tmp_path):
+def test_a_file_that_is_not_an_image_is_named(processor, tmp_path):
     path = tmp_path / "page.jpg"
     path.write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"found '.*page\.jpg': a file that Pillow cannot read.*cannot identify"):
         processor(str(path))
 
 
-def test_a_decompression_bomb_is_refused_and_a_suspect_still_warned_of(processor, tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_refused_and_a_large_image_causes_pillows_warning(processor, tmp_path, monkeypatch):
     path = tmp_path / "bomb.png"
     Image.new("1", (300, 200)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
@@ -578,7 +582,7 @@ def test_none_keeps_a_default(processor, image):
     assert FlashSlothImageProcessor(**nothing).to_dict() == processor.to_dict()
 
 
-def test_the_inputs_stay_as_they_were(processor, image):
+def test_inputs_are_not_modified(processor, image):
     for given in (np.asarray(image).copy(), torch.from_numpy(np.asarray(image) / 255), image.convert("RGBA")):
         before = np.array(given)
         processor(given, do_image_splitting=True)
@@ -604,13 +608,13 @@ def test_saving_and_loading_keeps_everything(tmp_path):
     assert FlashSlothImageProcessor.from_pretrained(tmp_path, do_image_splitting=False).do_image_splitting is False
 
 
-def test_a_configuration_nested_in_a_processor_s_loads(tmp_path):
+def test_a_configuration_inside_a_processors_configuration_is_loaded(tmp_path):
     nested = {**FlashSlothImageProcessor(do_image_splitting=True).to_dict(), "processor_class": "FlashSlothProcessor"}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
     assert FlashSlothImageProcessor.from_pretrained(tmp_path).do_image_splitting is True
 
 
-def test_unknown_keys_of_a_saved_file_are_left_out(tmp_path):
+def test_unknown_keys_of_a_saved_file_are_ignored(tmp_path):
     FlashSlothImageProcessor(do_image_splitting=True).save_pretrained(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "added_in_transformers_9": 1}))
@@ -638,12 +642,12 @@ def four_threads():
 
 
 @pytest.mark.parametrize("do_image_splitting", [False, True])
-def test_threads_give_the_bits_of_one_image_at_a_time(processor, four_threads, do_image_splitting):
+def test_images_processed_in_threads_equal_those_processed_one_by_one(processor, four_threads, do_image_splitting):
     options = {"do_image_splitting": do_image_splitting, "return_tensors": "np"}
     alone = [processor(Image.open(path), **options)["pixel_values"] for path in FILES.values()]
     together = processor([Image.open(path) for path in FILES.values()], **options)["pixel_values"]
     assert np.array_equal(together, np.concatenate(alone))
-    same = Image.open(next(iter(FILES.values())))  # opened, not read: no two threads may read it
+    same = Image.open(next(iter(FILES.values())))  # opened but not read yet: two threads must not read it at once
     assert np.array_equal(processor([same] * 4, **options)["pixel_values"], np.concatenate(alone[:1] * 4))
 
 

@@ -1,4 +1,4 @@
-"""`flashsloth init`: pretrained parts arrive unchanged, prompts are the decoder's own, and questions are found."""
+"""`flashsloth init` keeps pretrained weights unchanged, uses the decoder's chat format, and finds questions in it."""
 
 import itertools
 import json
@@ -13,8 +13,17 @@ from huggingface_hub import ModelCard
 from jinja2 import TemplateError
 from original_checkpoint import make_original
 from PIL import Image
+from processes import run_alone
 from safetensors.torch import load_file, save_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CohereConfig,
+    GenerationConfig,
+    GPT2Config,
+)
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from flashsloth import (
@@ -30,7 +39,7 @@ from flashsloth.cli.model_card import build_model_card
 from flashsloth.cli.repository import RepositoryError
 from flashsloth.modeling_flashsloth import PromptSpans
 
-WIDTH = 32  # of the Embedded Query module; 576 would dwarf the rest
+WIDTH = 32  # of the Embedded Query module: with 576, it would be the largest part
 PAIRS = {  # decoder: (tower, decoder's spare rows, pooling window)
     "phi": ("siglip_vision_model", 8, 2),
     "qwen3": ("clip", 8, 4),
@@ -50,9 +59,7 @@ messages = torch.load(sys.argv[1], weights_only=False)
 for folder in sys.argv[2:]:
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = processor.encode_conversations(messages)
     torch.save(model.generate(**inputs, max_new_tokens=5), folder + ".pt")
 """
 
@@ -73,7 +80,7 @@ print((peak() - before) / (4 * done.num_parameters))
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Folders and models of all towers and decoders."""
+    """The folder of all towers and decoders, and their models by name."""
     folder = tmp_path_factory.mktemp("bases")
     models = {}
     for decoder, (tower, spare_rows, _) in PAIRS.items():
@@ -84,7 +91,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(bases, tmp_path_factory):
-    """What `init` made of all pairs, by decoder: result, model, processor."""
+    """Result, model and processor that `init` made from each pair, by decoder."""
     folder, _ = bases
     output = tmp_path_factory.mktemp("built")
     made = {}
@@ -100,7 +107,7 @@ def built(bases, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapted():
-    """For every family, the decoder's tokenizer, FlashSloth's, FlashSloth's chat template and instruction patterns."""
+    """By family: the decoder's tokenizer, and FlashSloth's tokenizer, chat template and instruction patterns."""
     found = {}
     for family in TOKENIZERS:
         tokenizer = make_tokenizer(family)
@@ -122,14 +129,8 @@ def system(text="Be brief."):
     return {"role": "system", "content": text}
 
 
-def encode(processor, conversations, **kwargs):
-    return processor.apply_chat_template(
-        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
-    )
-
-
 @pytest.mark.parametrize("family", PAIRS)
-def test_pretrained_weights_arrive_unchanged(bases, built, family):
+def test_pretrained_weights_are_unchanged(bases, built, family):
     _, models = bases
     state = built[family][1].state_dict()
     for name, tensor in models[family].get_decoder().state_dict().items():
@@ -146,7 +147,7 @@ def test_pretrained_weights_arrive_unchanged(bases, built, family):
 
 
 @pytest.mark.parametrize("family", PAIRS)
-def test_a_text_gets_the_logits_of_the_decoder(bases, built, family):
+def test_logits_of_text_are_those_of_the_decoder(bases, built, family):
     ids = torch.arange(20, 30).unsqueeze(0)
     with torch.no_grad():
         expected = bases[1][family](ids).logits
@@ -154,7 +155,7 @@ def test_a_text_gets_the_logits_of_the_decoder(bases, built, family):
 
 
 @pytest.mark.parametrize("family", PAIRS)
-def test_what_enters_the_towers_last_layer_is_read(bases, built, family):
+def test_patch_features_are_the_input_of_the_towers_last_layer(bases, built, family):
     tower = bases[1][PAIRS[family][0]]
     tower = getattr(tower, "vision_model", tower)
     config, model = built[family][0].config, built[family][1]
@@ -177,22 +178,21 @@ def test_the_vision_layer_can_be_chosen(bases, tmp_path, layer, num_layers):
         torch.testing.assert_close(model.get_image_features(pixels).last_hidden_state, states[num_layers][:, 1:])
 
 
-def test_the_vocabulary_grows_only_when_it_must(bases, built):
-    _, models = bases
-    for family, (_, spare_rows, _) in PAIRS.items():
-        done, model, processor = built[family]
-        old = models[family].get_input_embeddings().weight
-        new = model.get_input_embeddings().weight
-        needed = max(processor.tokenizer.get_vocab().values()) + 1
-        assert len(new) == max(len(old), needed) == done.config.text_config.vocab_size
-        assert done.num_new_rows == len(new) - len(old)
-        assert (done.num_new_rows == 0) == (spare_rows >= 3)
-        if done.num_new_rows:
-            for grown, first in ((new, old), (model.lm_head.weight, models[family].get_output_embeddings().weight)):
-                torch.testing.assert_close(grown[len(first) :], first.mean(0).expand(done.num_new_rows, -1))
+@pytest.mark.parametrize("family", PAIRS)
+def test_the_vocabulary_grows_only_when_it_must(bases, built, family):
+    decoder, (done, model, processor) = bases[1][family], built[family]
+    old, new = (each.get_input_embeddings().weight for each in (decoder, model))
+    needed = max(processor.tokenizer.get_vocab().values()) + 1
+    assert len(new) == max(len(old), needed) == done.config.text_config.vocab_size
+    assert done.num_new_rows == len(new) - len(old)
+    _, spare_rows, _ = PAIRS[family]
+    assert (done.num_new_rows == 0) == (spare_rows >= 3)
+    if done.num_new_rows:
+        for grown, first in ((new, old), (model.lm_head.weight, decoder.get_output_embeddings().weight)):
+            torch.testing.assert_close(grown[len(first) :], first.mean(0).expand(done.num_new_rows, -1))
 
 
-def test_what_is_new_depends_on_the_seed_only(bases, tmp_path):
+def test_the_weights_of_new_parts_depend_only_on_the_seed(bases, tmp_path):
     folder, _ = bases
     states = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -216,12 +216,9 @@ def test_all_repositories_answer_in_a_fresh_process_without_the_package(built, i
     script = tmp_path / "ask.py"
     script.write_text(ASK)
     folders = [str(done.output) for done, _, _ in built.values()]
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    arguments = [sys.executable, str(script), str(tmp_path / "messages.pt"), *folders]
-    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone(script, tmp_path / "messages.pt", *folders, folder=tmp_path)
     for folder, (_, model, processor) in zip(folders, built.values(), strict=True):
-        inputs = encode(processor, messages)
+        inputs = processor.encode_conversations(messages)
         found = torch.load(f"{folder}.pt")
         assert torch.equal(found, model.generate(**inputs, max_new_tokens=5))
         assert found.shape[1] > inputs["input_ids"].shape[1]
@@ -235,15 +232,15 @@ def test_a_row_does_not_depend_on_its_batch(built, images, family):
         [question(text="No image.")],
         [question(images[1], images[2], text="Which?"), answer(), question(text="Sure?")],
     ]
-    batch = encode(processor, conversations, processor_kwargs={"padding": True})
+    batch = processor.encode_conversations(conversations, padding=True)
     with torch.no_grad():
         together = model(**batch, logits_to_keep=1).logits
-        alone = [model(**encode(processor, conversation), logits_to_keep=1).logits for conversation in conversations]
+        alone = [model(**processor.encode_conversations(row), logits_to_keep=1).logits for row in conversations]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", PAIRS)
-def test_answers_end_at_the_chats_own_token(built, family):
+def test_answers_end_at_the_end_token_of_the_chat_format(built, family):
     done, model, processor = built[family]
     generation_config = GenerationConfig.from_pretrained(done.output)
     assert processor.tokenizer.eos_token == done.end_token
@@ -256,13 +253,14 @@ def test_answers_end_at_the_chats_own_token(built, family):
     assert done.end_token == expected[family]
 
 
-def test_the_query_anchor_is_the_id_of_a_full_stop_behind_a_blank(built):
-    for done, _, processor in built.values():
-        ids = processor.tokenizer.encode(" .", add_special_tokens=False)
-        assert done.config.query_anchor_token_id == (ids[0] if len(ids) == 1 else None)
+@pytest.mark.parametrize("family", PAIRS)
+def test_the_query_anchor_is_the_token_of_a_space_and_a_full_stop_if_there_is_one(built, family):
+    done, _, processor = built[family]
+    ids = processor.tokenizer.encode(" .", add_special_tokens=False)
+    assert done.config.query_anchor_token_id == (ids[0] if len(ids) == 1 else None)
 
 
-def test_pixels_are_prepared_as_the_tower_knows_them(built):
+def test_images_are_normalized_with_the_towers_statistics(built):
     assert list(built["qwen3"][2].image_processor.image_mean) == [0.48, 0.46, 0.41]
     assert list(built["qwen3"][2].image_processor.image_std) == [0.27, 0.26, 0.28]
     assert list(built["llama"][2].image_processor.image_mean) == [0.485, 0.456, 0.406]
@@ -287,7 +285,7 @@ def without_thoughts(text):
 
 
 @pytest.mark.parametrize("family", [family for family in TOKENIZERS if family != "phi"])
-def test_a_text_conversation_is_rendered_as_by_the_decoders_own_template(adapted, family):
+def test_text_is_rendered_as_by_the_decoders_own_template(adapted, family):
     original, tokenizer, template, _ = adapted[family]
     has_system = family not in ("gemma", "mistral")
     for messages, is_question in conversations_of(has_system):
@@ -298,7 +296,7 @@ def test_a_text_conversation_is_rendered_as_by_the_decoders_own_template(adapted
             messages, chat_template=template, tokenize=False, add_generation_prompt=is_question
         )
         assert found.count("<learnable>") == sum(message["role"] == "user" for message in messages)
-        if family == "smollm3":  # its system block has a date, which a checkpoint cannot have
+        if family == "smollm3":  # its system block contains the current date, which we leave out
             expected = expected[expected.index("<|im_start|>user") :]
             opening = "<|im_start|>system\nBe brief.<|im_end|>\n" if messages[0]["role"] == "system" else ""
             assert found.startswith(opening)
@@ -314,7 +312,7 @@ def test_a_system_message_is_refused_where_the_format_has_none(adapted, family):
 
 
 @pytest.mark.parametrize("family", TOKENIZERS)
-def test_answers_with_their_end_are_what_is_learned(adapted, family):
+def test_answers_and_their_end_tokens_are_learned(adapted, family):
     _, tokenizer, template, _ = adapted[family]
     messages = [question(), answer("First."), question(text="More?"), answer("Second.")]
     texts, spans = render_jinja_template(
@@ -349,23 +347,23 @@ def tiny_processor(tokenizer, template, starts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TOKENIZERS)
-def test_every_question_is_found_whatever_it_begins_with(adapted, family):
-    """Its first token is the first with a character of it, also where it merges with a line break before it."""
+def test_every_question_is_found_whatever_its_first_characters_are(adapted, family):
+    """A question starts at the first token with one of its characters, even if that token also has a line break."""
     _, tokenizer, template, starts = adapted[family]
     processor, config = tiny_processor(tokenizer, template, starts)
     config.validate_architecture()
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     contents = [*CONTENTS, "What is it?", "\n", "  ", "user", "\n\nuser\n", "名前", *special, f"{special[-3]}user\nHi"]
-    if family != "phi":  # whose format is plain text
+    if family != "phi":  # its format is plain text
         contents += ["[INST] Hi", "USER: Hi"]
     befores = [[], [question(text="First"), answer("Second")]]
-    if family != "mistral":  # which puts only text between two questions without an answer
+    if family != "mistral":  # it separates questions without an answer only by text
         befores += [[question(text="a"), answer("b"), question(text="c")]]
     if family not in ("gemma", "mistral"):
         befores += [[system()], [system("Speak 2 "), question(text="a"), answer("b")]]
     for before, images, content in itertools.product(befores, (0, 1, 2), contents):
         if family == "gemma3_text" and before[-1:] and before[-1]["role"] == "system" and not images:
-            continue  # where the system message is the first part of the first text
+            continue  # the system message is part of the first question
         text, head = (
             processor.apply_chat_template([*before, question(*[None] * images, text=text)])
             for text in (content, SENTINEL)
@@ -379,8 +377,8 @@ def test_every_question_is_found_whatever_it_begins_with(adapted, family):
         assert spans.query_start[0, block] == block
 
 
-def test_the_original_format_gets_the_patterns_of_the_released_models(adapted):
-    """The same texts; the ids are Phi-2's."""
+def test_the_original_format_has_the_patterns_of_the_released_models(adapted):
+    """Only the texts are compared: the ids depend on the tokenizer."""
     _, tokenizer, _, starts = adapted["phi"]
     texts = {tokenizer.decode(pattern) for pattern in starts}
     assert {"<image>\n", "USER:"} <= texts
@@ -391,6 +389,7 @@ def test_the_original_format_gets_the_patterns_of_the_released_models(adapted):
 def test_only_special_tokens_start_an_instruction(adapted, family):
     _, tokenizer, _, starts = adapted[family]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert starts
     assert all(special & set(pattern) for pattern in starts)
 
 
@@ -411,7 +410,7 @@ def test_a_patch_grid_without_divisors_is_refused():
 
 
 @pytest.mark.parametrize("family", ["siglip_vision_model", "clip", "dinov2"])
-def test_a_tower_sees_another_size_with_interpolated_positions(bases, tmp_path, family):
+def test_positions_are_interpolated_for_another_image_size(bases, tmp_path, family):
     folder, models = bases
     done = init(
         folder / family, folder / "phi", tmp_path / "out", image_size=96, pooling_window_size=3, query_hidden_size=WIDTH
@@ -428,7 +427,7 @@ def test_a_tower_sees_another_size_with_interpolated_positions(bases, tmp_path, 
         torch.testing.assert_close(model.get_image_features(pixels).last_hidden_state, expected)
 
 
-def test_the_choices_reach_the_config(bases, tmp_path):
+def test_options_are_stored_in_the_config(bases, tmp_path):
     folder, _ = bases
     done = init(
         folder / "clip",
@@ -449,7 +448,7 @@ def test_the_choices_reach_the_config(bases, tmp_path):
     assert done.dtype == "bfloat16"
 
 
-def test_the_decoders_own_type_is_kept(tmp_path, bases):
+def test_the_dtype_of_the_decoder_is_kept(tmp_path, bases):
     folder, _ = bases
     make_decoder(tmp_path / "half", "qwen3", spare_rows=8, dtype=torch.bfloat16)
     assert init(folder / "clip", tmp_path / "half", tmp_path / "out", query_hidden_size=WIDTH).dtype == "bfloat16"
@@ -462,10 +461,10 @@ def test_query_heads_divide_both_widths(tmp_path, bases):
     assert done.config.num_query_heads == 4
 
 
-def test_the_card_says_what_is_pretrained_and_what_is_not(built):
+def test_the_card_says_that_the_model_is_untrained_and_names_its_base_models(built):
     card = ModelCard.load(built["qwen3"][0].output / "README.md")
     assert "custom_code" in card.data.tags
-    assert card.data.base_model is None  # folders are no Hub ids
+    assert card.data.base_model is None  # a folder is not a Hub id
     assert card.data.license is None
     assert "clip" in card.text
     assert "train the model before you use it" in card.text
@@ -491,7 +490,7 @@ def test_about_one_model_is_in_memory(bases, tmp_path):
     assert 0.9 < float(done.stdout) < 1.5
 
 
-def test_a_tower_may_give_its_size_as_a_pair(bases, tmp_path):
+def test_a_towers_image_size_may_be_a_pair(bases, tmp_path):
     folder, _ = bases
     make_tower(tmp_path / "pairs", "dinov2", image_size=(40, 40), patch_size=(8, 8))
     done = init(tmp_path / "pairs", folder / "phi", tmp_path / "out", query_hidden_size=WIDTH)
@@ -501,7 +500,7 @@ def test_a_tower_may_give_its_size_as_a_pair(bases, tmp_path):
 @pytest.fixture
 def run(capsys):
     def run_main(*arguments):
-        capsys.readouterr()  # what a test's own models said
+        capsys.readouterr()  # drop the output of earlier calls
         code = cli.main(["init", *map(str, arguments)])
         return code, *capsys.readouterr()
 
@@ -510,7 +509,7 @@ def run(capsys):
 
 @pytest.fixture
 def refused(run, bases, tmp_path):
-    """`init` must fail with one line, exit code 2 and nothing written; gives the line."""
+    """`init` must fail with one line and exit code 2, and write nothing; returns the line."""
 
     def run_refused(*options, vision=None, language=None):
         folder, _ = bases
@@ -527,7 +526,7 @@ def refused(run, bases, tmp_path):
     return run_refused
 
 
-def test_the_command_says_what_it_made(run, bases, tmp_path):
+def test_the_command_describes_the_new_model(run, bases, tmp_path):
     folder, _ = bases
     code, output, errors = run(
         tmp_path / "out", "--vision", folder / "clip", "--language", folder / "qwen3", "--query-hidden-size", WIDTH
@@ -566,7 +565,7 @@ def test_a_tower_without_a_square_grid_is_refused(refused, bases, tmp_path):
     assert "square images" in refused(vision=folder / "llama")
 
 
-def test_a_window_that_pools_nothing_is_said(run, bases, tmp_path):
+def test_a_window_that_pools_nothing_causes_a_warning(run, bases, tmp_path):
     folder, _ = bases
     command = ["--vision", folder / "dinov2", "--language", folder / "phi", "--query-hidden-size", WIDTH]
     code, output, errors = run(tmp_path / "out", *command)
@@ -597,7 +596,7 @@ OTHER_TOWERS = {
 
 @pytest.mark.parametrize("layer", [None, -1])
 @pytest.mark.parametrize("kind", OTHER_TOWERS)
-def test_a_tower_that_gives_its_patches_is_taken_with_its_own_hidden_states(bases, tmp_path, kind, layer):
+def test_other_towers_work_if_they_return_patch_features(bases, tmp_path, kind, layer):
     model = make_other(tmp_path / "tower", kind.partition(",")[0], **OTHER_TOWERS[kind])
     done = init(tmp_path / "tower", bases[0] / "phi", tmp_path / "out", query_hidden_size=WIDTH, vision_layer=layer)
     built = FlashSlothForConditionalGeneration.from_pretrained(done.output)
@@ -614,12 +613,12 @@ def test_a_tower_that_gives_its_patches_is_taken_with_its_own_hidden_states(base
 
 
 def make_other(folder, kind, **changes):
-    """Write a tower of another family; gives the model."""
+    """Write a tower of another family, and return the model."""
     torch.manual_seed(3)
     sizes = {**TOWER_SIZES, "image_size": 64, "patch_size": 8} | changes
     sizes = {name: size for name, size in sizes.items() if size is not None}
     model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
-    for name, parameter in model.named_parameters():  # of some, all but the weights of matrices would be 0 or 1
+    for name, parameter in model.named_parameters():  # initialized to 0 or 1, many would have no effect
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
     model.save_pretrained(folder)
     return model
@@ -677,14 +676,14 @@ def test_other_decoders_are_refused_with_families_that_work(refused, tmp_path, k
     line = refused(language=tmp_path / "decoder")
     assert reason in line
     assert line.endswith("; choose another --language, such as a Phi, Llama, Qwen3, Gemma 3 or SmolLM3.\n")
-    assert not any(riddle in line for riddle in ("text_config", "AttributeError", "Unrecognized"))
+    assert not any(internal in line for internal in ("text_config", "AttributeError", "Unrecognized"))
     vision = refused(vision=tmp_path / "decoder")
     assert line != vision
     assert vision.endswith("; choose another --vision, such as a SigLIP, CLIP, DINOv2, AIMv2 or ViT.\n")
 
 
 @pytest.mark.parametrize("layout", ["ours", "original"])
-def test_the_tower_of_a_flashsloth_is_taken(bases, built, tmp_path, layout):
+def test_the_tower_of_a_flashsloth_can_be_used(bases, built, tmp_path, layout):
     source = make_original(tmp_path / "release") if layout == "original" else built["llama"][0].output
     expected = FlashSlothForConditionalGeneration.from_pretrained(source)
     done = init(source, bases[0] / "phi", tmp_path / "out", query_hidden_size=WIDTH)
@@ -702,7 +701,7 @@ def test_the_tower_of_a_flashsloth_is_taken(bases, built, tmp_path, layout):
 
 
 def test_a_tower_without_its_weights_is_refused(refused, bases, tmp_path):
-    """Such as that of a model whose tensors have other names than the tower's own."""
+    """For example, the tower inside a larger model, whose tensors have other names."""
     folder, _ = bases
     (tmp_path / "tower").mkdir()
     tensors = load_file(folder / "clip" / "model.safetensors")
@@ -714,7 +713,7 @@ def test_a_tower_without_its_weights_is_refused(refused, bases, tmp_path):
     assert "choose another --vision" in line
 
 
-def test_a_flashsloth_is_no_decoder(refused, tmp_path, built):
+def test_a_flashsloth_cannot_be_used_as_decoder(refused, tmp_path, built):
     for source in (make_original(tmp_path / "release"), built["llama"][0].output):
         assert f"{source} is a whole FlashSloth, not a decoder; choose another" in refused(language=source)
 
@@ -723,17 +722,13 @@ def test_a_decoder_without_layers_is_refused(refused, bases, tmp_path):
     folder, _ = bases
     make_tokenizer("qwen3").save_pretrained(tmp_path / "gpt2")
     gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 400, "n_positions": 64}
-    from transformers import GPT2Config
-
     AutoModelForCausalLM.from_config(GPT2Config(**gpt2)).save_pretrained(tmp_path / "gpt2")
     assert "no list `layers`" in refused(language=tmp_path / "gpt2")
     assert "clip is not a causal decoder" in refused(language=folder / "clip")
 
 
-def test_a_decoder_whose_head_does_more_is_refused(refused, tmp_path):
+def test_a_decoder_that_scales_its_logits_is_refused(refused, tmp_path):
     make_tokenizer("qwen3").save_pretrained(tmp_path / "cohere")
-    from transformers import CohereConfig
-
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CohereConfig(**sizes, vocab_size=400, logit_scale=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "cohere")
@@ -756,7 +751,7 @@ GIVEN = """{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{% if 
 <learnable>{% else %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}"""
 
 
-def test_a_format_that_cannot_be_adopted_has_a_way_out(refused, run, bases, tmp_path):
+def test_a_chat_template_can_be_given_if_the_decoders_cannot_be_adapted(refused, run, bases, tmp_path):
     folder, _ = bases
     make_decoder(tmp_path / "odd", "qwen3", spare_rows=8)
     (tmp_path / "odd/chat_template.jinja").write_text(MERGED)
@@ -787,7 +782,7 @@ def test_chat_templates_that_flashsloth_cannot_use_are_refused(refused, tmp_path
     assert message in refused("--chat-template", tmp_path / "template.jinja")
 
 
-def test_a_template_that_adds_something_to_later_turns_is_refused():
+def test_a_template_that_renders_later_turns_differently_is_refused():
     tokenizer = make_tokenizer("qwen2")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "'\\n' + message", "(' ' if loop.index > 4 else '\\n') + message"

@@ -169,7 +169,7 @@ def test_a_released_model_is_counted_at_its_size():
     counts = latency.count(PEERS[0], 1344)
     assert (counts["visual_tokens"], counts["prompt_tokens"]) == (81, 81 + 1 + 40 + 9)
     assert counts["kv_token_bytes"] == 2 * 32 * 2560 * 2
-    assert (counts["vision_flops"] + counts["prefill_flops"]) / 1e12 == pytest.approx(1.31, abs=0.02)
+    assert (counts["vision_flops"] + counts["prefill_flops"]) / 1e12 == pytest.approx(1.3146, rel=1e-3)
 
 
 def test_integers_have_values_and_floating_point_tensors_have_none():
@@ -210,7 +210,7 @@ def test_peak_memory_includes_memory_that_was_freed():
     with latency.PeakMemory("cpu") as memory, mmap.mmap(-1, 2**26) as pages:  # new pages, not ones that torch kept
         for offset in range(0, len(pages), mmap.PAGESIZE):
             pages[offset] = 1
-    assert memory.above == pytest.approx(2**26, rel=0.05)
+    assert memory.above == pytest.approx(2**26, rel=0.02)
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_counted_prefill_equals_that_of_real_tensors():
         counted = memory.count_prefill(peer.build_model().eval(), prompts)
     # Keys and values of two layers, two heads of 16 numbers in two bytes, for each token of the two rows.
     assert real["kept"] == counted["kept"] == 2 * 2 * 32 * 2 * 2 * (2 * 81 + 1 + memory.QUESTION_TOKENS + 9)
-    assert counted == pytest.approx(real, rel=0.02)
+    assert counted == pytest.approx(real, rel=1e-3)
     assert counted["tower"] > 4 * 729 * VISION["hidden_size"] * 2
     assert max(counted["tower"], counted["rest"]) <= counted["both"]
 
@@ -316,7 +316,9 @@ def test_eight_and_four_bits_are_timed_at_every_number_of_threads():
     peer.config["text_config"]["intermediate_size"] = 64  # four bits come in groups of 32
     assert {type(weight).__name__ for weight in decoder_weights(peer, "bfloat16")} == {"Parameter"}
     for precision in ("int8", "int4"):
-        assert all(precision in type(weight).__name__.lower() for weight in decoder_weights(peer, precision))
+        names = {type(weight).__name__.lower() for weight in decoder_weights(peer, precision)}
+        assert names
+        assert all(precision in name for name in names)
     num_threads = torch.get_num_threads()
     rows = list(quantization.compare_times(peer, [1, 2], new_tokens=2, rounds=1))
     assert torch.get_num_threads() == num_threads
@@ -345,8 +347,9 @@ def decoder_weights(peer, precision):
 def test_answers_with_eight_and_four_bits_are_compared():
     rows = list(quantization.compare_answers(num_images=2))
     assert [row.recipe for row in rows] == list(quantization.RECIPES)
-    assert all(row.num_asked == rows[0].num_asked >= row.num_right > row.num_asked / 2 for row in rows)
-    assert all(row.num_layer_bytes < 0.6 * rows[0].num_layer_bytes for row in rows[1:])
+    assert all(row.num_asked == rows[0].num_asked >= row.num_right >= row.num_asked - 1 for row in rows)
+    assert all(row.num_layer_bytes < 0.52 * rows[0].num_layer_bytes for row in rows[1:])
+    # Measured: 0.010 in bfloat16, 0.023 and 0.026 with eight bits, 0.21 and 0.27 with four.
     differences = [row.golden_difference for row in rows]
     tolerances = [0.02 if row.recipe == "bfloat16" else 0.05 if "8" in row.recipe else 0.35 for row in rows]
     assert all(difference < tolerance for difference, tolerance in zip(differences, tolerances, strict=True))

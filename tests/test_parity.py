@@ -77,7 +77,7 @@ def test_a_release_of_model_type_phi_loads_without_a_warning(tmp_path, caplog, r
         pipe(text=[{"role": "user", "content": content}], max_new_tokens=2)
     finally:
         logger.removeHandler(caplog.handler)
-    # Of their own, transformers' pipelines warn of arguments that they set.
+    # transformers' pipelines cause warnings about arguments that they set themselves.
     assert all("argument" in message or "max_length" in message for message in caplog.messages)
     assert [str(warning.message) for warning in recwarn] == []
     assert {type(model) for model in models} == {FlashSlothForConditionalGeneration}
@@ -138,7 +138,7 @@ def test_loss_and_gradients_equal_the_original(golden_model, name):
         for pattern, replacement in ORIGINAL_KEY_MAPPING.items():
             original_name = re.sub(pattern, replacement, original_name)
         norm = parameters[original_name].grad.double().norm().item()
-        # Keys' biases and the like have no gradient but rounding: a softmax does not see what is common to its scores.
+        # The gradients of some biases, such as those of keys, are only rounding errors: softmax ignores common offsets.
         assert norm == pytest.approx(expected, rel=TOLERANCE, abs=1e-8), original_name
 
 

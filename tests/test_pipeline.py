@@ -1,17 +1,15 @@
 """`pipeline("image-text-to-text")` on the shipped checkpoint, with the package and, in a second run, by remote code."""
 
 import base64
-import functools
-import http.server
 import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import serve_folder
 from transformers import TextIteratorStreamer, pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -36,11 +34,8 @@ def pipe():
 @pytest.fixture(scope="module")
 def website():
     """Address of a web server that has the images of `examples`."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=ROOT / "examples")
-    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://localhost:{server.server_port}"
-        server.shutdown()
+    with serve_folder(ROOT / "examples") as address:
+        yield address
 
 
 def user(*parts):
@@ -74,7 +69,7 @@ def answer(pipe, messages, **kwargs):
     ],
     ids=["pil", "path", "string", "file url", "http url", "base64", "data url", "openai data url", "openai http url"],
 )
-def test_an_image_may_come_in_many_ways(pipe, website, image):
+def test_every_source_of_an_image_is_read(pipe, website, image):
     def at_website(value):
         if isinstance(value, dict):
             return {name: at_website(part) for name, part in value.items()}
@@ -109,7 +104,7 @@ def test_a_part_that_would_vanish_is_refused(pipe, part, reason):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_conversations_with_different_numbers_of_images_come_in_batches(pipe, batch_size):
+def test_conversations_with_different_numbers_of_images_can_share_a_batch(pipe, batch_size):
     conversations = [
         [user(SCENE, "Read the sign.")],
         [user(SCENE, SHAPES, "Describe the picture.")],
@@ -151,7 +146,7 @@ def test_a_returned_conversation_can_be_continued(pipe):
     messages.append(user("Which colour is the star?"))
     assert answer(pipe, messages) == "green"
     prompt = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert "ASSISTANT: PULL</s>" in prompt, "the blank before the answer is not doubled"
+    assert "ASSISTANT: PULL</s>" in prompt  # with one space before the answer
 
 
 def test_an_answer_can_be_kept_short(pipe):

@@ -1,4 +1,4 @@
-"""Prompts: the original format, placeholders, and text that stays text."""
+"""Prompts have the original format, placeholders are expanded, and the user's text stays text."""
 
 import base64
 import copy
@@ -62,7 +62,7 @@ def test_a_system_message_replaces_the_default(processor):
     assert empty == "USER: Why?<learnable>"
 
 
-def test_an_answer_can_be_begun_for_the_model(processor):
+def test_a_started_answer_ends_the_prompt(processor):
     messages = [user("Why?"), answer("Because")]
     prompt = processor.apply_chat_template(messages, continue_final_message=True)
     assert prompt == SYSTEM + "USER: Why?<learnable> ASSISTANT: Because"
@@ -108,7 +108,7 @@ def test_control_tokens_in_a_message_stay_text(processor, images, text, role):
     assert ids(text) == plain[:at] + as_bytes + plain[at + 1 :]
 
 
-def test_guarded_text_decodes_as_it_was_written(processor):
+def test_guarded_text_decodes_unchanged(processor):
     text = "Does <image> or </s> matter?"
     ids = processor.apply_chat_template([user(text)], tokenize=True, return_dict=True)["input_ids"][0]
     assert text in processor.tokenizer.decode(ids)
@@ -141,7 +141,7 @@ def test_both_padding_sides_work(processor, images, padding_side):
     assert not mask.all()
 
 
-def test_encoded_conversations_are_padded_on_the_left_and_read_with_the_arguments_of_the_call(processor, images):
+def test_encode_conversations_pads_on_the_left_and_passes_its_options_on(processor, images):
     conversations = [[user({"type": "image", "image": images[0]}, "Why?")], [user("A longer question, or so?")]]
     arguments = {"add_generation_prompt": True, **TOKENIZED}
     for splitting in (False, True):
@@ -161,7 +161,7 @@ def test_encoded_conversations_are_padded_on_the_left_and_read_with_the_argument
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_images_come_flat_or_by_row(processor, images, nested):
+def test_images_may_be_a_flat_list_or_a_list_per_row(processor, images, nested):
     text = ["<image><image>", "none", "<image>"]
     given = [images[:2], [], images[2:3]] if nested else images[:3]
     assert len(processor(images=given, text=text, padding=True)["pixel_values"]) == 3
@@ -173,7 +173,7 @@ def test_a_batch_of_text_needs_no_images(processor):
         assert "pixel_values" not in inputs
 
 
-def test_the_number_of_tokens_is_known_beforehand(processor, images):
+def test_the_number_of_tokens_is_known_without_the_images(processor, images):
     sizes = [(image.height, image.width) for image in images]
     for splitting in (False, True):
         known = processor._get_num_multimodal_tokens(image_sizes=sizes, do_image_splitting=splitting)
@@ -196,7 +196,7 @@ def test_replacement_offsets_point_at_the_expanded_text(processor):
         assert expanded[slice(*offset["new_span"])] == offset["replacement"]
 
 
-def test_a_batched_array_is_several_images(processor):
+def test_an_array_with_a_batch_axis_is_several_images(processor):
     inputs = processor(images=np.zeros((2, 3, 40, 40), dtype=np.uint8), text="<image><image>")
     assert len(inputs["pixel_values"]) == 2
 
@@ -242,7 +242,7 @@ def test_truncation_through_placeholders_is_refused(processor, images, max_lengt
         processor(images=images[0], text="<image>abc<learnable>", truncation=True, max_length=max_length)
 
 
-def test_truncation_behind_the_placeholders_works(processor, images):
+def test_truncation_after_the_placeholders_works(processor, images):
     inputs = processor(images=images[0], text="<image><learnable>abcdef", truncation=True, max_length=9)
     assert len(inputs["input_ids"][0]) == 9
 
@@ -257,7 +257,7 @@ def test_other_modalities_are_refused(processor):
         processor(text="Why?", videos=[np.zeros((2, 3, 8, 8))])
 
 
-def test_a_tokenizer_without_the_tokens_is_refused(processor):
+def test_a_tokenizer_without_the_placeholder_tokens_is_refused(processor):
     with pytest.raises(ValueError, match=r"has no token `<img>`; add it with"):
         FlashSlothProcessor(processor.image_processor, processor.tokenizer, image_token="<img>")
     with pytest.raises(TypeError, match="needs a fast tokenizer, but got NoneType"):
@@ -330,13 +330,13 @@ def test_content_that_would_vanish_or_become_none_is_refused(processor, content,
     ],
 )
 @pytest.mark.parametrize("tokenize", [False, True])
-def test_a_conversation_of_another_shape_is_refused(processor, conversation, reason, tokenize):
+def test_a_malformed_conversation_is_refused(processor, conversation, reason, tokenize):
     with pytest.raises(ConversationError, match=reason):
         processor.apply_chat_template(conversation, tokenize=tokenize)
 
 
 @pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image", "source": "x.png"}, {"type": "image_url"}])
-def test_an_image_without_a_source_is_a_placeholder_only_where_images_come_apart(processor, images, part):
+def test_an_image_without_a_source_is_allowed_only_if_images_are_passed_separately(processor, images, part):
     messages = [user(part, "Why?")]
     prompt = processor.apply_chat_template(messages)
     assert prompt == f"{SYSTEM}USER: <image>\nWhy?<learnable>"
@@ -350,7 +350,7 @@ def encoded(image):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def test_images_come_under_every_key_and_with_keys_that_are_none(processor, images, tmp_path):
+def test_every_key_of_an_image_is_read_and_keys_that_are_none_are_ignored(processor, images, tmp_path):
     image, text = images[0], encoded(images[0])
     image.save(file := tmp_path / "1.png")
     url = f"data:image/png;base64,{text}"
@@ -409,7 +409,7 @@ def test_messages_may_be_objects_whose_text_stays_text(processor):
 
 
 @pytest.mark.parametrize("text", [42, ["Why?", None], [None], [42], [["Why?"]]])
-def test_a_text_that_is_no_string_is_refused(processor, images, text):
+def test_a_text_that_is_not_a_string_is_refused(processor, images, text):
     for given in (None, images[0]):
         with pytest.raises(TypeError, match=r"must be a string or a list of strings.*but has (None|42|\['Why\?'\])"):
             processor(text=text, images=given)
@@ -426,7 +426,7 @@ def test_an_answer_or_a_system_message_may_be_empty(processor):
 @pytest.mark.parametrize(
     "part", [{"type": "img"}, {"type": "picture", "image": "x.png"}, {"text": "Why?"}, {"type": "text", "text": None}]
 )
-def test_the_chat_template_alone_refuses_what_it_would_leave_out(processor, part):
+def test_the_chat_template_itself_refuses_parts_that_it_would_drop(processor, part):
     render = processor.tokenizer.apply_chat_template
     with pytest.raises(TemplateError, match="FlashSloth reads parts of type text"):
         render([user(part, "Why?")], chat_template=processor.chat_template, tokenize=False)
@@ -445,7 +445,7 @@ def test_the_shipped_chat_template_is_the_one_that_is_built():
 
 @pytest.fixture
 def warnings_of(caplog, monkeypatch):
-    """Calls a function and returns what it warns of."""
+    """Calls a function and returns the warnings that it logs."""
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
 
     def call(function, *args, **kwargs):
@@ -460,7 +460,7 @@ def warnings_of(caplog, monkeypatch):
 @pytest.mark.parametrize(
     "prompt", ["USER: <image>\nWhy? ASSISTANT:", "<image>Why?", "Why? <image>", "<image>\nA</s>B:"]
 )
-def test_a_prompt_with_an_image_and_without_query_tokens_is_warned_of_once(processor, images, warnings_of, prompt):
+def test_a_prompt_with_an_image_but_no_query_tokens_causes_one_warning(processor, images, warnings_of, prompt):
     def ask():
         for _ in range(3):
             processor(text=[prompt, f"{prompt}<learnable>"], images=images[:2], padding=True)
@@ -474,7 +474,7 @@ def test_a_prompt_with_an_image_and_without_query_tokens_is_warned_of_once(proce
 @pytest.mark.parametrize(
     "prompt", ["<image>a red cube</s>", "<image>a red cube</s>\n", "<image>", "<image><learnable>"]
 )
-def test_captions_that_are_learned_have_no_query_tokens_and_are_not_warned_of(processor, images, warnings_of, prompt):
+def test_training_captions_need_no_query_tokens_and_cause_no_warning(processor, images, warnings_of, prompt):
     assert warnings_of(processor, text=prompt, images=images[0]) == []
     assert warnings_of(processor, text="Why?") == []
 
@@ -483,16 +483,16 @@ def test_captions_that_are_learned_have_no_query_tokens_and_are_not_warned_of(pr
 
 
 @pytest.fixture
-def hasty_threads():
-    """Threads that take turns all the time."""
+def frequent_thread_switches():
+    """Switch between threads as often as possible."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(interval)
 
 
-@pytest.mark.usefixtures("hasty_threads")
-def test_threads_that_pad_and_threads_that_do_not_get_each_their_own(processor, images):
+@pytest.mark.usefixtures("frequent_thread_switches")
+def test_threads_with_different_padding_do_not_affect_each_other(processor, images):
     texts = ["<image>Why?<learnable>", "a" * 500]
     given = [images[:1], []]
     calls = [
@@ -513,7 +513,7 @@ def test_threads_that_pad_and_threads_that_do_not_get_each_their_own(processor, 
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
-def test_a_copy_of_a_processor_is_whole_and_apart(processor, images, duplicate):
+def test_a_copied_processor_works_and_is_independent(processor, images, duplicate):
     twin = duplicate(processor)
     assert twin.tokenizer is not processor.tokenizer
     twin.tokenizer.add_tokens(["zebra"])

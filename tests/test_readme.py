@@ -74,8 +74,8 @@ def test_its_metadata_is_in_the_form_that_the_hub_writes():
     assert README.startswith(f"---\n{ModelCard(README).data.to_yaml()}\n---\n")
 
 
-def test_what_it_names_in_the_code_is_there():
-    """A renaming must not outdate the tables."""
+def test_the_code_and_files_it_names_exist():
+    """After a renaming, the tables must be updated."""
     table = README[README.index("## Develop") :]
     code = (ROOT / "modeling_flashsloth.py").read_text(encoding="utf-8")
     names = re.findall(r"`(\w+(?:\.forward)?)`", table.partition("| file or folder")[0].partition("| to read")[2])

@@ -2,8 +2,6 @@
 
 import base64
 import contextlib
-import functools
-import http.server
 import io
 import json
 import os
@@ -13,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +21,7 @@ import numpy as np
 import pytest
 from openai import BadRequestError, OpenAI
 from PIL import Image
+from processes import serve_folder
 from scenes import describe, draw, scene_at
 
 from flashsloth import FlashSlothProcessor
@@ -93,16 +91,8 @@ def client(home):
 @pytest.fixture(scope="module")
 def website():
     """Address of a server with the example images."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            """Says nothing."""
-
-    images = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=ROOT / "examples"))
-    threading.Thread(target=images.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{images.server_port}"
-    images.shutdown()
-    images.server_close()
+    with serve_folder(ROOT / "examples") as address:
+        yield address
 
 
 def data_url(content):
@@ -156,7 +146,7 @@ def test_a_second_turn_asks_about_the_image_of_the_first(client):
     assert ask(client, first, answer, user("Which colour is the star?")) == "green"
 
 
-def test_several_images_come_in_one_turn_or_in_several(client):
+def test_images_may_be_in_one_turn_or_in_several(client):
     one, other = user(shown("scene"), "Read the sign."), user(shown("shapes"), "Which colour is the circle?")
     both = user(shown("scene"), shown("shapes"), "Which colour is the circle?")
     assert ask(client, one, {"role": "assistant", "content": "PULL"}, other) == "green"
@@ -289,7 +279,7 @@ def test_an_image_is_an_image_url_or_an_input_image_and_nothing_else(client):
     assert seen == {"image_url": True, "input_image": True, "image": False}
 
 
-def test_a_tokenizer_without_a_longest_text_gets_the_models_positions(tmp_path):
+def test_a_tokenizer_without_model_max_length_gets_the_models_positions(tmp_path):
     for name in ("config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"):
         shutil.copy(ROOT / name, tmp_path)
     settings = json.loads((ROOT / "tokenizer_config.json").read_text())
@@ -343,7 +333,7 @@ def test_twenty_concurrent_requests_get_their_own_answers(client):
 
 
 def test_a_client_that_hangs_up_does_not_keep_the_next_one_waiting(client):
-    num_tokens = 100_000  # which take longer than the next one's patience
+    num_tokens = 100_000  # take longer than the timeout of the next request
     endless = json.dumps({"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "suppress_tokens": [2, 3]})
     long_answer = client.chat.completions.create(
         model=".", messages=[user("Hello")], stream=True, extra_body={"generation_config": endless}

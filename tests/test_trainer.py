@@ -1,4 +1,4 @@
-"""What transformers' own `Trainer` does with a FlashSloth: metrics, label smoothing, NEFTune, packed samples."""
+"""transformers' own `Trainer` works with FlashSloth: metrics, label smoothing, NEFTune, packed samples."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from flashsloth.training import FlashSlothDataCollator
 
 @pytest.fixture(scope="module")
 def rows(images):
-    """With one image, none, two."""
+    """Rows with one image, none and two."""
     made = []
     for number, count in enumerate([1, 0, 2, 1, 0, 1]):
         parts = [{"type": "image", "image": image} for image in images[:count]]
@@ -47,7 +47,7 @@ def make_trainer(model, processor, rows, folder, *, collator=None, **changes):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("num_rows", [6, 2])
-def test_metrics_get_the_logits_alone(make_model, processor, rows, tmp_path, attn_implementation, num_rows):
+def test_metrics_get_only_logits(make_model, processor, rows, tmp_path, attn_implementation, num_rows):
     model, seen = make_model("qwen3", attn_implementation), []
     if attn_implementation == "eager":
         model.config.output_attentions = True
@@ -70,16 +70,22 @@ def test_metrics_get_the_logits_alone(make_model, processor, rows, tmp_path, att
 
 
 def test_logits_may_be_reduced_before_they_are_gathered(make_model, processor, rows, tmp_path):
+    model = make_model("phi")
     trainer = make_trainer(
-        make_model("phi"),
+        model,
         processor,
         rows,
         tmp_path,
-        compute_metrics=lambda prediction: {"right": float((prediction.predictions == prediction.label_ids).mean())},
+        compute_metrics=lambda prediction: {"tokens": prediction.predictions.size},
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
     )
-    assert 0 <= trainer.evaluate()["eval_right"] <= 1
-    assert trainer.predict(rows).predictions.ndim == 2
+    predicted = trainer.predict(rows)
+    assert predicted.predictions.shape == predicted.label_ids.shape
+    assert predicted.metrics["test_tokens"] == predicted.predictions.size
+    for row, found in zip(rows, predicted.predictions, strict=True):
+        with torch.no_grad():
+            expected = model(**FlashSlothDataCollator(processor)([row])).logits[0].argmax(dim=-1).tolist()
+        assert found[: len(expected)].tolist() == expected
 
 
 class Derived(FlashSlothForConditionalGeneration):
@@ -111,7 +117,7 @@ def test_label_smoothing_teaches_the_answers(make_model, processor, rows, tmp_pa
     settings = {"label_smoothing_factor": 0.1, "max_steps": 40, "learning_rate": 0.01, "per_device_train_batch_size": 6}
     before = float(model(**batch).loss.detach())
     make_trainer(model, processor, rows, tmp_path, **settings).train()
-    assert float(model.eval()(**batch).loss.detach()) < 0.2 * before
+    assert float(model.eval()(**batch).loss.detach()) < 0.06 * before  # measured: 0.02
 
 
 def test_neftune_adds_equal_noise_to_every_token(make_model, processor, rows, tmp_path):
@@ -125,7 +131,7 @@ def test_neftune_adds_equal_noise_to_every_token(make_model, processor, rows, tm
     class WithNoise(Trainer):
         def training_step(self, *args, **kwargs):
             hook = embeddings.register_forward_hook(
-                lambda module, ids, output: noise.append(float((output - module.weight[ids[0]]).abs().max()))
+                lambda module, ids, output: noise.append(float((output - module.weight[ids[0]]).detach().abs().max()))
             )
             loss = super().training_step(*args, **kwargs)
             hook.remove()
@@ -134,7 +140,8 @@ def test_neftune_adds_equal_noise_to_every_token(make_model, processor, rows, tm
     trainer.__class__ = WithNoise
     assert trainer.train().training_loss > 0
     assert len(noise) == 2
-    assert 0 < 0.5 * noise[0] < noise[1] < 2 * noise[0]
+    assert noise[0] > 0
+    assert noise[1] == pytest.approx(noise[0], rel=0.01)  # the largest of many random values
 
 
 def test_more_than_one_gpu_in_a_process_is_refused(make_model, processor, rows, tmp_path):
@@ -155,7 +162,7 @@ def test_rows_without_padding_train_as_padded_ones(make_model, processor, rows, 
         )
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_padding_free_batches_are_one_row(model, processor, rows):

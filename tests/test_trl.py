@@ -1,11 +1,8 @@
-"""TRL's trainers see what a FlashSloth sees: each row alone, with its own images, gives the numbers of the batch."""
+"""With TRL's trainers, every row sees only its own images: its numbers in a batch equal those of the row alone."""
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import transformers
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
+from processes import run_alone, run_processes
 from trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -62,7 +60,7 @@ def any_processor(request, source):
 
 @pytest.fixture(scope="module")
 def image_rows(images):
-    """Of each row: one, none, two, none."""
+    """Images of each row: one, none, two, none."""
     return [images[:1], [], images[1:3], []]
 
 
@@ -135,13 +133,7 @@ def prompts(image_rows):
 def log_probs_alone(model, processor, image_rows, question, answer_ids):
     """Log-probabilities of an answer's tokens in a batch of one, `(num_tokens,)`."""
     content = [*({"type": "image", "image": image} for image in image_rows), {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [[{"role": "user", "content": content}]],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = processor.encode_conversations([{"role": "user", "content": content}])
     answer_ids = torch.as_tensor(answer_ids).view(1, -1)
     ids = torch.cat([inputs["input_ids"], answer_ids], dim=1)
     with torch.no_grad():
@@ -158,7 +150,7 @@ def answer_log_probs(model, processor, image_rows, answers=ANSWERS):
 
 
 def reward(completions, **kwargs):
-    """All rewards differ, or there would be nothing to learn."""
+    """Rewards that differ, because equal rewards teach nothing."""
     return [float(sum(map(ord, completion[0]["content"])) % 97) for completion in completions]
 
 
@@ -249,11 +241,13 @@ def test_policies_learn_on_batches_without_images(none, trainer, config, load, a
 @pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "config"), POLICY_TRAINERS)
 def test_policies_never_answer_with_query_tokens(trainer, config, load, processor, image_rows, tmp_path):
-    """TRL's own list of tokens that must not be generated has the image token only."""
+    """TRL bans only image tokens. FlashSloth bans query tokens too: a single one would be refused as input."""
     model = load()
     with torch.no_grad():
         model.lm_head.bias[model.config.query_token_id] += 50
-    policy_trainer(trainer, config, model, processor, prompts(image_rows), tmp_path, image_rows).train()
+    made = policy_trainer(trainer, config, model, processor, prompts(image_rows), tmp_path, image_rows)
+    made.train()
+    check_log(made)
 
 
 @pytest.mark.slow
@@ -367,20 +361,22 @@ def test_text_is_packed_right(load, processor, tmp_path):
 
 
 @pytest.mark.slow
-def test_images_are_not_packed(load, processor, image_rows, tmp_path):
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+def test_images_are_not_packed(load, processor, image_rows, tmp_path, name):
     dataset = Dataset.from_list(answered(image_rows))
-    for name in ("packing", "padding_free"):
-        with pytest.raises(ValueError, match="not supported for vision datasets"):
-            sft(load(), processor, dataset, tmp_path, **{name: True})
+    with pytest.raises(ValueError, match="not supported for vision datasets"):
+        sft(load(), processor, dataset, tmp_path, **{name: True})
 
 
-def test_a_prompt_that_trl_cuts_is_refused(load, processor, image_rows, tmp_path):
-    for form, message in (("completion", "TRL cuts them at its `max_length`"), ("messages", "Raise `max_length`")):
-        row = answered(image_rows)[0]
-        row = row if form == "completion" else {"messages": row["prompt"] + row["completion"], "images": image_rows[0]}
-        trainer = sft(load(), processor, Dataset.from_list([row] * 4), tmp_path, max_length=155)
-        with pytest.raises(ValueError, match=message):
-            trainer.train()
+@pytest.mark.parametrize(
+    ("form", "message"), [("completion", "TRL cuts them at its `max_length`"), ("messages", "Raise `max_length`")]
+)
+def test_a_prompt_that_trl_cuts_is_refused(load, processor, image_rows, tmp_path, form, message):
+    row = answered(image_rows)[0]
+    row = row if form == "completion" else {"messages": row["prompt"] + row["completion"], "images": image_rows[0]}
+    trainer = sft(load(), processor, Dataset.from_list([row] * 4), tmp_path, max_length=155)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 @pytest.mark.slow
@@ -416,7 +412,7 @@ EXTRA_KEYS = {
 
 
 def in_parts(rows, keys):
-    """Rows whose prompts are parts, images being placeholders."""
+    """Rows whose prompts are lists of parts, with placeholders for images."""
     of_image, of_text = EXTRA_KEYS[keys]
     found = []
     for row in rows:
@@ -518,10 +514,7 @@ trainer.save_model("again")
 row["completion"] = [{{"role": "assistant", "content": "So."}}]
 SFTTrainer("again", SFTConfig("runs", max_length=None, **options), train_dataset=Dataset.from_list([row] * 2)).train()
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_alone("-c", script, folder=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -531,21 +524,8 @@ def trained_by_processes(make_model, processor, tmp_path_factory):
     make_model("llama", pooling_dropout=0.0).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     for number in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-        done = subprocess.run(
-            [
-                *launch,
-                str(Path(__file__).with_name("trl_training.py")),
-                str(folder / "model"),
-                str(folder / str(number)),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        script = Path(__file__).with_name("trl_training.py")
+        run_processes(script, folder / "model", folder / str(number), number=number)
     return folder
 
 

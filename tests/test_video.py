@@ -1,4 +1,4 @@
-"""A video is a few images: the right frames, in order, in the memory of the frames that were asked for."""
+"""A video is read as a few images: the right frames, in order, in little memory."""
 
 import itertools
 import struct
@@ -72,19 +72,19 @@ def clip(tmp_path_factory):
     ("num_frames", "expected"),
     [(1, [0]), (2, [0, 6]), (3, [0, 3, 6]), (4, [0, 2, 4, 6]), (7, [*range(7)]), (100, [*range(7)])],
 )
-def test_frames_are_taken_at_even_distances_with_the_first_and_the_last(clip, num_frames, expected):
+def test_frames_are_evenly_spaced_from_the_first_to_the_last(clip, num_frames, expected):
     assert numbers_in(clip, num_frames) == expected
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
-def test_animations_need_no_decoder(tmp_path, monkeypatch, suffix):
+def test_animations_need_no_video_decoder(tmp_path, monkeypatch, suffix):
     monkeypatch.setitem(sys.modules, "av", None)
     first, *others = [numbered(i) for i in range(9)]
     first.save(tmp_path / f"clip{suffix}", save_all=True, append_images=others, lossless=True)
     assert numbers_in(tmp_path / f"clip{suffix}", 3) == [0, 4, 8]
 
 
-def test_a_folder_is_read_in_the_order_of_the_numbers_in_its_names(tmp_path):
+def test_frames_in_a_folder_are_sorted_by_the_numbers_in_their_names(tmp_path):
     for i in range(12):
         numbered(i).save(tmp_path / f"frame-{i}.png")
     (tmp_path / "notes.txt").write_text("no image")
@@ -107,7 +107,7 @@ FILMS = {
 
 @pytest.mark.parametrize("name", FILMS)
 @pytest.mark.parametrize("count", [1, 2, 60])
-def test_films_of_every_format_give_the_frames_asked_for(tmp_path, name, count):
+def test_every_video_format_gives_the_requested_frames(tmp_path, name, count):
     path = write_film(tmp_path / name, [numbered(i) for i in range(count)], **FILMS[name])
     assert numbers_in(path, 1) == [0]
     assert numbers_in(path, 5) == ([0, 15, 30, 44, 59] if count == 60 else [*range(count)])
@@ -115,14 +115,14 @@ def test_films_of_every_format_give_the_frames_asked_for(tmp_path, name, count):
 
 @pytest.mark.parametrize("options", [{"bf": "3", "x264-params": "open-gop=1:keyint=20"}, {"group": 7, "bf": "0"}])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_seeking_in_a_long_film_finds_the_same_frames(tmp_path, monkeypatch, options, suffix):
+def test_seeking_in_a_long_video_finds_the_same_frames(tmp_path, monkeypatch, options, suffix):
     path = write_film(tmp_path / f"long{suffix}", [numbered(i) for i in range(150)], "libx264", **options)
     monkeypatch.setattr(video, "LONG_VIDEO", 150)
     assert numbers_in(path, 11) == [round(i * 14.9) for i in range(11)]
     assert numbers_in(path, 150) == [*range(150)]
 
 
-def test_a_film_that_was_recorded_lying_is_set_upright(tmp_path):
+def test_rotation_metadata_is_applied(tmp_path):
     path = write_film(tmp_path / "upright.mp4", [numbered(5)], "libx264")
     data = path.read_bytes()
     place = data.index(UPRIGHT, data.index(b"tkhd"))
@@ -133,7 +133,7 @@ def test_a_film_that_was_recorded_lying_is_set_upright(tmp_path):
 
 
 class Drawn(Sequence):
-    """A thousand large frames that are drawn when they are asked for; counts how many live at a time."""
+    """A thousand large frames that are drawn on access. Counts how many are in memory at a time."""
 
     side = 1500
 
@@ -151,7 +151,7 @@ class Drawn(Sequence):
         return frame
 
 
-def test_only_the_frames_asked_for_are_held_and_not_in_full_size():
+def test_only_the_requested_frames_are_kept_and_not_in_full_size():
     frames = Drawn()
     taken = video_frames(frames, 4, max_side=100)
     assert frames.drawn == [0, 333, 666, 999]
@@ -160,7 +160,7 @@ def test_only_the_frames_asked_for_are_held_and_not_in_full_size():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
-def test_a_film_takes_the_memory_of_a_few_frames(tmp_path):
+def test_a_video_takes_the_memory_of_a_few_frames(tmp_path):
     size, count = (640, 360), 256
     path = write_film(tmp_path / "film.mp4", (numbered(i, size) for i in range(count)), "libx264", preset="ultrafast")
 
@@ -169,7 +169,7 @@ def test_a_film_takes_the_memory_of_a_few_frames(tmp_path):
         return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
     video_frames(path, 2)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory("VmRSS")
     assert len(video_frames(path, 4)) == 4
     whole = count * size[0] * size[1] * 3
@@ -208,7 +208,7 @@ def test_broken_and_missing_clips_are_refused(tmp_path, clip):
             video_frames(clip, num_frames)
 
 
-def test_without_pyav_a_film_names_what_to_install(tmp_path, monkeypatch):
+def test_without_pyav_the_error_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "film.mp4").write_bytes(b"\0" * 100)
     with pytest.raises(ImportError, match=r'pip install "flashsloth\[video\]"'):
@@ -227,7 +227,7 @@ def prepare(processor, messages, **kwargs):
 
 @pytest.mark.parametrize("key", ["path", "url", "video"])
 @pytest.mark.parametrize("kwargs", [{"num_frames": 3}, {"processor_kwargs": {"num_frames": 3}}])
-def test_a_video_in_a_message_is_as_many_images(model, processor, clip, key, kwargs):
+def test_a_video_in_a_message_equals_its_frames_as_images(model, processor, clip, key, kwargs):
     images = [{"type": "image", "image": frame} for frame in video_frames(clip, 3)]
     expected = prepare(processor, question(*images))
     inputs = prepare(processor, question({"type": "video", key: str(clip)}), **kwargs)
@@ -248,7 +248,7 @@ def test_a_video_in_a_message_is_as_many_images(model, processor, clip, key, kwa
         {"type": "video", "video_url": "CLIP"},
     ],
 )
-def test_a_video_may_be_spelled_as_others_do(processor, clip, part):
+def test_common_spellings_of_a_video_are_read(processor, clip, part):
     def filled(value):
         if isinstance(value, dict):
             return {name: filled(item) for name, item in value.items()}
@@ -287,7 +287,7 @@ def test_the_pipeline_takes_videos(model, processor, clip):
     assert answer["generated_text"].strip() == processor.post_process_image_text_to_text(output)[0]
 
 
-def test_what_a_video_cannot_be_given_with_is_refused(processor, clip):
+def test_unsupported_options_and_sources_of_a_video_are_refused(processor, clip):
     with pytest.raises(TypeError, match="`num_frames`"):
         prepare(processor, question({"type": "video", "path": str(clip)}), fps=2)
     with pytest.raises(ValueError, match="should have one of video, url, path, video_url, but has none"):
@@ -296,7 +296,7 @@ def test_what_a_video_cannot_be_given_with_is_refused(processor, clip):
         processor(text="<image>", videos=[str(clip)])
 
 
-def test_more_images_than_the_model_has_positions_for_are_counted_in_a_warning(caplog):
+def test_too_many_images_for_the_models_positions_cause_a_warning(caplog):
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     frames = [numbered(i) for i in range(64)]
     prepare(processor, question({"type": "video", "video": frames}), num_frames=50)
@@ -305,7 +305,7 @@ def test_more_images_than_the_model_has_positions_for_are_counted_in_a_warning(c
     assert "1024 are image tokens of 64 tiles, but the model was made for 1024" in caplog.text
 
 
-def test_thirty_images_in_one_row_are_as_good_as_one(model, processor, images):
+def test_a_row_with_thirty_images_equals_the_row_alone(model, processor, images):
     many = [{"type": "image", "image": images[i % 4]} for i in range(30)]
     rows = [question(*many), question(many[0]), question(), question(*many[:7])]
     inputs = prepare(processor, rows, processor_kwargs={"padding": True})

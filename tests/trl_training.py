@@ -83,7 +83,7 @@ def main():
     train("sft", SFTTrainer, SFTConfig, pairs, learning_rate=0.05, max_length=None, **evaluated)
     preferences = prompts.add_column("chosen", right).add_column("rejected", wrong)
     train("dpo", DPOTrainer, DPOConfig, preferences, learning_rate=0.05, max_length=None, **evaluated)
-    # Otherwise TRL logs images in processes that have some, and would wait forever for a process without any.
+    # With its default, TRL logs images only in processes that have some, and then waits forever for the others.
     policy = {
         "log_multimodal": False,
         "num_generations": 2,
