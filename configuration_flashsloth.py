@@ -154,7 +154,7 @@ class FlashSlothConfig(PreTrainedConfig):
         }
         self.vision_config = _as_config(self.vision_config, default_tower)
         if self.vision_config.model_type == "siglip_vision_model":
-            self.vision_config.vision_use_head = False
+            self.vision_config.vision_use_head = False  # FlashSloth does not read the pooled output of SigLIP's head
         if self.instruction_start_ids is None:
             self.instruction_start_ids = [list(pattern) for pattern in PHI_INSTRUCTION_STARTS]
         if self.num_query_heads is None:
@@ -231,7 +231,7 @@ class FlashSlothConfig(PreTrainedConfig):
         if not self.instruction_start_ids or not all(self.instruction_start_ids):
             raise ValueError(
                 "`instruction_start_ids` must hold at least one non-empty id pattern, but is "
-                f"{self.instruction_start_ids}; give the ids after which a question begins, such as those of `USER:`."
+                f"{self.instruction_start_ids}; pass the ids after which a question begins, such as those of `USER:`."
             )
         if self.image_token_id == self.query_token_id:
             raise ValueError(f"`image_token_id` and `query_token_id` must differ, but both are {self.image_token_id}.")

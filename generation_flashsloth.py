@@ -87,7 +87,7 @@ class FlashSlothGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Suppress image and query tokens in addition to what the caller suppresses."""
+        """Suppress image and query tokens in addition to the caller's `suppress_tokens`."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         placeholders = {self.config.image_token_id, self.config.query_token_id}
         generation_config.suppress_tokens = sorted(placeholders.union(generation_config.suppress_tokens or ()))

@@ -167,7 +167,7 @@ class _RefusedError(ValueError):
 def _check_limit(limits: dict[str, int], name: str, found: int, what: str) -> None:
     if found > limits[name]:
         raise _RefusedError(
-            f"a request may have {limits[name]} {what}, but has {found}; send less, or ask the operator of this "
+            f"a request may have {limits[name]} {what}, but has {found}; reduce that, or ask the operator of this "
             f"endpoint to set FLASHSLOTH_{name.upper()}."
         )
 

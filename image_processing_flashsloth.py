@@ -74,7 +74,7 @@ WEIGHT_ONE = 2**22
 DOWNLOAD_TIMEOUT = 30
 USER_AGENT = "FlashSloth"
 
-# What Pillow raises for files that are truncated, corrupt, not images, or decompression bombs.
+# Exceptions that Pillow raises for files that are truncated, corrupt, not images, or decompression bombs.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 # Keys that transformers adds to saved files; the constructor accepts them.
@@ -167,7 +167,7 @@ class FlashSlothImageProcessor(PilBackend):
         return NUM_HD_TILES if do_image_splitting else 1
 
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
-        """Load paths, URLs and base64 strings, one or in a nested list; other images are returned as they are.
+        """Load paths, URLs and base64 strings, one or in a nested list; other images are returned unchanged.
 
         In a list of rows, `None` is a row without images, as TRL passes it: `[None, [image]]`, or `[None, None]`.
         Encoded images, `{"bytes": ..., "path": ...}`, as `datasets` returns them for nested columns, are opened.
@@ -438,7 +438,7 @@ def is_web_address(source: str) -> bool:
 
 
 def strip_file_scheme(source: str) -> str:
-    """Path of a `file://` URL; anything else is returned as it is."""
+    """Path of a `file://` URL; other sources are returned unchanged."""
     return url2pathname(urlsplit(source).path) if source.startswith("file://") else source
 
 

@@ -211,7 +211,7 @@ class QueryContext(NamedTuple):
     Attributes:
         patch_features: Patch features of all tiles of all rows, `(num_tiles, num_patches, vision_hidden_size)`.
         tiles: Indices of a row's tiles, `(batch, tiles_per_row)`.
-        query_positions: Positions of a row's query tokens, filled up with other tokens, `(batch, queries_per_row)`.
+        query_positions: Positions of a row's query tokens, padded with other positions, `(batch, queries_per_row)`.
         patch_mask: True where a query token may read a patch, `(batch, queries_per_row, tiles_per_row * num_patches)`.
         instruction_mask: True where a query token may read a token, `(batch, queries_per_row, seq_length)`.
         update_mask: True at query tokens with an image before them, `(batch, queries_per_row)`.
@@ -378,7 +378,7 @@ class PromptSpans:
         return found
 
     def query_positions(self) -> torch.Tensor:
-        """Positions of every row's query tokens in order, filled up with other tokens, `(batch, queries_per_row)`."""
+        """Positions of every row's query tokens in order, padded with other positions, `(batch, queries_per_row)`."""
         batch_size, length = self.query_mask.shape
         if self.queries_per_row == length:  # a traced graph cannot know how many there are
             return torch.arange(length, device=self.query_mask.device).expand(batch_size, -1)

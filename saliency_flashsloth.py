@@ -174,8 +174,8 @@ class FlashSlothSaliencyMixin(GenerationMixin):
         num_tiles = len(weights) // max(len(image_sizes), 1)
         if num_tiles * len(image_sizes) != len(weights):
             raise ValueError(
-                f"{len(image_sizes)} images cannot have {len(weights)} tiles; give `image_sizes` the height and "
-                "width of every image of every row, in order."
+                f"{len(image_sizes)} images cannot have {len(weights)} tiles; pass the height and width "
+                "of every image of every row, in order, as `image_sizes`."
             )
         patch_size = float(np.ravel(self.config.vision_config.patch_size)[0] / self.config.tile_size[0])
         parts = (weights[i * num_tiles : (i + 1) * num_tiles] for i in range(len(image_sizes)))
@@ -244,7 +244,7 @@ def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
     if levels.shape != (image.height, image.width):
         raise ValueError(
             f"The map is {levels.shape[1]}x{levels.shape[0]} pixels, but the image {image.width}x{image.height}; "
-            "give `heat_maps` the (height, width) of this image."
+            "pass the (height, width) of this image to `heat_maps`."
         )
     levels = levels / max(levels.max(), np.finfo(levels.dtype).tiny)
     steps = np.linspace(0, 1, len(HEAT_COLOURS))

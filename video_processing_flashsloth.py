@@ -25,7 +25,7 @@ from .image_processing_flashsloth import (
 DEFAULT_NUM_FRAMES = 8
 
 # FlashSloth-HD enlarges an image to twice the side of a tile: 768 pixels with the released sizes.
-MAX_SIDE = 1024
+MAX_FRAME_SIDE = 1024
 
 # Pillow also identifies MPEG files, but cannot read them.
 ANIMATIONS = ("GIF", "PNG", "WEBP")
@@ -35,7 +35,9 @@ LONG_VIDEO = 500
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
-def video_frames(source: Any, num_frames: int = DEFAULT_NUM_FRAMES, *, max_side: int = MAX_SIDE) -> list[Image.Image]:
+def video_frames(
+    source: Any, num_frames: int = DEFAULT_NUM_FRAMES, *, max_side: int = MAX_FRAME_SIDE
+) -> list[Image.Image]:
     """Sample evenly spaced frames from a video, including the first and the last one.
 
     Frames are decoded one at a time and only the sampled ones are kept, so memory holds `num_frames` images, whatever

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         with _termination_as_exit(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # those of libraries, about their own code
             options.run(options)
             sys.stdout.flush()
     except CommandError as error:
@@ -447,6 +447,7 @@ def _build_streamer(tokenizer: Any) -> Any:
 
 
 def _silence_transformers(*, show_progress: bool = False) -> None:
+    """Keep the libraries' log messages, and by default their progress bars, out of the terminal."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 

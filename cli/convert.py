@@ -43,7 +43,7 @@ SAFETENSORS_PATTERN, BIN_PATTERN = "model*.safetensors", "pytorch_model*.bin"
 MAX_SHARD_SIZE = "2GB"  # progress is shown once per shard
 MAX_UNCHECKED_LAYERS = 256
 SIZES = {"model.embedded_query.query_norm.weight": "query_hidden_size", "model.query_tokens": "num_query_tokens"}
-"""Config fields that no release's config has, by the tensor whose first axis gives them."""
+"""Config fields that the configs of releases lack: the length of the tensor's first axis is the field's value."""
 UNUSED = (
     r"^model\.vision_tower\.(post_layernorm|head)\.",
     r"\.position_ids$",
@@ -163,7 +163,7 @@ def _find_source(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ConversionError(f"{source} is a file; give the folder with config.json and the weights.")
+        raise ConversionError(f"{source} is a file; pass the folder that contains config.json and the weights.")
     try:
         try:
             has_safetensors = bool(fnmatch.filter(list_repo_files(str(source)), SAFETENSORS_PATTERN))
@@ -222,7 +222,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mappable)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} is damaged or holds more than tensors, such as code, which is not run; get the weights as "
+            f"{file} is damaged or contains more than tensors, such as code, which is not run; get the weights as "
             "safetensors, or from a source that you trust."
         ) from error
     except Exception as error:  # a broken pickle can raise anything
@@ -308,7 +308,7 @@ def _list_problems(problems: list[str]) -> str:
     count = f"{len(problems)} tensors are" if len(problems) > 1 else "1 tensor is"
     lines = [f"{count} not as expected; nothing was written.", *sorted(problems)]
     if any(problem.startswith("wrong shape: model.vision_tower.") for problem in problems):
-        lines.append("The vision tower differs from its config; give the tower's own config with --vision-config.")
+        lines.append("The vision tower differs from its config; pass the tower's own config with --vision-config.")
     return "\n  ".join(lines)
 
 

@@ -136,7 +136,7 @@ def _load_model(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGener
     if (folder / ADAPTER_CONFIG).is_file():
         return _merge_adapter(folder, dtype)
     if not (folder / "config.json").is_file():
-        raise ValueError("it has no config.json; give a folder that `save_pretrained` or a training run wrote.")
+        raise ValueError("it has no config.json; pass a folder that `save_pretrained` or a training run wrote.")
     return _load_whole(folder, dtype), folder
 
 
@@ -169,7 +169,7 @@ def _load_whole(source: str | Path, dtype: str) -> FlashSlothForConditionalGener
     if missing := report["missing_keys"]:
         raise ValueError(f"tensors are missing from its weights: {len(missing)}, such as {min(missing)}.")
     if unexpected := report["unexpected_keys"]:
-        raise ValueError(f"its weights hold unexpected tensors: {len(unexpected)}, such as {min(unexpected)}.")
+        raise ValueError(f"its weights contain unexpected tensors: {len(unexpected)}, such as {min(unexpected)}.")
     return model
 
 

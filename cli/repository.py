@@ -31,13 +31,13 @@ class RepositoryError(ValueError):
 
 
 def read_json(file: Path) -> dict:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that contains an object.
 
     Args:
         file: The file.
 
     Raises:
-        ValueError: If it cannot be read, or does not hold an object.
+        ValueError: If it cannot be read, or does not contain an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def read_json(file: Path) -> dict:
 
 
 def check_json_files(folder: Path) -> None:
-    """Check that every JSON file that transformers reads holds an object.
+    """Check that every JSON file that transformers reads contains an object.
 
     Args:
         folder: A checkpoint's folder.

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from ..video_processing_flashsloth import DEFAULT_NUM_FRAMES, video_frames
+from ..video_processing_flashsloth import DEFAULT_NUM_FRAMES
 
 try:
     from accelerate import Accelerator
@@ -76,7 +76,7 @@ class FlashSlothForEvaluation(lmms):
         )
         self.model.to(self.device).eval()
         # lmms-eval's response cache names every run differently, so it would not find the answers of a killed run. With
-        # one name for all runs it does, and its keys tell models and tasks apart. Only the environment sets the name.
+        # one name for all runs it does, and its keys tell models and tasks apart.
         os.environ.setdefault(RUN_ID, "flashsloth")
 
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[str] | list[str]:
@@ -131,10 +131,12 @@ class FlashSlothForEvaluation(lmms):
     @torch.inference_mode()
     def _answer_batch(self, batch: list[tuple]) -> list[str]:
         conversations = [
-            self._conversation(to_messages(self.task_dict[task][split][document]))
+            to_messages(self.task_dict[task][split][document])
             for _, to_messages, _, document, task, split in batch  # `args` of a request, see `generate_until`
         ]
-        inputs = self.processor.encode_conversations(conversations, padding=True, **self.image_kwargs).to(self.device)
+        inputs = self.processor.encode_conversations(
+            conversations, padding=True, num_frames=self.max_num_frames, **self.image_kwargs
+        ).to(self.device)
         prompt_length = inputs["input_ids"].shape[1]
         options, stops = generation_options(batch[0][2])
         room = self.model.config.get_text_config().max_position_embeddings - prompt_length
@@ -142,25 +144,6 @@ class FlashSlothForEvaluation(lmms):
         generated = self.model.generate(**inputs, **options)
         texts = self.processor.post_process_image_text_to_text(generated[:, prompt_length:])
         return [_cut(text, stops) for text in texts]
-
-    def _conversation(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Convert lmms-eval's messages to transformers' format, and videos to frames."""
-        return [
-            {"role": message["role"], "content": [part for raw in message["content"] for part in self._parts(raw)]}
-            for message in messages
-        ]
-
-    def _parts(self, part: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if part["type"] == "text":
-            return [{"type": "text", "text": part["text"]}]
-        if part["type"] == "image":
-            return [{"type": "image", "image": part["url"]}]
-        if part["type"] == "video":
-            return [{"type": "image", "image": frame} for frame in video_frames(part["url"], self.max_num_frames)]
-        raise ValueError(
-            f"FlashSloth reads text, images and videos, but this task has content of type {part['type']!r}; choose "
-            "another task."
-        )
 
 
 def generation_options(task_options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -265,7 +265,7 @@ BROKEN = {
     "tensors are missing from its weights: 1, such as model.query_tokens": change_tensors(
         lambda tensors: tensors.pop("model.query_tokens")
     ),
-    "its weights hold unexpected tensors: 1, such as model.extra": change_tensors(
+    "its weights contain unexpected tensors: 1, such as model.extra": change_tensors(
         lambda tensors: tensors.update({"model.extra": torch.zeros(1)})
     ),
     "cannot be exported: ": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),

@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 class FlashSlothDataCollator:
     """Builds batches with labels for the answer and the end token of every turn.
 
-    Answers are what the chat template puts inside `{% generation %}`; a token that spans the start of an answer is
+    The chat template puts answers inside `{% generation %}`; a token that spans the start of an answer is also
     trained on. Control tokens in the text of a row stay text, as everywhere in `FlashSlothProcessor`.
 
     A row longer than `max_length` is truncated after the end token of the last answer that fits; later turns are

@@ -104,7 +104,7 @@ class Rows(Dataset):
         return self.normalize(self.record(index), index)
 
     def record(self, index: int) -> dict[str, Any]:
-        """Read a record as it is in the source, without normalising it."""
+        """Read a record from the source, without normalising it."""
         record = self.records[index]
         return record.to_pylist()[0] if self.is_arrow else record
 
@@ -333,7 +333,7 @@ def _count_placeholders(message: dict) -> int:
 
 
 def _place_images(messages: list[dict], images: list, *, at_placeholders: bool) -> list[dict]:
-    """Convert contents to parts, with images at image parts without one, at placeholders, or before the first question.
+    """Convert contents to parts, with images in empty image parts, at placeholders, or before the first question.
 
     Args:
         messages: Messages whose content is text or a list of parts.
