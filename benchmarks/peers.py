@@ -95,7 +95,7 @@ class Peer(NamedTuple):
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
     def build_model(self, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-        """Build the model on the default device, with weights as `torch.nn` initializes them."""
+        """Build the model on the default device, with weights as `torch.nn` initialises them."""
         return self._find(self.architecture)._from_config(self.build_config(), dtype=dtype).eval()
 
     def build_image_processor(self) -> Callable | None:

@@ -3,7 +3,7 @@
     python benchmarks/quantization.py --output benchmarks/results/quantization_cpu.md
     python benchmarks/quantization.py --images 0 --precisions bfloat16 float32 --output float32_cpu.md
 
-The decoder's layers are quantized as in docs/converting.md.
+The decoder's layers are quantised as in docs/converting.md.
 
 - Accuracy: the shipped checkpoint answers the questions of `examples/tiny/score.py`. In addition, logits of the
   synthetic checkpoint behind tests/golden/ are compared with those of the original implementation in float32: root mean
@@ -96,13 +96,13 @@ def compare_answers(num_images: int) -> Iterator[Answers]:
 
 
 def load(folder: Path, recipe: Any) -> FlashSlothForConditionalGeneration:
-    """Load a checkpoint, quantized by a recipe if there is one."""
+    """Load a checkpoint, quantised by a recipe if there is one."""
     quantization = {} if recipe is None else {"quantization_config": recipe}
     return FlashSlothForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, **quantization).eval()
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Memory of a tensor, or of the parts of a quantized one."""
+    """Memory of a tensor, or of the parts of a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__") or type(tensor) is torch.nn.Parameter:
         return tensor.nbytes
     return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
@@ -124,7 +124,7 @@ def golden_difference(recipe: Any) -> float:
 
 
 def build(peer: Peer, precision: str) -> Candidate:
-    """Build a model with random weights, all in float32, or in bfloat16 with the decoder's layers quantized."""
+    """Build a model with random weights, all in float32, or in bfloat16 with the decoder's layers quantised."""
     candidate = Candidate(peer, build_filled(peer, "cpu"))
     if precision == "float32":
         candidate.model.float()

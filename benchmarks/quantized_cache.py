@@ -1,4 +1,4 @@
-"""Accuracy and memory of a quantized KV cache, with the small checkpoint.
+"""Accuracy and memory of a quantised KV cache, with the small checkpoint.
 
     pip install optimum-quanto hqq
     python benchmarks/quantized_cache.py --output benchmarks/results/quantized_cache_cpu.md

@@ -83,12 +83,14 @@ class ModelArguments:
     )
     do_image_splitting: bool | None = field(
         default=None,
-        metadata={"help": "split images into tiles; stage 2 then also trains the tower (default: the model's setting)"},
+        metadata={
+            "help": "split images into tiles; stage 2 then also trains the tower; None: as the model's processor"
+        },
     )
     train_vision_tower: bool | None = field(
         default=None,
         metadata={
-            "help": "whether stage 2 trains the tower (default: if images are split; the authors' code never does)"
+            "help": "whether stage 2 trains the tower, which the authors' code never does; None: if images are split"
         },
     )
     dtype: Literal["float32", "bfloat16"] = field(
@@ -106,7 +108,7 @@ class ModelArguments:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the language model is quantized."""
+        """Whether the language model is quantised."""
         return self.load_in_8bit or self.load_in_4bit
 
     def __post_init__(self) -> None:
@@ -321,7 +323,7 @@ def check_data(
 
 
 def quantization(model_args: ModelArguments, args: RecipeArguments) -> BitsAndBytesConfig | None:
-    """Quantization of the language model, if any."""
+    """Quantisation of the language model, if any."""
     if model_args.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED_MODULES))
     if model_args.load_in_4bit:
@@ -388,7 +390,7 @@ def _is_whole(state: Path) -> bool:
 def save(trainer: FlashSlothTrainer, model_args: ModelArguments) -> None:
     """Write the finished model into the output folder, as a complete model repository.
 
-    Adapters are written to a subfolder, and merged into the model unless it is quantized or sharded.
+    Adapters are written to a subfolder, and merged into the model unless it is quantised or sharded.
     """
     folder = Path(trainer.args.output_dir)
     if trainer.is_fsdp_enabled:

@@ -70,7 +70,7 @@ def _covered(box: tuple[float, float, float, float], grid: int) -> tuple[slice, 
 class PatchDataset(Dataset):
     """Images with `patch_targets`, drawn on access.
 
-    Some images are grey and have no colour targets, so that the tower learns to recognize shapes independently of their
+    Some images are grey and have no colour targets, so that the tower learns to recognise shapes independently of their
     colour, including pairs that never occur in training.
 
     Args:
