@@ -4,7 +4,9 @@ import base64
 import copy
 import dataclasses
 import io
+import json
 import pickle
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from transformers.utils import logging
 from flashsloth import FlashSlothProcessor
 from flashsloth.processing_flashsloth import DEFAULT_SYSTEM_PROMPT, GUARD, ConversationError, build_chat_template
 
+ROOT = Path(__file__).parents[1]
 SYSTEM = DEFAULT_SYSTEM_PROMPT + " "
 TOKENIZED = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
@@ -130,6 +133,15 @@ def test_the_processor_saves_and_loads(processor, images, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert loaded.tokenizer.padding_side == "left"
     assert (loaded.image_seq_length, loaded.num_query_tokens) == (4, 3)
+
+
+def test_a_tokenizer_without_model_max_length_gets_the_models_positions(tmp_path):
+    for name in ("config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"):
+        shutil.copy(ROOT / name, tmp_path)
+    settings = json.loads((ROOT / "tokenizer_config.json").read_text())
+    assert settings.pop("model_max_length") == 1024
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert FlashSlothProcessor.from_pretrained(tmp_path).tokenizer.model_max_length == 1024
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -436,8 +448,7 @@ def test_the_chat_template_itself_refuses_parts_that_it_would_drop(processor, pa
 
 
 def test_the_shipped_chat_template_is_the_one_that_is_built():
-    shipped = Path(__file__).parents[1] / "chat_template.jinja"
-    assert shipped.read_text(encoding="utf-8") == build_chat_template("")
+    assert (ROOT / "chat_template.jinja").read_text(encoding="utf-8") == build_chat_template("")
 
 
 # ---- prompts without query tokens ------------------------------------------------------------------------------------

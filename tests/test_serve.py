@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,8 +22,6 @@ from openai import BadRequestError, OpenAI
 from PIL import Image
 from processes import serve_folder
 from scenes import describe, draw, scene_at
-
-from flashsloth import FlashSlothProcessor
 
 pytestmark = pytest.mark.slow  # starts a server
 
@@ -279,15 +276,6 @@ def test_an_image_is_an_image_url_or_an_input_image_and_nothing_else(client):
     assert seen == {"image_url": True, "input_image": True, "image": False}
 
 
-def test_a_tokenizer_without_model_max_length_gets_the_models_positions(tmp_path):
-    for name in ("config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"):
-        shutil.copy(ROOT / name, tmp_path)
-    settings = json.loads((ROOT / "tokenizer_config.json").read_text())
-    assert settings.pop("model_max_length") == 1024
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert FlashSlothProcessor.from_pretrained(tmp_path).tokenizer.model_max_length == 1024
-
-
 def test_the_responses_api_refuses_a_prompt_that_is_too_long(client):
     with pytest.raises(BadRequestError) as refusal:
         client.responses.create(model=".", input="star " * 15_000, stream=False)
@@ -353,7 +341,6 @@ def test_the_clients_of_the_page_print_what_the_page_says(client, monkeypatch):
     assert said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", ["--continuous-batching", "--compile", "--attn-implementation eager"])
 def test_options_of_the_server_do_not_change_the_answer(tmp_path, options):
     with serving(tmp_path, *options.split()) as url:
