@@ -130,7 +130,7 @@ def _container(path: str, num_frames: int) -> Iterator[Image.Image]:
         import av
     except ImportError as error:
         raise ImportError(
-            f'Reading {path} needs PyAV; install it with `pip install "flashsloth[video]"` or `pip install av`. Lists '
+            f"Reading {path} needs PyAV; install it with `pip install av`. Lists "
             "and folders of images, and GIFs, can be read without it."
         ) from error
     try:

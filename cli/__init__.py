@@ -204,7 +204,7 @@ def _add_export(commands: Any) -> None:
     )
     for name, metavar, explanation in (
         ("--base-model", "ID", "Hub id of a model that this one is based on (default: from CHECKPOINT's model card)"),
-        ("--evaluation", "FILE", "JSON of lmms-eval or evaluate.py (default: CHECKPOINT's evaluation.json, if any)"),
+        ("--evaluation", "FILE", "JSON of lmms-eval or score.py (default: CHECKPOINT's evaluation.json, if any)"),
     ):
         text = f"{explanation}; may be repeated"
         parser.add_argument(name, metavar=metavar, action="append", default=[], help=text)

@@ -144,7 +144,7 @@ def _merge_adapter(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGe
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ValueError('merging a LoRA adapter requires peft: pip install "flashsloth[train]"') from error
+        raise ValueError("merging a LoRA adapter requires peft: pip install peft") from error
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"its {ADAPTER_CONFIG} does not name a base model in `base_model_name_or_path`.")

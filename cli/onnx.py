@@ -127,7 +127,9 @@ def export_onnx(
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise RepositoryError('ONNX export requires further packages: pip install "flashsloth[onnx]"') from error
+        raise RepositoryError(
+            "ONNX export requires further packages: pip install onnx onnxruntime onnxscript"
+        ) from error
     # It warns about missing torchvision operators, which are not needed.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     model = model.float().eval()

@@ -18,7 +18,7 @@ try:
     from lmms_eval.api.instance import Instance
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    raise ImportError('Evaluation needs lmms-eval; install it with `pip install "flashsloth[eval]"`.') from error
+    raise ImportError("Evaluation needs lmms-eval; install it with `pip install lmms-eval`.") from error
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-pytest.importorskip("gradio", reason='the demo needs Gradio: pip install "flashsloth[demo]"')
+pytest.importorskip("gradio", reason="the demo needs Gradio: pip install gradio")
 webdriver = pytest.importorskip("selenium.webdriver", reason="driving a browser needs selenium")
 from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402

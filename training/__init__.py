@@ -1,7 +1,7 @@
 """Training: data sets, the collator that turns rows into batches with labels, and a sampler.
 
 Running a model needs none of this. `load_rows` needs the package `datasets` for everything but JSON files:
-`pip install "flashsloth[train]"`.
+`pip install datasets`.
 """
 
 from .check import RowReport, check_rows

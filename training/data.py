@@ -225,7 +225,7 @@ def _import_datasets(source: str | Path) -> Any:
     except ImportError as error:
         raise ImportError(
             f"Reading {source} needs the package `datasets`; only `.json` and `.jsonl` files without streaming do not. "
-            'Install it with `pip install "flashsloth[train]"`.'
+            "Install it with `pip install datasets`."
         ) from error
     return datasets
 
