@@ -287,7 +287,7 @@ def test_inputs_that_do_not_match_are_refused(model, ask, images):
         model.heat_maps(outputs, ids, [])
     with pytest.raises(ValueError, match="attention of 2 questions, but `input_ids` has 1"):
         model.heat_maps(outputs, ids[:1], [(48, 40)] * 2)
-    with pytest.raises(ValueError, match="Expected 1 tile of an image, or 5, found 2"):
+    with pytest.raises(ValueError, match="Expected 1 or 5 tiles of an image, found 2"):
         model.heat_maps(outputs, ids, [(48, 40)])
     with pytest.raises(ValueError, match="2 prompts, 1 answers"):
         model.answer_maps(inputs, ids[:1], [(48, 40)] * 2)
