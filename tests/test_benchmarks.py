@@ -70,6 +70,7 @@ def test_counted_memory_is_that_of_the_tensors_alive_at_once():
     assert c.shape == b.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fake_tensors_take_as_much_as_real_ones(checkpointing):
     case = step_cost.Case("FlashSloth", 2, checkpointing)

@@ -654,6 +654,7 @@ def test_a_tied_weight_may_be_missing_in_a_state_dict(make_model, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_exact_answers_are_counted(make_model, processor, rows, data, tmp_path):
     asked = [rows[index] for index in (0, 1, 2)]
     trainer = train(make_model(), processor, asked, tmp_path, max_steps=40, per_device_train_batch_size=3)

@@ -257,6 +257,7 @@ def test_an_unnoticed_change_needs_a_clear(make_model, ask, images):
     torch.testing.assert_close(scores_of(model, cache(inputs)), scores_of(model, inputs), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_threads_can_share_a_cache(model, ask, images):
     inputs = [ask([([image], "What is it?")]) for image in images]
     expected = [scores_of(model, given) for given in inputs]

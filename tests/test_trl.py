@@ -102,7 +102,7 @@ def test_rows_that_are_all_none_have_no_tiles(any_processor, load):
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_image_among_images_cannot_be_none(nested, processor, images):
     image_rows = [[images[0]], [None]] if nested else [images[0], None]
-    with pytest.raises(TypeError, match=r"found NoneType.*rows without an image as `\[\]`"):
+    with pytest.raises(TypeError, match=r"found NoneType.*If a row has no images, pass `\[\]`"):
         processor.image_processor(image_rows)
 
 
