@@ -369,7 +369,7 @@ def test_images_are_not_packed(load, processor, image_rows, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("form", "message"), [("completion", "TRL cuts them at its `max_length`"), ("messages", "Raise `max_length`")]
+    ("form", "message"), [("completion", "TRL truncates them to its `max_length`"), ("messages", "Raise `max_length`")]
 )
 def test_a_prompt_that_trl_cuts_is_refused(load, processor, image_rows, tmp_path, form, message):
     row = answered(image_rows)[0]
@@ -471,7 +471,7 @@ def test_images_in_parts(load, processor, image_rows, tmp_path):
         for row, answer in zip(rows, ANSWERS, strict=True)
     ]
     dataset = Dataset.from_list(rows)
-    with pytest.raises(ValueError, match="to TRL as a column `images`"):
+    with pytest.raises(ValueError, match="in TRL as a column `images`"):
         sft(load(), processor, dataset, tmp_path).train()
     model = load()
     options = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
