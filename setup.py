@@ -71,6 +71,7 @@ setup(
         "huggingface_hub",
         "jinja2>=3.1",
         "numpy>=2",
+        "packaging",
         "pillow>=12",
         "safetensors",
         "tokenizers",
