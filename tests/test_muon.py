@@ -5,27 +5,8 @@ import copy
 import pytest
 import torch
 from muon_optimizer import Muon, orthogonalize
-from torch import distributed, multiprocessing, nn
-
-NUM_STEPS = 4
-
-
-def build_model():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 16, bias=False), nn.LayerNorm(16))
-    model.add_module("embed_tokens", nn.Embedding(30, 16))
-    return model
-
-
-def train(model, optimizer, num_steps=NUM_STEPS, *, start=0):
-    for step in range(start, start + num_steps):
-        generator = torch.Generator().manual_seed(step)
-        inputs, ids = torch.randn(8, 24, generator=generator), torch.randint(30, (8,), generator=generator)
-        hidden = model[:4](inputs)
-        (hidden * model.embed_tokens(ids)).sum(1).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+from muon_training import NUM_STEPS, build_model, train, train_in_a_group
+from torch import multiprocessing, nn
 
 
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32), (32, 64)])
@@ -87,19 +68,11 @@ def test_a_saved_optimizer_resumes_exactly(tmp_path):
         assert torch.equal(weight, other)
 
 
-def _train_in_a_group(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = build_model()
-    train(model, Muon(model, 0.01))
-    torch.save(model.state_dict(), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_two_processes_update_like_one(tmp_path):
     alone = build_model()
     train(alone, Muon(alone, 0.01))
-    multiprocessing.spawn(_train_in_a_group, (tmp_path,), nprocs=2)
+    multiprocessing.spawn(train_in_a_group, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, weight in alone.state_dict().items():
         assert torch.equal(first[name], second[name])
