@@ -16,6 +16,7 @@ CHECKPOINT = [
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
+EXAMPLES = ["examples/scene.png", "examples/shapes.png"]  # of the demo
 # Lower bounds are the oldest releases that the tests have run with.
 DEMO = ["gradio>=6.31"]
 FILELOCK = "filelock<4"  # lmms-eval 0.7.3 imports a module that 4 no longer has
@@ -106,7 +107,7 @@ setup(
     },
     packages=["flashsloth", "flashsloth.cli", "flashsloth.evaluation", "flashsloth.training"],
     package_dir={"flashsloth": "."},
-    package_data={"flashsloth": [*CHECKPOINT, "LICENSE", "py.typed"]},
+    package_data={"flashsloth": [*CHECKPOINT, *EXAMPLES, "LICENSE", "py.typed"]},
     cmdclass={"build_py": BuildModules},
     entry_points={
         "console_scripts": ["flashsloth = flashsloth.cli:main"],

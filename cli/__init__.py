@@ -1,6 +1,9 @@
 """Command line of FlashSloth.
 
-flashsloth ask IMAGE QUESTION      answer a question about an image
+flashsloth ask IMAGE QUESTION      answer a question about an image, or several
+flashsloth chat IMAGE              answer questions about an image, one after the other
+flashsloth caption SOURCE          answer a question about every image of a folder or table
+flashsloth demo                    show a chat about an image in the browser
 flashsloth convert SOURCE OUTPUT   convert an original release to a complete model repository
 flashsloth init OUTPUT             build an untrained model from a vision tower and a decoder
 flashsloth export CHECKPOINT OUT   turn a checkpoint into a complete model repository
@@ -33,6 +36,8 @@ SHIPPED_CHECKPOINT_NOTE = (
 STDIN = "-"
 DEFAULT_MAX_NEW_TOKENS = 512
 NUM_SHOWN_FILES = 12
+NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+IMAGE_HELP = "a file, an http(s) URL, or - for standard input"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXIT_ERROR = 2
 EXIT_SIGNAL = 128  # plus the number of the signal, as shells do
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
             sys.stdout.flush()
     except CommandError as error:
-        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+        _report(error)
         return EXIT_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("\n")
@@ -73,16 +78,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="FlashSloth, a small and fast vision-language model.")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the versions in use, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in COMMANDS:
         add_command(commands)
     return parser
 
 
+class _ShowVersion(argparse.Action):
+    """Shows the versions that a bug report needs. They are read only when they are asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import platform
+        from importlib.metadata import version
+
+        from .. import __version__
+
+        libraries = (f"{name} {version(name)}" for name in ("transformers", "torch"))
+        sys.stdout.write("\n".join([f"{PROGRAM} {__version__}", *libraries, f"Python {platform.python_version()}", ""]))
+        parser.exit()
+
+
 def _add_ask(commands: Any) -> None:
-    parser = commands.add_parser("ask", help="answer a question about an image")
-    parser.add_argument("image", metavar="IMAGE", help="a file, an http(s) URL, or - for standard input")
+    parser = commands.add_parser("ask", help="answer a question about an image, or several")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGE_HELP)
     parser.add_argument("question", metavar="QUESTION")
+    _add_model_options(parser, max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
+    parser.set_defaults(run=_ask)
+
+
+def _add_chat(commands: Any) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="answer questions about an image, one after the other",
+        description="Chat about an image, or several. They are encoded once. Ctrl-C stops an answer, Ctrl-D ends the "
+        "chat. Without a terminal, every line of standard input is a question.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file or an http(s) URL")
+    _add_model_options(parser, max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
+    parser.set_defaults(run=_chat)
+
+
+def _add_caption(commands: Any) -> None:
+    parser = commands.add_parser(
+        "caption",
+        help="answer a question about every image of a folder or table",
+        description="Answer a question about every image, in one process or, started by torchrun, in several. Start an "
+        "interrupted run again to resume it.",
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="folder of images; .json, .jsonl or .parquet file; data set"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="folder for the answers, shared by all processes"
+    )
+    parser.add_argument("--question", default="Describe the picture.", help="(default: %(default)s)")
+    _add_model_options(parser, max_new_tokens=128)
+    numbers = (
+        ("--batch-size", _positive_int, 16, "images per batch"),
+        ("--loaders", _not_negative_int, min(2, NUM_CPUS), "worker processes that read images"),
+    )
+    for name, kind, default, explanation in numbers:
+        parser.add_argument(name, metavar="N", type=kind, default=default, help=f"{explanation} (default: %(default)s)")
+    parser.set_defaults(run=_caption)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="show a chat about an image in the browser",
+        description="Serve a chat about an image, which shows what the model looked at. Needs Gradio.",
+    )
+    _add_model_options(parser, max_new_tokens=DEFAULT_MAX_NEW_TOKENS, hd=False)
+    parser.add_argument("--host", help="address to serve on (default: localhost only); 0.0.0.0 for all interfaces")
+    parser.add_argument("--port", metavar="N", type=_positive_int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="create a public Gradio link")
+    parser.set_defaults(run=_demo)
+
+
+def _add_model_options(parser: argparse.ArgumentParser, *, max_new_tokens: int, hd: bool = True) -> None:
+    """Add the options of all commands that answer questions."""
     parser.add_argument(
         "--model", metavar="DIR_OR_ID", help="folder or Hub id (default: the demonstration checkpoint in the package)"
     )
@@ -90,15 +165,19 @@ def _add_ask(commands: Any) -> None:
         "--max-new-tokens",
         metavar="N",
         type=_positive_int,
-        default=DEFAULT_MAX_NEW_TOKENS,
-        help="maximum length of the answer in tokens (default: %(default)s)",
+        default=max_new_tokens,
+        help="maximum length of an answer in tokens (default: %(default)s)",
     )
+    if hd:
+        parser.add_argument(
+            "--hd",
+            dest="do_image_splitting",
+            action="store_const",
+            const=True,
+            help="split every image into five tiles (default: the checkpoint's setting)",
+        )
     parser.add_argument(
-        "--hd",
-        dest="do_image_splitting",
-        action="store_const",
-        const=True,
-        help="split the image into five tiles (default: the checkpoint's setting)",
+        "--device", metavar="NAME", help="such as cpu, cuda, cuda:1 or mps (default: the accelerator, if there is one)"
     )
     parser.add_argument(
         "--dtype",
@@ -106,7 +185,6 @@ def _add_ask(commands: Any) -> None:
         default="auto",
         help="data type of the weights (default: the checkpoint's; float32 on CPUs without bfloat16 instructions)",
     )
-    parser.set_defaults(run=_ask)
 
 
 def _add_convert(commands: Any) -> None:
@@ -230,15 +308,17 @@ def _add_onnx(commands: Any) -> None:
     parser.set_defaults(run=_onnx)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_ask, _add_convert, _add_init, _add_export, _add_onnx)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    *(_add_ask, _add_chat, _add_caption, _add_demo),
+    *(_add_convert, _add_init, _add_export, _add_onnx),
+)
 
 
 def _ask(options: argparse.Namespace) -> None:
-    image = _read_image(options.image)
-    model, processor = _load_model(str(SHIPPED_CHECKPOINT if options.model is None else options.model), options.dtype)
-    if options.model is None:
-        sys.stderr.write(f"{PROGRAM}: {SHIPPED_CHECKPOINT_NOTE} Choose another with --model.\n")
-    content = [{"type": "image", "image": image}, {"type": "text", "text": options.question}]
+    images = _read_images(options.images)
+    model, processor = _load_chosen_model(options)
+    content = [{"type": "image", "image": image} for image in images]
+    content.append({"type": "text", "text": options.question})
     try:
         inputs = processor.encode_conversations(
             [{"role": "user", "content": content}], do_image_splitting=options.do_image_splitting
@@ -246,6 +326,55 @@ def _ask(options: argparse.Namespace) -> None:
         model.generate(**inputs, max_new_tokens=options.max_new_tokens, streamer=_build_streamer(processor.tokenizer))
     except ValueError as error:  # such as a question that is too long
         raise CommandError(f"the question cannot be answered: {first_line(error)}") from error
+
+
+def _chat(options: argparse.Namespace) -> None:
+    if STDIN in options.images:
+        raise CommandError("standard input has the questions; give the image as a file or a URL.")
+    images = _read_images(options.images)
+    model, processor = _load_chosen_model(options)
+    from . import chat
+
+    conversation = chat.Chat(model, processor, images, options.max_new_tokens, options.do_image_splitting)
+    chat.run(
+        conversation,
+        lambda: _build_streamer(processor.tokenizer),
+        lambda error: _report(f"the question cannot be answered: {first_line(error)}"),
+    )
+
+
+def _caption(options: argparse.Namespace) -> None:
+    from . import caption
+
+    model = str(options.model or SHIPPED_CHECKPOINT)
+    settings = caption.Settings(
+        model, options.question, options.batch_size, options.max_new_tokens, options.do_image_splitting
+    )
+    try:
+        summary = caption.caption(
+            options.source,
+            options.output,
+            settings,
+            load_model=lambda: _load_model(model, options.dtype, options.device),
+            num_loaders=options.loaders,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise CommandError(first_line(error)) from error
+    if summary:
+        sys.stdout.write(f"{summary}\n")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    try:
+        from . import demo
+    except ImportError as error:
+        raise CommandError(first_line(error)) from error
+    model, processor = _load_chosen_model(options, note=False)  # the page has the note
+    page = demo.Demo(model, processor, options.max_new_tokens)
+    try:
+        demo.launch(page, server_name=options.host, server_port=options.port, share=options.share)
+    except OSError as error:  # such as a port in use
+        raise CommandError(first_line(error)) from error
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -328,6 +457,12 @@ def _onnx(options: argparse.Namespace) -> None:
         sys.stdout.write(f"{done.output / name}: differs from the model by {difference:.0e} of the largest value\n")
 
 
+def _read_images(sources: Sequence[str]) -> list["Image.Image"]:
+    if sources.count(STDIN) > 1:
+        raise CommandError("standard input has one image; give the others as files or URLs.")
+    return [_read_image(source) for source in sources]
+
+
 def _read_image(source: str) -> "Image.Image":
     """Open an image from a file, a URL or standard input."""
     from PIL import UnidentifiedImageError
@@ -335,6 +470,11 @@ def _read_image(source: str) -> "Image.Image":
     from ..image_processing_flashsloth import FlashSlothImageProcessor, is_web_address
 
     is_file = source != STDIN and not is_web_address(source)
+    if is_file and os.path.isdir(source):  # noqa: PTH112  (as below)
+        raise CommandError(
+            f"{source} is a folder; to ask about every image in it, use `{PROGRAM} caption {source} --question "
+            "QUESTION --output DIR`."
+        )
     if is_file and not os.path.isfile(source):  # noqa: PTH113  (`Path.is_file` raises for a name that is too long)
         raise CommandError(f"no such file: {source}")
     image = {"bytes": sys.stdin.buffer.read()} if source == STDIN else source
@@ -356,14 +496,25 @@ def _read_text(file: str) -> str:
         raise CommandError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def _load_model(source: str, dtype: str) -> tuple[Any, Any]:
-    """Load model and processor onto the default device."""
+def _load_chosen_model(options: argparse.Namespace, *, note: bool = True) -> tuple[Any, Any]:
+    """Load the model of the command line, or the shipped checkpoint and, by default, say what it is."""
+    loaded = _load_model(str(options.model or SHIPPED_CHECKPOINT), options.dtype, options.device)
+    if options.model is None and note:
+        sys.stderr.write(f"{PROGRAM}: {SHIPPED_CHECKPOINT_NOTE} Choose another with --model.\n")
+    return loaded
+
+
+def _load_model(source: str, dtype: str, device_name: str | None = None) -> tuple[Any, Any]:
+    """Load model and processor onto a device; by default, onto the default device."""
     from .. import FlashSlothForConditionalGeneration, FlashSlothProcessor
-    from .devices import default_device, working_dtype
+    from .devices import choose_device, working_dtype
 
     _silence_transformers()
+    try:
+        device = choose_device(device_name)
+    except ValueError as error:
+        raise CommandError(error) from error
     check_model(source)
-    device = default_device()
     dtype = working_dtype(device) if dtype == "auto" else dtype
     try:
         processor = FlashSlothProcessor.from_pretrained(source)
@@ -447,7 +598,11 @@ def _build_streamer(tokenizer: Any) -> Any:
 
 
 def _silence_transformers(*, show_progress: bool = False) -> None:
-    """Keep the libraries' log messages, and by default their progress bars, out of the terminal."""
+    """Keep the libraries' log messages, and by default their progress bars, out of the terminal.
+
+    Downloads always show their progress in a terminal.
+    """
+    from huggingface_hub.utils import enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -455,6 +610,8 @@ def _silence_transformers(*, show_progress: bool = False) -> None:
     logging.set_verbosity_error()
     if not show_progress:
         logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -474,11 +631,22 @@ def _termination_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _report(error: object) -> None:
+    sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+
+
 def _positive_int(text: str) -> int:
     with contextlib.suppress(ValueError):
         if (value := int(text)) > 0:
             return value
     raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+
+
+def _not_negative_int(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text!r}")
 
 
 def first_line(error: object) -> str:

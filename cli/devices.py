@@ -10,6 +10,31 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def choose_device(name: str | None = None) -> torch.device:
+    """The device with this name, or the default device.
+
+    Args:
+        name: Such as `cpu`, `cuda`, `cuda:1` or `mps`.
+
+    Raises:
+        ValueError: If there is no such device on this machine.
+    """
+    if name is None:
+        return default_device()
+    found = {"cpu": 1}
+    if torch.accelerator.is_available():
+        found[torch.accelerator.current_accelerator().type] = torch.accelerator.device_count()
+    try:
+        device = torch.device(name)
+        is_there = (device.index or 0) < found.get(device.type, 0)
+    except RuntimeError:  # not a name that PyTorch knows
+        is_there = False
+    if not is_there:
+        known = [f"{kind}:{index}" for kind, number in found.items() for index in range(number) if kind != "cpu"]
+        raise ValueError(f"there is no device {name!r}; PyTorch finds {', '.join(['cpu', *known])} on this machine.")
+    return device
+
+
 def has_bfloat16(device: torch.device | str) -> bool:
     """Whether a device multiplies bfloat16 matrices in hardware.
 

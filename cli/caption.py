@@ -1,7 +1,7 @@
 """Answers a question about every image of a folder or table, in one process or, with torchrun, in several.
 
-    python examples/caption.py photos --question "Describe the picture." --output captions
-    torchrun --nproc_per_node 8 examples/caption.py table.jsonl --question "Describe the picture." --output captions
+    flashsloth caption photos --question "Describe the picture." --output captions
+    torchrun --nproc_per_node 8 --no-python flashsloth caption table.jsonl --output captions
 
 Images come from a folder, including its subfolders, or from the column `image` of a `.json`, `.jsonl` or `.parquet`
 file or of a data set; a column `question` there overrides `--question`. `answers.jsonl` has one line per row, in order.
@@ -12,37 +12,50 @@ them to its own file, one line each. Start an interrupted run again to resume it
 process that finds all batches done writes the answers.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
-import logging
 import os
-import sys
+import signal
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from PIL import Image
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
-from transformers.utils.logging import disable_progress_bar
 
-from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.cli.devices import working_dtype
-from flashsloth.training import load_rows, normalize_row
-from flashsloth.training.data import PLACEHOLDER, Rows
+from ..modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..processing_flashsloth import FlashSlothProcessor
+from ..training import load_rows, normalize_row
+from ..training.data import PLACEHOLDER, Rows
 
-logger = logging.getLogger(__name__)
-
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # escapes file names that are not UTF-8, as JSON does
-NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-SETTINGS = ("model", "question", "batch_size", "max_new_tokens", "do_image_splitting")
+TABLES = (".json", ".jsonl", ".parquet")
+NUM_ID_PARTS = 2  # of a data set on the Hub: USER/NAME
+LOCAL_RANK = "LOCAL_RANK"  # environment variable of torchrun
+
+
+class Settings(NamedTuple):
+    """What the answers depend on, besides the images.
+
+    Attributes:
+        model: Folder or Hub id.
+        question: Question about every image that has none of its own.
+        batch_size: Images per batch.
+        max_new_tokens: Maximum length of an answer.
+        do_image_splitting: Whether to split images into five tiles. `None`: the processor's setting.
+    """
+
+    model: str
+    question: str
+    batch_size: int
+    max_new_tokens: int
+    do_image_splitting: bool | None
 
 
 class Batch(NamedTuple):
@@ -79,7 +92,7 @@ class Batches(Dataset):
         source: Rows with a column `image`.
         folder: Base folder of relative image paths.
         processor: Converts images and questions to model inputs.
-        options: Command-line options.
+        settings: The question and the batch size.
         numbers: Indices of the batches.
     """
 
@@ -88,17 +101,17 @@ class Batches(Dataset):
         source: Rows,
         folder: Path,
         processor: FlashSlothProcessor,
-        options: argparse.Namespace,
+        settings: Settings,
         numbers: Sequence[int],
     ) -> None:
         self.source, self.folder, self.processor = source, folder, processor
-        self.options, self.numbers = options, numbers
+        self.settings, self.numbers = settings, numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, position: int) -> Batch:
-        number, size = self.numbers[position], self.options.batch_size
+        number, size = self.numbers[position], self.settings.batch_size
         rows, conversations = [], []
         for index in range(number * size, min((number + 1) * size, len(self.source))):
             row: dict[str, Any] = {"row": index}
@@ -117,7 +130,7 @@ class Batches(Dataset):
         if isinstance(record.get("image"), str):
             row["image"] = record["image"]
         wanted = {name: record[name] for name in ("image", "error") if name in record}
-        wanted["caption"] = row.get("question", self.options.question).replace(PLACEHOLDER, "").strip()
+        wanted["caption"] = row.get("question", self.settings.question).replace(PLACEHOLDER, "").strip()
         wanted["caption"].encode()  # raises for a lone surrogate, which tokenizers do not accept
         asked = normalize_row(wanted, image_folder=self.folder)
         content = [{"type": "image", "image": self._load(image)} for image in asked["image"]]
@@ -128,49 +141,83 @@ class Batches(Dataset):
         return image_processor.process_image(image_processor.fetch_images(image))
 
     def _prepare(self, conversations: list) -> BatchFeature:
-        images_kwargs = {"do_image_splitting": self.options.do_image_splitting}
+        images_kwargs = {"do_image_splitting": self.settings.do_image_splitting}
         return self.processor.encode_conversations(conversations, padding=True, images_kwargs=images_kwargs)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer all unanswered batches.
+def caption(
+    source: Path,
+    output: Path,
+    settings: Settings,
+    *,
+    load_model: Callable[[], tuple[FlashSlothForConditionalGeneration, FlashSlothProcessor]],
+    num_loaders: int = 0,
+) -> str | None:
+    """Answer all unanswered batches, together with the other processes of torchrun if it started this one.
 
     Args:
-        arguments: Command-line arguments. Default: those of the process.
+        source: Folder of images, table or data set.
+        output: Folder for the answers.
+        settings: Model, question and sizes.
+        load_model: Returns model and processor. It is called only if a batch is unanswered.
+        num_loaders: Number of processes that read images; 0: this one does.
+
+    Returns:
+        A summary, or `None` if another process gives it.
+
+    Raises:
+        ImportError: If the package `datasets` is missing and the source is neither a folder of images nor JSON.
+        ValueError: If there are no images, or the output has answers of a run with other settings.
     """
-    options = _parse(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logger.setLevel(logging.INFO)  # for this script only; other libraries log every download
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    if not state.is_local_main_process:
-        disable_progress_bar()
-    source, folder = open_source(options.source)
-    parts = options.output / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    _check_settings(options, source)
-    num_batches = -(-len(source) // options.batch_size)
-    done = find_batches(parts)
-    was_whole = len(done) == num_batches
-    state.wait_for_everyone()  # so that all processes find the same batches done
-    mine = range(state.process_index, num_batches, state.num_processes)
-    if numbers := [number for number in mine if number not in done]:
-        processor = FlashSlothProcessor.from_pretrained(options.model)
-        dtype = working_dtype(state.device)
-        model = FlashSlothForConditionalGeneration.from_pretrained(options.model, dtype=dtype).to(state.device).eval()
-        batches = Batches(source, folder, processor, options, numbers)
-        loader = DataLoader(batches, batch_size=None, num_workers=options.loaders)
-        bar = tqdm(loader, unit="batch", disable=not state.is_local_main_process)
-        answered = (answer(batch, model, processor, options.max_new_tokens) for batch in bar)
-        append(parts / f"{uuid.uuid4().hex}.jsonl", answered)
+    with _process_group() as (rank, num_processes):
+        rows, folder = open_source(source)
+        parts = output / "parts"
+        parts.mkdir(parents=True, exist_ok=True)
+        _check_settings(output, settings, source, rows)
+        num_batches = -(-len(rows) // settings.batch_size)
         done = find_batches(parts)
-    if len(done) == num_batches:
-        num_rows, num_errors = merge(options.output, done)
-        is_first = state.is_main_process if was_whole else claim(parts, done)
-        if is_first or state.num_processes == 1:
-            logger.info("%s: %d rows, %d with errors", options.output / "answers.jsonl", num_rows, num_errors)
-    elif state.is_main_process:
-        logger.info("%d of %d batches are done; other processes are still running", len(done), num_batches)
-    state.destroy_process_group()
+        was_whole = len(done) == num_batches
+        if num_processes > 1:
+            distributed.barrier()  # so that all processes find the same batches done
+        if numbers := [number for number in range(rank, num_batches, num_processes) if number not in done]:
+            model, processor = load_model()
+            batches = Batches(rows, folder, processor, settings, numbers)
+            append(parts / f"{uuid.uuid4().hex}.jsonl", _answers(batches, model, num_loaders))
+            done = find_batches(parts)
+        if len(done) < num_batches:
+            others = f"{len(done)} of {num_batches} batches are done; other processes are still running"
+            return others if rank == 0 else None
+        num_rows, num_errors = merge(output, done)
+        is_first = rank == 0 if was_whole else claim(parts, done)
+        if is_first or num_processes == 1:
+            return f"{output / 'answers.jsonl'}: {num_rows} rows, {num_errors} with errors"
+        return None
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[tuple[int, int]]:
+    """Join the processes of torchrun, each with its own accelerator; yields rank and number of processes."""
+    if not distributed.is_torchelastic_launched():
+        yield 0, 1
+        return
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ[LOCAL_RANK]) % torch.accelerator.device_count())
+    distributed.init_process_group("gloo")
+    try:
+        yield distributed.get_rank(), distributed.get_world_size()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _answers(batches: Batches, model: FlashSlothForConditionalGeneration, num_loaders: int) -> Iterator[Batch]:
+    loader = DataLoader(batches, batch_size=None, num_workers=num_loaders, worker_init_fn=_ignore_interrupts)
+    for batch in tqdm(loader, unit="batch", disable=os.environ.get(LOCAL_RANK, "0") != "0"):
+        yield answer(batch, model, batches.processor, batches.settings.max_new_tokens)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Leave Ctrl-C to the process that ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def open_source(source: Path) -> tuple[Rows, Path]:
@@ -180,8 +227,13 @@ def open_source(source: Path) -> tuple[Rows, Path]:
         Its rows, and the base folder of their image paths.
 
     Raises:
-        ValueError: If there are no rows.
+        FileNotFoundError: If it does not exist.
+        ValueError: If there are no rows, or it is a file of another type.
     """
+    if source.is_file() and source.suffix not in TABLES:
+        raise ValueError(f"expected a folder, a {', '.join(TABLES)} file or a data set, found {source}.")
+    if not source.exists() and len(source.parts) != NUM_ID_PARTS:
+        raise FileNotFoundError(f"there is no folder or file {source}.")
     is_folder = source.is_dir() and not any(source.rglob("*.parquet"))
     if is_folder:
         suffixes = Image.registered_extensions()
@@ -190,7 +242,7 @@ def open_source(source: Path) -> tuple[Rows, Path]:
     else:
         rows = load_rows(source)
     if not len(rows):
-        raise ValueError(f"Found no images in {source}.")
+        raise ValueError(f"there are no images in {source}.")
     return rows, source if source.is_dir() else source.parent
 
 
@@ -267,11 +319,10 @@ def _read_batch(part: Path, start: int) -> dict[str, Any]:
         return json.loads(lines.readline())
 
 
-def _check_settings(options: argparse.Namespace, source: Rows) -> None:
+def _check_settings(output: Path, chosen: Settings, source: Path, rows: Rows) -> None:
     """Reject an output folder of other images, questions or models: only the index identifies a batch."""
-    settings = {"num_rows": len(source), "source": _identify(options.source, source)}
-    settings |= {name: getattr(options, name) for name in SETTINGS}
-    file = options.output / "settings.json"
+    settings = {"num_rows": len(rows), "source": _identify(source, rows), **chosen._asdict()}
+    file = output / "settings.json"
     if not file.exists():
         draft = file.with_name(f".settings-{uuid.uuid4().hex}")
         draft.write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -279,7 +330,7 @@ def _check_settings(options: argparse.Namespace, source: Rows) -> None:
     known = json.loads(file.read_text(encoding="utf-8"))
     if changed := sorted(name for name in settings if settings[name] != known.get(name)):
         raise ValueError(
-            f"{options.output} has answers of a run with a different {', '.join(changed)} (see {file}); choose another "
+            f"{output} has answers of a run with a different {', '.join(changed)} (see {file}); choose another "
             "output folder, or use the same settings."
         )
 
@@ -292,29 +343,3 @@ def _identify(path: Path, source: Rows) -> str:
         for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
             known.append(f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}")
     return hashlib.sha256("\n".join(known).encode(errors="surrogateescape")).hexdigest()
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("source", type=Path, help="folder of images; .json, .jsonl or .parquet file; data set")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the answers, shared by all processes")
-    parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: the shipped checkpoint)")
-    parser.add_argument("--question", default="Describe the picture.", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per batch (default: %(default)s)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=128, help="maximum length of an answer (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--hd", dest="do_image_splitting", action="store_const", const=True, help="split every image into five tiles"
-    )
-    parser.add_argument(
-        "--loaders",
-        type=int,
-        default=min(2, NUM_CPUS),
-        help="worker processes that read images (default: %(default)s)",
-    )
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,8 @@
-"""A browser chat about an image, with heat maps of what the model looked at. Also works as the `app.py` of a Space.
-
-python examples/demo.py [--model FOLDER_OR_ID]
+"""A browser chat about an image, with heat maps of what the model looked at: `flashsloth demo`, and a Space's `app.py`.
 
 An image is encoded once for any number of questions. The demo downloads nothing except a model given by its Hub id.
 """
 
-import argparse
 import logging
 import os
 import threading
@@ -16,24 +13,21 @@ from typing import Any, NamedTuple
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # it would store visitors' images and contact the Hub
 
-import torch
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-import flashsloth
-from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.cli import SHIPPED_CHECKPOINT_NOTE
-from flashsloth.cli.devices import default_device, working_dtype
-from flashsloth.image_processing_flashsloth import IMAGE_ERRORS
-from flashsloth.saliency_flashsloth import overlay
+from ..image_processing_flashsloth import IMAGE_ERRORS
+from ..modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..processing_flashsloth import FlashSlothProcessor
+from ..saliency_flashsloth import overlay
+from . import DEFAULT_MAX_NEW_TOKENS, SHIPPED_CHECKPOINT, SHIPPED_CHECKPOINT_NOTE
+from .conversation import StopWhen, count_free_positions, encode_turns
 
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError('The demo needs Gradio; install it with `pip install ".[demo]"` in a clone.') from error
+    raise ImportError("the demo needs Gradio: pip install gradio") from error
 
-SHIPPED_CHECKPOINT = Path(flashsloth.__file__).parent
-MAX_NEW_TOKENS = 512
 MAX_QUESTION_LENGTH = 100_000  # characters; rejects texts that would take long to tokenize and exceed the context
 MAX_FILE_SIZE = "32mb"
 PROGRAMS = ("EPS",)  # formats that Pillow renders with an external program
@@ -135,17 +129,6 @@ class ImageInput(gr.Image):
         return image
 
 
-class StopWhen(StoppingCriteria):
-    """Ends generation as soon as an event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        """Whether the rows of `input_ids` are done, `(batch,)`."""
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
 class Answering(threading.Thread):
     """Generates in a separate thread, while `streamer` is read."""
 
@@ -215,7 +198,7 @@ class Demo:
         self,
         model: FlashSlothForConditionalGeneration,
         processor: FlashSlothProcessor,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> None:
         self.model, self.processor, self.max_new_tokens = model.eval(), processor, max_new_tokens
         self.images = model.image_prefix_cache()
@@ -245,7 +228,9 @@ class Demo:
             return
         try:
             inputs = self.images(self._inputs(image, question, splitting, turns))
-            options = Sampling(temperature, top_p, max_new_tokens).options(self._room(inputs))
+            options = Sampling(temperature, top_p, max_new_tokens).options(
+                count_free_positions(self.model, inputs["input_ids"])
+            )
         except ValueError as error:  # such as an image of 70000 x 1 pixels, or a question that is too long
             yield _rejected(turns, question, str(error))
             return
@@ -328,28 +313,8 @@ class Demo:
                 f"This question is too long: it has {len(question)} characters, and {MAX_QUESTION_LENGTH} are allowed. "
                 "Please shorten it."
             )
-        messages = []
-        for text, *answer in [*((turn.question, turn.answer) for turn in turns), (question,)]:
-            messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
-            messages += [{"role": "assistant", "content": [{"type": "text", "text": part}]} for part in answer]
-        messages[0]["content"].insert(0, {"type": "image", "image": image})
-        inputs = self.processor.encode_conversations(messages, images_kwargs={"do_image_splitting": splitting})
-        return inputs.to(self.model.device, self.model.dtype)
-
-    def _room(self, inputs: dict[str, Any]) -> int:
-        """Number of tokens left for the answer.
-
-        Raises:
-            ValueError: If there are none.
-        """
-        num_tokens = inputs["input_ids"].shape[1]
-        num_positions = self.model.config.text_config.max_position_embeddings
-        if num_tokens >= num_positions:
-            raise ValueError(
-                f"This conversation is too long: it has {num_tokens} tokens, and the model can process {num_positions} "
-                "including the answer. Please shorten the question, or press Clear to start a new chat."
-            )
-        return num_positions - num_tokens
+        asked = [(turn.question, turn.answer) for turn in turns]
+        return encode_turns(self.processor, [image], asked, question, splitting).to(self.model.device, self.model.dtype)
 
     def _views(self, answering: Answering) -> list[Image.Image]:
         inputs, output = answering.inputs, answering.output
@@ -400,7 +365,7 @@ class Demo:
                 stop = gr.Button("Stop", min_width=80, interactive=False, elem_id="stop")
                 clear = gr.Button("Clear", min_width=80, elem_id="clear")
             settings = self._settings()
-            folder = Path(__file__).parent
+            folder = SHIPPED_CHECKPOINT / "examples"
             examples = [[str(folder / name), text] for name, text in EXAMPLES if (folder / name).is_file()]
             if examples:
                 gr.Examples(examples, [image, question], elem_id="examples", api_visibility="private")
@@ -514,26 +479,3 @@ def launch(demo: Demo, **kwargs: Any) -> gr.Blocks:
     options = {"max_file_size": MAX_FILE_SIZE, "enable_monitoring": False, "show_error": False}
     page.launch(theme=theme, css=STYLE, **(options | kwargs))
     return page
-
-
-def main() -> None:
-    """Load the model, and serve the demo until interrupted."""
-    parser = argparse.ArgumentParser(description="Chat about an image in the browser.")
-    parser.add_argument(
-        "--model", default=str(SHIPPED_CHECKPOINT), help="folder or Hub id (default: the shipped checkpoint)"
-    )
-    parser.add_argument("--host", help="address to serve on (default: localhost only); 0.0.0.0 for all interfaces")
-    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="create a public Gradio link")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="maximum length of an answer (default: %(default)s)"
-    )
-    options = parser.parse_args()
-    device = default_device()
-    model = FlashSlothForConditionalGeneration.from_pretrained(options.model, dtype=working_dtype(device)).to(device)
-    demo = Demo(model, FlashSlothProcessor.from_pretrained(options.model), options.max_new_tokens)
-    launch(demo, server_name=options.host, server_port=options.port, share=options.share)
-
-
-if __name__ == "__main__":
-    main()
