@@ -27,7 +27,7 @@ def run_processes(script, *arguments, number=2):
     """Run a script in several processes with torchrun.
 
     Returns:
-        What they wrote to standard error.
+        What they wrote to standard output and standard error.
     """
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", number, script, *arguments]
     done = subprocess.run(
@@ -39,7 +39,7 @@ def run_processes(script, *arguments, number=2):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    return done.stdout + done.stderr
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import select
+import struct
 import subprocess
 import termios
 import time
@@ -18,10 +19,12 @@ class Terminal:
         environment: Environment variables in addition to this process's.
     """
 
+    SIZE = 24, 100  # rows, columns
     CTRL_C, CTRL_D = "\x03", "\x04"
 
     def __init__(self, command, **environment):
         self.screen, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *self.SIZE, 0, 0))
         self.seen, self.read_up_to = "", 0
         self.process = subprocess.Popen(
             list(map(str, command)),

@@ -1,4 +1,4 @@
-"""`examples/caption.py` answers every image once, in order, despite broken images and killed processes."""
+"""`flashsloth caption` answers every image once, in order, despite broken images and killed processes."""
 
 import io
 import json
@@ -9,26 +9,42 @@ import sys
 import time
 from pathlib import Path
 
-import caption
 import pytest
-from accelerate import PartialState
 from PIL import Image
 from processes import run_processes
 from scenes import describe, draw, scene_at
+from terminal import Terminal
 
-from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor, cli
+from flashsloth.cli import caption
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "caption.py"
+PROGRAM = Path(sys.executable).parent / "flashsloth"
 
 NUM_SCENES = 26
 BATCH = ["--batch-size", "2", "--loaders", "1"]
 
 
 def run(source, output, *options):
-    caption.main([str(source), "--output", str(output), "--loaders", "0", *options])
-    PartialState._reset_state()
+    assert cli.main(["caption", str(source), "--output", str(output), "--loaders", "0", *options]) == 0
     return read(output / "answers.jsonl")
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must fail with one line on standard error; returns the line."""
+
+    def run_refused(source, output, *options):
+        capsys.readouterr()
+        assert cli.main(["caption", str(source), "--output", str(output), "--loaders", "0", *map(str, options)]) == 2
+        printed, errors = capsys.readouterr()
+        assert printed == ""
+        line = errors.splitlines()[-1]  # `datasets` shows progress before it
+        assert line.startswith("flashsloth: error: ")
+        assert "Traceback" not in errors
+        return line
+
+    return run_refused
 
 
 def read(file):
@@ -108,9 +124,9 @@ def test_answers_are_those_of_generate(folder, answers):
 
 @pytest.mark.slow
 def test_two_killed_processes_and_one_that_resumes_answer_like_one(folder, answers, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     process = subprocess.Popen(
-        [sys.executable, *command, str(folder), "--output", str(tmp_path), *BATCH],
+        [sys.executable, *command, PROGRAM, "caption", str(folder), "--output", str(tmp_path), *BATCH],
         stderr=(log := (tmp_path / "log").open("w+")),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -137,18 +153,16 @@ def test_repeating_a_finished_run_does_nothing(folder, answers):
 
 
 @pytest.mark.parametrize("change", [["--question", "Other?"], ["--batch-size", "4"], ["--max-new-tokens", "1"]])
-def test_a_run_with_other_settings_is_refused(folder, answers, change):
+def test_a_run_with_other_settings_is_refused(refused, folder, answers, change):
     name = change[0].removeprefix("--").replace("-", "_")
-    with pytest.raises(ValueError, match=f"answers of a run with a different {name}"):
-        run(folder, answers, "--batch-size", "2", *change)
+    assert f"answers of a run with a different {name}" in refused(folder, answers, "--batch-size", "2", *change)
 
 
-def test_a_folder_that_has_changed_is_refused(folder, answers):
+def test_a_folder_that_has_changed_is_refused(refused, folder, answers):
     extra = folder / "zz.png"
     extra.write_bytes((folder / "00.png").read_bytes())
     try:
-        with pytest.raises(ValueError, match="a different num_rows, source"):
-            run(folder, answers, "--batch-size", "2")
+        assert "a different num_rows, source" in refused(folder, answers, "--batch-size", "2")
     finally:
         extra.unlink()
 
@@ -184,7 +198,7 @@ def test_broken_lines_of_a_listing_are_errors_of_their_rows_and_rotation_is_appl
     assert [row["row"] for row in read(tmp_path / "answers" / "errors.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_source_with_the_same_file_names_but_other_content_is_refused(scenes, tmp_path):
+def test_a_source_with_the_same_file_names_but_other_content_is_refused(refused, scenes, tmp_path):
     datasets = pytest.importorskip("datasets")
     for day, scene in zip(("monday", "tuesday"), scenes[:2], strict=True):
         (tmp_path / day / "tables").mkdir(parents=True)
@@ -194,14 +208,12 @@ def test_a_source_with_the_same_file_names_but_other_content_is_refused(scenes, 
         table.to_parquet(tmp_path / day / "tables" / "1.parquet")
     for kind in ("images", "tables"):
         run(tmp_path / "monday" / kind, tmp_path / kind)
-        with pytest.raises(ValueError, match="a different source"):
-            run(tmp_path / "tuesday" / kind, tmp_path / kind)
+        assert "a different source" in refused(tmp_path / "tuesday" / kind, tmp_path / kind)
     listing = tmp_path / "listing.jsonl"
     listing.write_text('{"image": "monday/images/1.png", "question": "What?"}')
     run(listing, tmp_path / "listed")
     listing.write_text('{"image": "monday/images/1.png", "question": "Why??"}')
-    with pytest.raises(ValueError, match="a different source"):
-        run(listing, tmp_path / "listed")
+    assert "a different source" in refused(listing, tmp_path / "listed")
 
 
 def test_text_that_is_not_unicode_does_not_stop_a_run(scenes, tmp_path):
@@ -231,17 +243,42 @@ def test_a_placeholder_in_a_question_is_not_part_of_its_text(scenes, tmp_path):
     assert row["answer"] == describe(scenes[0])
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_an_empty_folder_is_refused(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images in"):
-        run(tmp_path / "empty", tmp_path / "answers")
+    assert "no images in" in refused(tmp_path / "empty", tmp_path / "answers")
+
+
+def test_a_source_that_is_missing_or_of_another_type_is_refused(refused, folder, tmp_path):
+    assert f"there is no folder or file {tmp_path / 'nothing'}" in refused(tmp_path / "nothing", tmp_path / "answers")
+    assert "expected a folder, a .json, .jsonl, .parquet file" in refused(folder / "00.png", tmp_path / "answers")
+    assert not (tmp_path / "answers").exists()
+
+
+def test_a_model_or_a_device_that_does_not_exist_is_refused(refused, folder, tmp_path):
+    assert "no such model: a/b" in refused(folder, tmp_path / "answers", "--model", "a/b")
+    assert "there is no device 'cuda:7'" in refused(folder, tmp_path / "more", "--device", "cuda:7")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_an_interrupted_run_ends_without_a_traceback_and_can_be_resumed(folder, answers, tmp_path):
+    command = [PROGRAM, "caption", folder, "--output", tmp_path, *BATCH, "--max-new-tokens", 128]
+    with Terminal(command, OMP_NUM_THREADS="1") as terminal:
+        while not finished_lines(tmp_path):
+            time.sleep(0.005)
+        terminal.type(Terminal.CTRL_C)
+        assert terminal.wait_for_exit() == 128 + signal.SIGINT
+    assert "Traceback" not in terminal.seen
+    assert "batch" in terminal.seen  # its progress
+    assert 0 < finished_lines(tmp_path) < NUM_SCENES // 2 + 1
+    assert run(folder, tmp_path, "--batch-size", "2") == read(answers / "answers.jsonl")
 
 
 def test_images_are_read_batch_by_batch(folder):
     source, where = caption.open_source(folder)
-    options = caption._parse([str(folder), "--output", "unused", "--batch-size", "2"])
     processor = FlashSlothProcessor.from_pretrained(ROOT)
-    batches = caption.Batches(source, where, processor, options, [3, 0])
+    settings = caption.Settings(str(ROOT), "What?", batch_size=2, max_new_tokens=1, do_image_splitting=None)
+    batches = caption.Batches(source, where, processor, settings, [3, 0])
     assert len(batches) == 2
     assert [row["row"] for row in batches[0].rows] == [6, 7]
     assert len(batches[1].inputs["pixel_values"]) == 2
@@ -255,9 +292,10 @@ def test_one_of_several_processes_logs_the_result(folder, tmp_path):
         (images / name).write_bytes((folder / name).read_bytes())
     output = tmp_path / "answers"
     for _ in range(2):
-        said = run_processes(SCRIPT, images, "--output", output, "--batch-size", 1, "--loaders", 0)
+        options = ("--output", output, "--batch-size", 1, "--loaders", 0)
+        said = run_processes("--no-python", PROGRAM, "caption", images, *options)
         assert said.count("answers.jsonl: 2 rows, 0 with errors") == 1
-        assert said.count("Loading weights: 100%") <= 1
+        assert said.count("?batch/s]") <= 1  # only the first process shows its progress
     assert len(read(output / "answers.jsonl")) == 2
 
 

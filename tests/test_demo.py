@@ -24,6 +24,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor  # noqa: E402
+from flashsloth.cli import SHIPPED_CHECKPOINT_NOTE  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -44,7 +45,7 @@ TIMEOUT = 120  # seconds; enough for a machine that also runs other tests
 
 @pytest.fixture(scope="module")
 def demo():
-    import demo
+    from flashsloth.cli import demo
 
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
     shown = demo.Demo(model, FlashSlothProcessor.from_pretrained(ROOT))
@@ -413,10 +414,8 @@ def test_the_folded_sampling_settings_change_answers(page):
 
 
 def test_the_page_names_the_model_and_describes_the_shipped_one(page, demo, tmp_path):
-    import demo as module
-
     text = page.all("#about")[0].text
-    assert module.SHIPPED_CHECKPOINT_NOTE in text
+    assert SHIPPED_CHECKPOINT_NOTE in text
     assert str(ROOT) not in page.browser.page_source
     (tmp_path / "my-sloth").mkdir()
     for name, shown in ((str(tmp_path / "my-sloth"), "my-sloth"), ("Tongbo/FlashSloth-3.2B", "Tongbo/FlashSloth-3.2B")):
@@ -548,7 +547,7 @@ def test_a_symbolic_link_in_the_upload_folder_is_not_followed(stranger, tmp_path
 
 def test_a_stranger_gets_no_file_of_the_repository(stranger, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
-    for path in (ROOT / "config.json", ROOT / "examples" / "demo.py", tmp_path / "secret.txt", "/etc/passwd"):
+    for path in (ROOT / "config.json", ROOT / "cli" / "demo.py", tmp_path / "secret.txt", "/etc/passwd"):
         for way in ("file=", "file/", "proxy=", "proxy=file://"):
             with pytest.raises(urllib.error.HTTPError) as refusal:
                 stranger.get(f"/gradio_api/{way}{path}")
