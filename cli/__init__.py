@@ -16,6 +16,7 @@ The modules that a command needs are imported only when it runs, so that `--help
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -471,10 +472,8 @@ def _read_image(source: str) -> "Image.Image":
 
     is_file = source != STDIN and not is_web_address(source)
     if is_file and os.path.isdir(source):  # noqa: PTH112  (as below)
-        raise CommandError(
-            f"{source} is a folder; to ask about every image in it, use `{PROGRAM} caption {source} --question "
-            "QUESTION --output DIR`."
-        )
+        command = f"{PROGRAM} caption {shlex.quote(source)} --question QUESTION --output DIR"
+        raise CommandError(f"{source} is a folder; to ask about every image in it, use `{command}`.")
     if is_file and not os.path.isfile(source):  # noqa: PTH113  (`Path.is_file` raises for a name that is too long)
         raise CommandError(f"no such file: {source}")
     image = {"bytes": sys.stdin.buffer.read()} if source == STDIN else source

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from original_checkpoint import make_original, original_tensors, write_json
 from PIL import Image
 from processes import serve_folder
 from safetensors.torch import load_file, save_file
 
+import flashsloth
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor, cli
 from flashsloth.cli import convert
+from flashsloth.cli.devices import choose_device
 
 PROGRAM = str(Path(sys.executable).parent / "flashsloth")
 QUESTION = "What is it?"
@@ -66,9 +71,10 @@ def refused(run):
     return run_refused
 
 
-def expected_answer(folder, image, **images_kwargs):
+def expected_answer(folder, *images, **images_kwargs):
     model, processor = (c.from_pretrained(folder) for c in (FlashSlothForConditionalGeneration, FlashSlothProcessor))
-    content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": QUESTION}]
+    content = [{"type": "image", "image": Image.open(image)} for image in images]
+    content.append({"type": "text", "text": QUESTION})
     inputs = processor.encode_conversations([{"role": "user", "content": content}], **images_kwargs)
     ids = model.generate(**inputs, max_new_tokens=NUM_TOKENS)[:, inputs["input_ids"].shape[1] :]
     return processor.post_process_image_text_to_text(ids)[0]
@@ -87,6 +93,63 @@ def test_ask_reads_five_tiles_with_hd(run, checkpoint, image):
     answer = expected_answer(checkpoint, image, do_image_splitting=True)
     assert (code, output.strip()) == (0, answer)
     assert answer != expected_answer(checkpoint, image)
+
+
+def test_ask_reads_several_images(run, refused, checkpoint, image, tmp_path):
+    other = tmp_path / "other.png"
+    Image.linear_gradient("L").convert("RGB").save(other)
+    options = ["--model", checkpoint, "--max-new-tokens", NUM_TOKENS]
+    code, output, _ = run("ask", image, other, QUESTION, *options)
+    assert (code, output.strip()) == (0, expected_answer(checkpoint, image, other))
+    assert output.strip() != expected_answer(checkpoint, image)
+    assert "standard input has one image" in refused("ask", "-", image, "-", QUESTION, *options)
+
+
+def test_ask_says_how_to_ask_about_a_folder(run, refused, checkpoint, image, tmp_path):
+    """And the command that it names works."""
+    line = refused("ask", image.parent, QUESTION, "--model", checkpoint)
+    program, command, source, *options = shlex.split(line.split("`")[1])
+    assert (program, command, source) == ("flashsloth", "caption", str(image.parent))
+    arguments = [{"QUESTION": QUESTION, "DIR": str(tmp_path / "out")}.get(word, word) for word in options]
+    assert run(command, source, *arguments, "--model", checkpoint, "--loaders", "0")[0] == 0
+    assert (tmp_path / "out" / "answers.jsonl").exists()
+
+
+def test_ask_uses_the_device_that_is_named(run, refused, checkpoint, image):
+    arguments = ["ask", image, QUESTION, "--model", checkpoint, "--max-new-tokens", NUM_TOKENS, "--device"]
+    assert run(*arguments, "cpu")[1].strip() == expected_answer(checkpoint, image)
+    for name in ("cuda:99", "mps:1", "nothing", "meta"):
+        assert f"there is no device {name!r}; PyTorch finds cpu" in refused(*arguments, name)
+
+
+def test_an_accelerator_is_named_with_its_numbers(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert [choose_device(name) for name in ("cuda", "cuda:1", "cpu", None)] == [
+        torch.device(name) for name in ("cuda", "cuda:1", "cpu", "cuda")
+    ]
+    with pytest.raises(ValueError, match="there is no device 'cuda:2'; PyTorch finds cpu, cuda:0, cuda:1 on this"):
+        choose_device("cuda:2")
+
+
+def test_version_shows_what_a_report_of_a_bug_needs(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"flashsloth {flashsloth.__version__}",
+        f"transformers {transformers.__version__}",
+        f"torch {torch.__version__}",
+        f"Python {platform.python_version()}",
+    ]
+
+
+def test_demo_without_gradio_says_how_to_install_it(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "flashsloth.cli.demo", raising=False)
+    monkeypatch.delattr(cli, "demo", raising=False)
+    assert refused("demo") == "flashsloth: error: the demo needs Gradio: pip install gradio\n"
 
 
 def test_ask_opens_urls(run, refused, checkpoint, image):
@@ -133,7 +196,7 @@ def test_the_shipped_checkpoint_is_the_default(run, checkpoint, image, monkeypat
         ("nothing.png", "no such file"),
         ("text.png", "not an image"),
         ("half.png", "cannot be read"),
-        (".", "no such file"),
+        (".", "is a folder; to ask about every image in it, use `flashsloth caption"),
         ("http://127.0.0.1:x/", "cannot be read"),
     ],
 )
@@ -364,7 +427,8 @@ def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["--help"])
     assert error.value.code == 0
-    assert {"ask", "convert", "init", "export", "onnx"} <= set(capsys.readouterr().out.split())
+    names = {"ask", "chat", "caption", "demo", "convert", "init", "export", "onnx"}
+    assert names <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
