@@ -10,7 +10,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import uuid
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from selenium.common.exceptions import StaleElementReferenceException  # noqa: E
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from stranger import META, TIMEOUT, Stranger, words  # noqa: E402
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor  # noqa: E402
 from flashsloth.cli import SHIPPED_CHECKPOINT_NOTE  # noqa: E402
@@ -40,7 +40,6 @@ FLAGS = (
     "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream"  # a fake camera that needs no permission
 )
 WIDE, NARROW = (1280, 1000), (400, 900)
-TIMEOUT = 120  # seconds; enough for a machine that also runs other tests
 
 
 @pytest.fixture(scope="module")
@@ -429,51 +428,9 @@ def test_the_page_names_the_model_and_describes_the_shipped_one(page, demo, tmp_
         assert "demonstration" not in about
 
 
-class Stranger:
-    """A client that sends requests without the page."""
-
-    def __init__(self, url):
-        self.url, self.visitor = url.rstrip("/"), uuid.uuid4().hex
-        dependencies = json.loads(self.get("/config"))["dependencies"]
-        self.ask_index = max(dependencies, key=lambda dependency: len(dependency["inputs"]))["id"]
-        self.show_index = next(each for each in dependencies if each["targets"][0][1] == "upload")["id"]
-
-    def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=TIMEOUT) as response:
-            return response.read().decode()
-
-    def post(self, path, body, kind="application/json"):
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": kind})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            return json.loads(response.read())
-
-    def upload(self, content, name="scene.png"):
-        boundary = uuid.uuid4().hex
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
-        body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
-        return self.post("/gradio_api/upload", body, f"multipart/form-data; boundary={boundary}")[0]
-
-    def send(self, index, *data):
-        """Send an event, and return the whole reply as text."""
-        body = {"data": data, "fn_index": index, "session_hash": self.visitor}
-        self.post("/gradio_api/queue/join", json.dumps(body).encode())
-        return self.get(f"/gradio_api/queue/data?session_hash={self.visitor}")
-
-    def ask(self, image, question="Read the sign."):
-        return self.send(self.ask_index, image, question, False, 0, 1, 64, None)
-
-
 @pytest.fixture
 def stranger(demo):
     return Stranger(demo.url)
-
-
-def words(reply):
-    """Join the streamed pieces of an answer."""
-    return "".join(re.findall(r'\["append",\[\d+,"content",0,"text"\],"(.*?)"\]', reply)).strip()
-
-
-META = {"_type": "gradio.FileData"}
 
 
 def secrets_of(folder, website):
