@@ -40,6 +40,7 @@ TRAINING = [
     "trl>=1.16",
 ]
 VIDEO = ["av>=18.1"]
+NOTEBOOK_TESTS = ["ipykernel>=7.4", "nbclient>=0.11", "nbformat>=5.11"]
 
 
 class BuildModules(build_py):
@@ -92,6 +93,7 @@ setup(
             *DEMO,
             *EVALUATION_TESTS,
             *LINT,
+            *NOTEBOOK_TESTS,
             *ONNX,
             *QUANTIZATION,
             *SERVING,
