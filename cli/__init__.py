@@ -293,7 +293,7 @@ def _add_export(commands: Any) -> None:
         metavar=("IMAGE", "QUESTION"),
         action="append",
         default=[],
-        help="image (file or URL) and question for the widget on the Hub; may be repeated",
+        help="image (file or URL) and question for the widget on the Hub, with the model's answer; may be repeated",
     )
     parser.set_defaults(run=_export)
 
@@ -439,8 +439,11 @@ def _export(options: argparse.Namespace) -> None:
         num_more = len(done.left_out) - NUM_SHOWN_FILES
         more = f" and {num_more} more" if num_more > 0 else ""
         lines.append(f"not copied: {', '.join(done.left_out[:NUM_SHOWN_FILES])}{more}")
+    lines += done.unanswered
     if done.license_id is None:
         lines.append("the licence is unknown; set it with --license")
+    if done.quantization and not done.base_models:
+        lines.append(f"the weights are quantised ({done.quantization}); name the original model with --base-model")
     sys.stdout.write("\n".join([*lines, f"to publish it: hf upload USER/NAME {done.output}", ""]))
 
 

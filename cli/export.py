@@ -36,6 +36,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 CARD, LICENSE, APACHE = "README.md", "LICENSE", "apache-2.0"
 EXAMPLES = "examples"
 LICENSE_ID = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+MAX_NEW_TOKENS = 128  # of an example's answer
 ORIGIN = "Exported by `flashsloth export`."
 
 
@@ -49,6 +50,9 @@ class Export(NamedTuple):
         dtype: Dtype of the weights, such as `bfloat16`.
         license_id: Licence that the card names, if any.
         left_out: Names of the checkpoint's files and folders that were not exported.
+        base_models: Hub ids of the base models that the card names.
+        quantization: Name of the quantisation method, such as `torchao`, or `None`.
+        unanswered: Why there is no answer to an example, for each such example.
     """
 
     output: Path
@@ -57,6 +61,9 @@ class Export(NamedTuple):
     dtype: str
     license_id: str | None
     left_out: list[str]
+    base_models: list[str]
+    quantization: str | None
+    unanswered: list[str]
 
 
 def export(
@@ -82,7 +89,7 @@ def export(
         license_id: Licence of the weights, as the Hub spells it. Default: the one in the checkpoint's card.
         base_models: Hub ids of the models that this one was trained from. Default: those in the checkpoint's card.
         evaluations: JSON files with results. Default: the checkpoint's `evaluation.json`, if it has one.
-        examples: Images (files or URLs) and questions for the Hub's widget.
+        examples: Images (files or URLs) and questions for the Hub's widget, which also shows the model's answers.
 
     Returns:
         A summary of what was written.
@@ -106,27 +113,34 @@ def export(
             f"expected a licence as the Hub spells it, such as apache-2.0, mit or other, not {license_id!r}."
         )
     license_id = license_id or known.license
-    summary = _summarise(model, checkpoint, output, license_id)
+    bases = list(base_models) or _hub_ids(known.base_model)
+    summary = _summarise(model, checkpoint, output, license_id, bases)
     with complete_or_absent(output, summary.num_bytes) as partial:
-        model.save_pretrained(partial)
+        _save_model(model, checkpoint, partial)
         used_processor.save_pretrained(partial)
         copy_code(partial)
         _copy_license(checkpoint, partial, license_id)
+        answered = [_answer_example(model, used_processor, *example) for example in examples]
         card = model_card.build_model_card(
             model.config,
             name=name or output.name,
-            dtype=summary.dtype,
+            dtype=summary.dtype if summary.quantization is None else f"{summary.dtype}, {summary.quantization}",
             num_parameters=summary.num_parameters,
+            num_bytes=summary.num_bytes,
             do_image_splitting=used_processor.image_processor.do_image_splitting,
             origin=ORIGIN,
-            base_models=list(base_models) or _hub_ids(known.base_model),
+            base_models=bases,
+            base_model_relation="quantized" if summary.quantization else known.get("base_model_relation"),
             license_id=license_id,
             results=results,
-            examples=[(_copy_example(image, partial), question) for image, question in examples],
+            examples=[example._replace(image=_copy_example(example.image, partial)) for example, _ in answered],
         )
         card.save(partial / CARD)
         written = {file.name for file in partial.iterdir()}
-    return summary._replace(left_out=[file for file in summary.left_out if file not in written])
+    return summary._replace(
+        left_out=[file for file in summary.left_out if file not in written],
+        unanswered=[reason for _, reason in answered if reason],
+    )
 
 
 def _load_model(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGeneration, str | Path]:
@@ -155,6 +169,11 @@ def _merge_adapter(folder: Path, dtype: str) -> tuple[FlashSlothForConditionalGe
             f"it is a LoRA adapter whose base model {base} cannot be loaded ({first_line(error)}); put the base "
             f"model there, or change `base_model_name_or_path` in {ADAPTER_CONFIG}."
         ) from error
+    if method := _quantization(model):
+        raise ValueError(
+            f"it is a LoRA adapter whose base model {base} is quantised ({method}), so it cannot be merged exactly; "
+            f"name the model from before the quantisation as `base_model_name_or_path` in {ADAPTER_CONFIG}."
+        )
     return PeftModel.from_pretrained(model, folder).merge_and_unload(), base
 
 
@@ -165,12 +184,48 @@ def _load_whole(source: str | Path, dtype: str) -> FlashSlothForConditionalGener
             raise ValueError(f"its model_type is {config.get('model_type')!r}, and it is not an original release.")
         find_weight_files(Path(source))
         check_json_files(Path(source))
+        if "quantization_config" in config and dtype != "auto":
+            raise ValueError("it is quantised, so the type of its weights cannot be changed; leave out --dtype.")
     model, report = FlashSlothForConditionalGeneration.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if missing := report["missing_keys"]:
         raise ValueError(f"tensors are missing from its weights: {len(missing)}, such as {min(missing)}.")
     if unexpected := report["unexpected_keys"]:
         raise ValueError(f"its weights contain unexpected tensors: {len(unexpected)}, such as {min(unexpected)}.")
     return model
+
+
+def _quantization(model: FlashSlothForConditionalGeneration) -> str | None:
+    """Name of the method that a model is quantised with."""
+    settings = getattr(model.config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def _save_model(model: FlashSlothForConditionalGeneration, checkpoint: Path, folder: Path) -> None:
+    """Save a model. Weights that are quantised are copied: transformers cannot save all kinds a second time."""
+    if _quantization(model) is None:
+        model.save_pretrained(folder)
+        return
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    for file in [*find_weight_files(checkpoint), *checkpoint.glob("*.index.json")]:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _answer_example(
+    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, image: str, question: str
+) -> tuple[model_card.Example, str | None]:
+    """An example with the model's answer, or without it and the reason."""
+    if not is_web_address(image) and not Path(image).is_file():
+        raise RepositoryError(f"there is no example image {image}.")
+    try:
+        content = [{"type": "image", "path": image}, {"type": "text", "text": question}]
+        inputs = processor.encode_conversations([{"role": "user", "content": content}]).to(model.device, model.dtype)
+        output = model.eval().generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    except (OSError, ValueError) as error:
+        return model_card.Example(image, question), f"no answer to {question!r} about {image}: {first_line(error)}"
+    answer = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0]
+    return model_card.Example(image, question, answer), None
 
 
 def _load_processor(source: str | Path, base: str | Path) -> FlashSlothProcessor:
@@ -229,15 +284,24 @@ def _hub_ids(names: str | list[str] | None) -> list[str] | None:
 
 
 def _summarise(
-    model: FlashSlothForConditionalGeneration, checkpoint: Path, output: Path, license_id: str | None
+    model: FlashSlothForConditionalGeneration,
+    checkpoint: Path,
+    output: Path,
+    license_id: str | None,
+    bases: list[str] | None,
 ) -> Export:
+    method = _quantization(model)
+    sizes = (file.stat().st_size for file in find_weight_files(checkpoint)) if method else None
     return Export(
         output=output,
         num_parameters=model.num_parameters(),
-        num_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        num_bytes=sum(sizes or (parameter.nbytes for parameter in model.parameters())),
         dtype=str(model.dtype).removeprefix("torch."),
         license_id=license_id,
         left_out=sorted(entry.name for entry in checkpoint.iterdir()),
+        base_models=bases or [],
+        quantization=method,
+        unanswered=[],
     )
 
 
@@ -253,8 +317,6 @@ def _copy_example(image: str, folder: Path) -> str:
     """Copy an image unless it is a URL; return its URL or its path in the repository."""
     if is_web_address(image):
         return image
-    if not Path(image).is_file():
-        raise RepositoryError(f"there is no example image {image}.")
     target = folder / EXAMPLES / Path(image).name
     target.parent.mkdir(exist_ok=True)
     if target.exists() and target.read_bytes() != Path(image).read_bytes():

@@ -2,7 +2,9 @@
 
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_flashsloth import FlashSlothConfig
@@ -37,6 +39,7 @@ decoder as {num_image_tokens} tokens; query tokens after each question read the 
 | Vision tower | {vision_type}, {num_vision_layers} layers, {image_size} px |
 | Tiles per image | {num_tiles}{variant} |
 | Data type | {dtype} |
+| Memory | {weights} of weights, and a KV cache of at most {cache_per_token} per token, {cache_per_image} per image |
 
 {origin}
 {results}
@@ -64,12 +67,73 @@ output = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].sha
 answer = processor.post_process_image_text_to_text(output)[0]
 ```
 
-If the package `flashsloth` is installed, you do not need `trust_remote_code`, and can ask from the shell:
+The model is on the CPU. `model.to("cuda")`, or `model.to("mps")` on a Mac, moves it; `from_pretrained(...,
+device_map="auto")` spreads it over all devices, which needs accelerate.
+
+### With the package `flashsloth`
 
 ```sh
 flashsloth ask image.jpg "What is in the image?" --model {name}
+flashsloth chat image.jpg --model {name}
+flashsloth caption FOLDER --question "What is in the image?" --output captions --model {name}
+flashsloth demo --model {name}
 ```
+
+With the package, you do not need `trust_remote_code`. `demo` needs Gradio.
+
+### As a server with OpenAI's API
+
+```sh
+transformers serve {name} --trust-remote-code
+```
+
+needs `pip install "transformers[serving]"`. With the package and its extra `vllm`, `vllm serve {name}` does the same,
+for many requests at once.
+
+### With onnxruntime
+
+```sh
+flashsloth onnx {name} onnx
+```
+
+needs the package's extra `onnx`.
+
+### On Inference Endpoints
+
+`handler.py` in this repository answers the requests of an [endpoint](https://endpoints.huggingface.co).
+
+### Not supported: llama.cpp, Ollama, MLX, SGLang
+
+The Hub may show snippets for them, but each needs its own implementation of an architecture, and has none of this one:
+in one decoder layer, the query tokens read the patches of the image. A conversion of the decoder alone would not see
+the image.
+
+## Limits
+
+- It can be wrong. Check an answer before you rely on it.
+- It sees an image as {num_tiles} tile{plural} of {image_size}×{image_size} px, so small text and details are lost.
+- Images, questions and answers have room for {num_positions:,} tokens in total.
+
+## Licence
+
+{license}
+
+The code is under Apache-2.0.
 """
+
+
+class Example(NamedTuple):
+    """An example for the Hub's widget.
+
+    Attributes:
+        image: A path in the repository, or a URL.
+        question: A question about it.
+        answer: The model's answer, or `None` if it is unknown.
+    """
+
+    image: str
+    question: str
+    answer: str | None = None
 
 
 def build_model_card(
@@ -83,7 +147,9 @@ def build_model_card(
     base_models: list[str] | None = None,
     license_id: str | None = "apache-2.0",
     results: list[EvalResult] | None = None,
-    examples: list[tuple[str, str]] | None = None,
+    examples: list[Example] | None = None,
+    num_bytes: int | None = None,
+    base_model_relation: str | None = None,
 ) -> ModelCard:
     """Build the model card of a checkpoint.
 
@@ -97,22 +163,31 @@ def build_model_card(
         base_models: Hub ids of the base models. Default: inferred from the config's sizes.
         license_id: Hub identifier of the weights' licence, or `None` if it is unknown.
         results: Evaluation results, as `read_results` returns them.
-        examples: Pairs of an image (a path in the repository or a URL) and a question, for the Hub's widget.
+        examples: Examples for the Hub's widget.
+        num_bytes: Size of the weights, in bytes. Default: that of `num_parameters` of the data type.
+        base_model_relation: What the model is to its base model, as the Hub calls it: `adapter`, `finetune`, `merge` or
+            `quantized`. Default: the Hub guesses.
 
     Returns:
         The card.
     """
     text, vision = config.text_config, config.vision_config
+    bases = _base_models(config) if base_models is None else base_models or None
     metadata = ModelCardData(
         license=license_id,
         library_name="transformers",
         pipeline_tag=TASK,
         tags=TAGS,
-        base_model=_base_models(config) if base_models is None else base_models or None,
+        base_model=bases,
+        base_model_relation=base_model_relation if bases else None,
         model_name=name if results else None,
         eval_results=results or None,
-        widget=[{"text": question, "src": image} for image, question in examples or ()] or None,
+        widget=[_widget(example) for example in examples or ()] or None,
     )
+    item_size = getattr(torch, dtype.partition(",")[0]).itemsize
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * num_heads * head_dim * item_size
     num_tiles = NUM_HD_TILES if do_image_splitting else 1
     return ModelCard(
         CARD.format(
@@ -130,6 +205,12 @@ def build_model_card(
             num_tiles=num_tiles,
             variant=" (FlashSloth-HD)" if do_image_splitting else "",
             dtype=dtype,
+            plural="s" if num_tiles > 1 else "",
+            num_positions=text.max_position_embeddings,
+            weights=_show_bytes(num_parameters * item_size if num_bytes is None else num_bytes),
+            cache_per_token=_show_bytes(per_token),
+            cache_per_image=_show_bytes(per_token * num_tiles * config.image_seq_length),
+            license=_license(license_id, bases),
             origin=origin,
             results=_results_table(results or []),
         )
@@ -168,6 +249,27 @@ def read_results(file: Path) -> list[EvalResult]:
         ) from error
     fields = ("dataset_type", "dataset_name", "metric_type", "metric_name", "metric_value")
     return [EvalResult(task_type=TASK, **dict(zip(fields, result, strict=True))) for result in results]
+
+
+def _widget(example: Example) -> dict[str, Any]:
+    output = {} if example.answer is None else {"output": {"text": example.answer}}
+    return {"text": example.question, "src": example.image, **output}
+
+
+def _show_bytes(number: float) -> str:
+    """A size with three digits, such as 6.39 GB."""
+    for unit in ("B", "kB", "MB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
+def _license(license_id: str | None, bases: list[str] | None) -> str:
+    known = (
+        "The licence of the weights is not stated" if license_id is None else f"Licence of the weights: {license_id}"
+    )
+    return f"{known}. Those of {' and '.join(bases)} apply as well." if bases else f"{known}."
 
 
 def _results_table(results: list[EvalResult]) -> str:

@@ -1,6 +1,8 @@
 """An exported repository is complete, loads without the package, and contains no unrelated files."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,11 +14,12 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from processes import run_alone
 from safetensors.torch import load_file, save_file
+from transformers import TorchAoConfig
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.cli import main
+from flashsloth.cli import build_parser, main
 from flashsloth.cli.convert import convert
-from flashsloth.training.lora import LORA_TARGET_MODULES
+from flashsloth.training.lora import LORA_TARGET_MODULES, UNQUANTIZED_MODULES
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples" / "shapes.png"
@@ -92,6 +95,15 @@ def refused(run, tmp_path):
     return run_refused
 
 
+def answer(image, question, checkpoint=ROOT):
+    model = FlashSlothForConditionalGeneration.from_pretrained(checkpoint)
+    processor = FlashSlothProcessor.from_pretrained(checkpoint)
+    content = [{"type": "image", "path": str(image)}, {"type": "text", "text": question}]
+    inputs = processor.encode_conversations([{"role": "user", "content": content}]).to(model.device, model.dtype)
+    output = model.generate(**inputs, max_new_tokens=128)[:, inputs["input_ids"].shape[1] :]
+    return processor.post_process_image_text_to_text(output)[0]
+
+
 def card_of(folder):
     return ModelCard.load(folder / "README.md").data
 
@@ -132,15 +144,21 @@ def test_the_card_has_the_given_metadata_and_the_measured_results(run, trained, 
     options = ["--name", "someone/sloth", "--license", "mit", "--base-model", "microsoft/phi-2"]
     options += ["--evaluation", tmp_path / "lmms.json", "--evaluation", ROOT / "examples/tiny/evaluation.json"]
     options += ["--example", SHAPES, "What is top left?", "--example", "https://example.org/a.png", "Why?"]
-    assert run(trained, tmp_path / "out", *options)[0] == 0
+    code, output, _ = run(trained, tmp_path / "out", *options)
+    assert code == 0
     data = card_of(tmp_path / "out")
     assert (data.pipeline_tag, data.library_name, data.license) == ("image-text-to-text", "transformers", "mit")
     assert {"custom_code", "conversational"} <= set(data.tags)
     assert data.base_model == ["microsoft/phi-2"]
     assert data.widget == [
-        {"text": "What is top left?", "src": "examples/shapes.png"},
+        {
+            "text": "What is top left?",
+            "src": "examples/shapes.png",
+            "output": {"text": answer(SHAPES, "What is top left?")},
+        },
         {"text": "Why?", "src": "https://example.org/a.png"},
     ]
+    assert "no answer to 'Why?' about https://example.org/a.png" in output
     assert (tmp_path / "out" / "examples" / "shapes.png").read_bytes() == SHAPES.read_bytes()
     values = {
         (result.dataset_name, result.metric_name or result.metric_type): result.metric_value
@@ -152,6 +170,87 @@ def test_the_card_has_the_given_metadata_and_the_measured_results(run, trained, 
     metrics = {metric.partition(":")[0] for _, metric in values}
     assert metrics == {"mme_score", "exact match"}  # no standard error, nothing that is NaN
     assert not (tmp_path / "out" / "LICENSE").exists()  # ours is not the MIT licence
+
+
+def test_the_card_has_a_command_for_each_engine_and_says_what_does_not_work(run, trained, tmp_path):
+    assert run(trained, tmp_path / "out", "--name", "someone/sloth", "--license", "mit")[0] == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    headings = re.findall("^##+ (.*)$", text, flags=re.MULTILINE)
+    assert {"Use", "With onnxruntime", "On Inference Endpoints", "Limits", "Licence"} <= set(headings)
+    assert "Not supported: llama.cpp, Ollama, MLX, SGLang" in headings
+    assert "Licence of the weights: mit." in text
+    commands = [
+        shlex.split(line) for block in re.findall("```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
+    assert {(program, command) for program, command, *_ in commands} == {
+        *(("flashsloth", name) for name in ("ask", "chat", "caption", "demo", "onnx")),
+        ("transformers", "serve"),
+    }
+    for program, *arguments in commands:
+        assert "someone/sloth" in arguments
+        if program == "flashsloth":
+            build_parser().parse_args(arguments)
+    for way in ('.to("cuda")', '.to("mps")', 'device_map="auto"', "`vllm serve someone/sloth`"):
+        assert way in text
+
+
+def test_the_card_states_sizes_and_memory(run, trained, tmp_path):
+    assert run(trained, tmp_path / "out")[0] == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    model, processor = (one.from_pretrained(ROOT) for one in (FlashSlothForConditionalGeneration, FlashSlothProcessor))
+    inputs = processor(images=SHAPES, text="USER: <image>\nWhy?<learnable> ASSISTANT:", return_tensors="pt")
+    with torch.no_grad():
+        cache = model(**inputs.to(dtype=model.dtype), use_cache=True).past_key_values
+    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / cache.get_seq_length()
+    num_bytes = (ROOT / "model.safetensors").stat().st_size
+    found = re.search(r"\| Memory \| ([\d.]+) MB of weights, .* ([\d.]+) kB per token, ([\d.]+) kB per image \|", text)
+    assert float(found[1]) == pytest.approx(num_bytes / 1e6, rel=0.01)
+    assert float(found[2]) == pytest.approx(per_token / 1e3, rel=0.01)
+    assert float(found[3]) == pytest.approx(per_token * model.config.image_seq_length / 1e3, rel=0.01)
+    assert f"room for {model.config.text_config.max_position_embeddings:,} tokens" in text
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    torchao, skipped = pytest.importorskip("torchao.quantization"), list(UNQUANTIZED_MODULES)
+    settings = TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2), modules_to_not_convert=skipped)
+    folder = tmp_path_factory.mktemp("quantized") / "sloth-int8"
+    model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=torch.bfloat16, quantization_config=settings)
+    model.save_pretrained(folder)
+    FlashSlothProcessor.from_pretrained(ROOT).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_quantised_checkpoint_keeps_its_weights_and_is_a_variant_of_its_base_model(run, quantized, tmp_path):
+    code, output, _ = run(quantized, tmp_path / "out", "--base-model", "USER/tiny-sloth")
+    weights = (quantized / "model.safetensors").read_bytes()
+    assert code == 0
+    assert f"{len(weights) / 1e6:,.1f} MB" in output
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    data = card_of(tmp_path / "out")
+    assert (data.base_model, data.get("base_model_relation")) == (["USER/tiny-sloth"], "quantized")
+    assert "| Data type | bfloat16, torchao |" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
+    printed = run_alone(tmp_path / "script.py", tmp_path / "out", SHAPES, folder=tmp_path)
+    assert printed.strip() == answer(SHAPES, "Describe the picture.", quantized)
+
+
+@pytest.mark.slow
+def test_a_quantised_checkpoint_is_not_converted_or_merged(run, refused, quantized, tmp_path):
+    assert "leave out --dtype" in refused(quantized, "--dtype", "float32")
+    assert "name the original model with --base-model" in run(quantized, tmp_path / "named")[1]
+    model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
+    get_peft_model(model, LoraConfig(target_modules=LORA_TARGET_MODULES, r=2)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(quantized)}))
+    assert "is quantised (torchao), so it cannot be merged exactly" in refused(tmp_path / "adapter")
+
+
+def test_the_relation_to_a_base_model_is_kept(run, trained, tmp_path):
+    (trained / "README.md").write_text("---\nbase_model: someone/base\nbase_model_relation: finetune\n---\n")
+    assert run(trained, tmp_path / "out")[0] == 0
+    assert card_of(tmp_path / "out").get("base_model_relation") == "finetune"
 
 
 def test_metadata_of_the_checkpoints_card_is_kept(run, trained, tmp_path):
