@@ -5,14 +5,16 @@ import io
 import json
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from score import as_table
 
-from flashsloth.cli import main
-from flashsloth.cli.model_card import TAGS, read_results
+from flashsloth import FlashSlothConfig
+from flashsloth.cli import build_parser, main
+from flashsloth.cli.model_card import TAGS, _show_bytes, read_results
 
 ROOT = Path(__file__).parents[1]
 EVALUATION = ROOT / "examples" / "tiny" / "evaluation.json"
@@ -56,6 +58,51 @@ def test_it_is_a_valid_model_card():
     assert (data.pipeline_tag, data.library_name, data.license) == ("image-text-to-text", "transformers", "apache-2.0")
     assert data.tags == TAGS
     assert HUB_ID.endswith(f"/{data.model_name}")
+
+
+def test_the_examples_of_its_widget_have_the_answers_of_the_checkpoint(capsys):
+    examples = ModelCard(README).data.widget
+    assert len(examples) == 2
+    for example in examples:
+        assert main(["ask", example["src"], example["text"]]) == 0
+        assert capsys.readouterr().out.strip() == example["output"]["text"]
+
+
+def rows_after(heading):
+    """Cells of the rows of the first table after a heading."""
+    lines = README[README.index(heading) :].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    table = list(takewhile(lambda line: line.startswith("|"), lines[start:]))
+    return [tuple(cell.strip() for cell in row.strip("| ").split(" | ")) for row in table[2:]]
+
+
+def test_it_has_a_command_for_each_engine_that_exists():
+    table = dict(rows_after("## Run it elsewhere"))
+    commands = [shlex.split(code) for cell in table.values() for code in re.findall(r"`([^`(]+ [^`(]+)`", cell)]
+    ours = [arguments for program, *arguments in commands if program == "flashsloth"]
+    assert {"chat", "caption", "onnx"} <= {arguments[0] for arguments in ours}
+    for arguments in ours:
+        build_parser().parse_args(arguments)
+    assert {program for program, *_ in commands} == {"flashsloth", "transformers", "vllm"}
+    assert table["llama.cpp, Ollama, MLX, SGLang"].startswith("not supported")
+
+
+def test_its_memory_is_that_of_the_configurations():
+    found = {row[0]: row[1:] for row in rows_after("| in bfloat16")}
+    expected = {}
+    shipped = FlashSlothConfig.from_pretrained(ROOT)
+    for name, config, num_bytes in (
+        ("FlashSloth-3.2B", FlashSlothConfig(), 6.39e9),  # measured: benchmarks/results/memory_cpu.md
+        ("this checkpoint", shipped, (ROOT / "model.safetensors").stat().st_size),
+    ):
+        text, tokens = config.text_config, config.image_seq_length
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        per_token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+        sizes = (num_bytes, per_token, tokens * per_token)
+        weights, cache, image = (_show_bytes(size) for size in sizes)
+        limit = f"{text.max_position_embeddings:,} tokens"
+        expected[name] = (weights, cache, f"{tokens} tokens, {image}", limit)
+    assert found == expected
 
 
 def test_its_figures_are_the_measured_ones():
