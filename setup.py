@@ -110,6 +110,7 @@ setup(
     packages=["flashsloth", "flashsloth.cli", "flashsloth.evaluation", "flashsloth.training"],
     package_dir={"flashsloth": "."},
     package_data={"flashsloth": [*CHECKPOINT, *EXAMPLES, "LICENSE", "py.typed"]},
+    exclude_package_data={"flashsloth.cli": ["*.pyi"]},  # Gradio writes them next to its components
     cmdclass={"build_py": BuildModules},
     entry_points={
         "console_scripts": ["flashsloth = flashsloth.cli:main"],

@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="FlashSloth, a small and fast vision-language model.")
-    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the versions in use, and exit")
+    parser.add_argument(
+        "--version", action=_ShowVersion, nargs=0, default=argparse.SUPPRESS, help="show the versions in use, and exit"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in COMMANDS:
         add_command(commands)
