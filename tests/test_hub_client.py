@@ -11,6 +11,7 @@ import torch
 from base_models import make_decoder, make_tower
 from local_hub import local_hub
 from original_checkpoint import make_original
+from terminal import Terminal
 
 from flashsloth import FlashSlothForConditionalGeneration
 
@@ -167,3 +168,14 @@ def test_a_base_model_can_be_pinned_to_a_commit(run, hub, tmp_path):
         run(*command, HF_HOME=str(tmp_path / "home"))
     vision = FlashSlothForConditionalGeneration.from_pretrained(tmp_path / init[2]).config.vision_config
     assert vision.model_type == "siglip_vision_model"
+
+
+def test_a_terminal_shows_the_progress_of_a_download_and_a_pipe_does_not(hub, published, tmp_path):
+    command = [Path(sys.executable).parent / "flashsloth", "ask", SCENE, "Read the sign.", "--model", published[0]]
+    with Terminal(command, **hub.environment | {"HF_HOME": str(tmp_path / "one"), "HF_HUB_OFFLINE": "0"}) as terminal:
+        assert terminal.wait_for_exit() == 0
+    assert re.search(r"model\.safetensors.*100%", terminal.seen)
+    settings = hub.environment | {"HF_HOME": str(tmp_path / "two")}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+    assert (done.returncode, "%|" in done.stderr) == (0, False)
+    assert done.stdout.strip() in terminal.seen
