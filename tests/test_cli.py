@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,6 +151,23 @@ def test_demo_without_gradio_says_how_to_install_it(refused, monkeypatch):
     monkeypatch.delitem(sys.modules, "flashsloth.cli.demo", raising=False)
     monkeypatch.delattr(cli, "demo", raising=False)
     assert refused("demo") == "flashsloth: error: the demo needs Gradio: pip install gradio\n"
+
+
+def test_demo_reports_a_port_in_use_in_one_line(run, checkpoint):
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, errors = run("demo", "--model", checkpoint, "--port", port)
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("flashsloth: error: Cannot find empty port")
+    assert str(port) in errors
+
+
+def test_demo_reports_a_model_that_cannot_be_loaded(refused, tmp_path):
+    pytest.importorskip("gradio")
+    assert "has no config.json" in refused("demo", "--model", tmp_path)
 
 
 def test_ask_opens_urls(run, refused, checkpoint, image):

@@ -121,6 +121,7 @@ def test_its_steps_build_a_server_that_answers(tmp_path):
         shutil.copy(ROOT / name, folder / name)
     settings = dict(setting.split("=", 1) for setting in arguments_of("ENV") + arguments_of("ARG") if "=" in setting)
     settings |= {"VIRTUAL_ENV": f"{tmp_path}/venv", "HF_HOME": f"{tmp_path}/huggingface", "TORCH_INDEX": f"{tmp_path}"}
+    settings["HOME"] = str(tmp_path)
     settings |= {"HOST": "127.0.0.1", "PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     programs = f"{tmp_path}/venv/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
