@@ -95,12 +95,12 @@ def refused(run, tmp_path):
     return run_refused
 
 
-def answer(image, question, checkpoint=ROOT):
+def answer(image, question, checkpoint=ROOT, max_new_tokens=128):
     model = FlashSlothForConditionalGeneration.from_pretrained(checkpoint)
     processor = FlashSlothProcessor.from_pretrained(checkpoint)
     content = [{"type": "image", "path": str(image)}, {"type": "text", "text": question}]
     inputs = processor.encode_conversations([{"role": "user", "content": content}]).to(model.device, model.dtype)
-    output = model.generate(**inputs, max_new_tokens=128)[:, inputs["input_ids"].shape[1] :]
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
     return processor.post_process_image_text_to_text(output)[0]
 
 
@@ -192,6 +192,17 @@ def test_the_card_has_a_command_for_each_engine_and_says_what_does_not_work(run,
             build_parser().parse_args(arguments)
     for way in ('.to("cuda")', '.to("mps")', 'device_map="auto"', "`vllm serve someone/sloth`"):
         assert way in text
+
+
+@pytest.mark.slow
+def test_the_code_of_the_card_runs_without_the_package(run, trained, tmp_path):
+    assert run(trained, tmp_path / "out", "--name", "someone/sloth")[0] == 0
+    (code,) = re.findall("```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    (question,) = re.findall(r'"text": "(.*?)"', code)
+    code = code.replace('"someone/sloth"', repr(str(tmp_path / "out"))).replace('"image.jpg"', repr(str(SHAPES)))
+    (tmp_path / "script.py").write_text(f'import sys\n\nsys.modules["flashsloth"] = None\n{code}print(answer)\n')
+    printed = run_alone(tmp_path / "script.py", folder=tmp_path)
+    assert printed.strip() == answer(SHAPES, question, max_new_tokens=256)
 
 
 def test_the_card_states_sizes_and_memory(run, trained, tmp_path):
