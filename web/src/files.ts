@@ -29,6 +29,11 @@ export class Downloads {
     private readonly onProgress: OnProgress = () => {},
   ) {}
 
+  /** Size of all files so far. */
+  get numBytes(): number {
+    return [...this.loaded.values()].reduce((sum, length) => sum + length, 0);
+  }
+
   async json<T>(name: string): Promise<T> {
     const bytes = await this.bytes(name);
     try {
@@ -105,9 +110,8 @@ export class Downloads {
 
   private report(address: string, length: number): void {
     this.loaded.set(address, length);
-    const sum = (values: Iterable<number>) => [...values].reduce((total, value) => total + value, 0);
-    const loaded = sum(this.loaded.values());
-    this.onProgress(loaded, Math.max(loaded, sum(this.totals.values())));
+    const total = [...this.totals.values()].reduce((sum, size) => sum + size, 0);
+    this.onProgress(this.numBytes, Math.max(this.numBytes, total));
   }
 }
 

@@ -95,7 +95,7 @@ function showProgress({ loaded, total, what }: { loaded: number; total: number; 
   const bar = byId<HTMLProgressElement>("progress");
   if (total) bar.value = loaded / total;
   else bar.removeAttribute("value");
-  const size = total ? `: ${(loaded / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB` : " …";
+  const size = total ? `: ${megabytes(loaded)} of ${megabytes(total)} MB` : " …";
   byId("loading-text").textContent = `${what}${size}`;
 }
 
@@ -103,8 +103,8 @@ function onLoaded(info: ModelInfo): void {
   state.model = info;
   byId("loading").hidden = true;
   byId("about").textContent =
-    `${info.backend}; ${info.megabytes.toFixed(1)} MB, ready after ${info.seconds.toFixed(1)} s. ` +
-    "The browser keeps the files: the page also works without a network.";
+    `${info.backend}. ${megabytes(info.modelBytes)} MB of weights and ${megabytes(info.runtimeBytes)} MB of WebAssembly, ` +
+    `ready after ${info.seconds.toFixed(1)} s. The browser keeps them: the page also works without a network.`;
   byId<HTMLInputElement>("temperature").value = String(info.defaults.temperature);
   byId<HTMLInputElement>("top-p").value = String(info.defaults.topP);
   document.body.dataset.ready = "true";
@@ -307,6 +307,7 @@ function forget(): void {
   question.focus();
 }
 
+const megabytes = (bytes: number): string => (bytes / 1e6).toFixed(1);
 const milliseconds = (seconds: number): string => `${(seconds * 1000).toFixed(0)} ms`;
 
 function updateButtons(): void {

@@ -46,6 +46,8 @@ export interface ModelFiles {
   processor: ProcessorConfig;
   prompter: Prompter;
   graphs: Record<GraphName, { graph: Uint8Array; weights: { path: string; data: Uint8Array }[] }>;
+  /** Size of the graphs with their weights. */
+  modelBytes: number;
 }
 
 type GraphName = "vision" | "decoder" | "decoder_step";
@@ -104,6 +106,7 @@ export async function readModel(folder: string, downloads: Downloads): Promise<M
       readWeights("vision.onnx.data"),
       readWeights("decoder.onnx.data"),
     ]);
+  const parts = [vision.graph, decoder.graph, step.graph, seen.data, known.data];
   return {
     config,
     generation,
@@ -114,6 +117,7 @@ export async function readModel(folder: string, downloads: Downloads): Promise<M
       decoder: { ...decoder, weights: [known] },
       decoder_step: { ...step, weights: [known] },
     },
+    modelBytes: parts.reduce((sum, part) => sum + part.length, 0),
   };
 }
 
@@ -148,6 +152,7 @@ export class FlashSloth {
       sessions[name] = await runtime.InferenceSession.create(graph, {
         executionProviders: [provider],
         externalData: weights,
+        logSeverityLevel: 3, // errors
         ...(Object.keys(preferredOutputLocation).length ? { preferredOutputLocation } : {}),
       });
     }

@@ -13,7 +13,9 @@ export type Request =
 export interface ModelInfo {
   backend: string;
   seconds: number;
-  megabytes: number;
+  /** Sizes of the model's files, and of WebAssembly. */
+  modelBytes: number;
+  runtimeBytes: number;
   defaults: Omit<AnswerSettings, "maxNewTokens">;
   numTiles: number;
   patchSize: number;

@@ -51,9 +51,7 @@ function report(during: Request["type"], error: unknown): void {
 async function load(request: Extract<Request, { type: "load" }>): Promise<void> {
   const begin = performance.now();
   const folder = modelAddress(request.model, request.page);
-  let megabytes = 0;
   const downloads = new Downloads(folder, (loaded, total) => {
-    megabytes = loaded / 1e6;
     reply({ type: "progress", loaded, total, what: "Loading the model" });
   });
   const provider = await chooseProvider(request.backend);
@@ -63,7 +61,10 @@ async function load(request: Extract<Request, { type: "load" }>): Promise<void> 
   [model, backend] = await start(provider, files, downloads, request);
   const { defaults, numTiles, patchSize } = model;
   const seconds = (performance.now() - begin) / 1000;
-  reply({ type: "loaded", backend, seconds, megabytes, defaults, numTiles, patchSize } satisfies Reply & ModelInfo);
+  const { modelBytes } = await files;
+  const runtimeBytes = downloads.numBytes - modelBytes;
+  const info: ModelInfo = { backend, seconds, modelBytes, runtimeBytes, defaults, numTiles, patchSize };
+  reply({ type: "loaded", ...info });
 }
 
 async function chooseProvider(wanted: string | null): Promise<"webgpu" | "wasm"> {
