@@ -9,7 +9,7 @@ onnxruntime. The table counts right answers, those that are the same as in float
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,22 +37,25 @@ class Answers(NamedTuple):
     num_bytes: int
 
 
-def compare(num_images: int) -> Iterator[Answers]:
-    """Export the checkpoint, and answer the questions in every data type, float32 first."""
+def compare(num_images: int, dtypes: Sequence[str]) -> Iterator[Answers]:
+    """Export the checkpoint, and answer the questions in every data type."""
     processor = FlashSlothProcessor.from_pretrained(ROOT)
     asked = list(evaluation_set(num_images))
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / ONNX_DTYPES[0]
         model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
         export_onnx(model, processor, plain)
-        for dtype in ONNX_DTYPES:
+        for dtype in dtypes:
             graphs = Path(folder) / dtype
             if graphs != plain:
                 graphs.mkdir()
                 convert_graphs(plain, graphs, dtype)
                 model.generation_config.save_pretrained(graphs)
             num_bytes = sum(file.stat().st_size for file in graphs.glob("*.onnx*"))
-            yield Answers(dtype, answer(OnnxFlashSloth(graphs), processor, asked), num_bytes)
+            texts = answer(OnnxFlashSloth(graphs), processor, asked)
+            num_right = sum(text == question.answer for text, question in zip(texts, asked, strict=True))
+            logger.info("%s: %d of %d right, %.1f MB", dtype, num_right, len(asked), num_bytes / 1e6)
+            yield Answers(dtype, texts, num_bytes)
 
 
 def answer(model: OnnxFlashSloth, processor: FlashSlothProcessor, asked: list[Question]) -> list[str]:
@@ -96,9 +99,10 @@ def main() -> None:
     """Answer the questions in every data type, and write a table."""
     parser = build_parser(__doc__)
     parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--dtypes", nargs="+", choices=ONNX_DTYPES, default=ONNX_DTYPES, help="besides float32")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = list(compare(args.images))
+    rows = list(compare(args.images, [ONNX_DTYPES[0], *(dtype for dtype in args.dtypes if dtype != ONNX_DTYPES[0])]))
     expected = [question.answer for question in evaluation_set(args.images)]
     write_report(
         args.output,

@@ -95,8 +95,8 @@ class DecoderGraph(nn.Module):
 
         Returns:
             Logits after the last token, `(batch, vocab_size)`; attention of every query token to the patches of its
-            row, mean of all heads, `(batch, length, tiles_per_row * num_patches)`, 0 at other positions and beyond the
-            row's tiles; then keys and values.
+            row, mean of all heads, `(batch, length, tiles_per_row * num_patches)`, without meaning at other positions
+            and 0 beyond the row's tiles; then keys and values.
         """
         with _reading_image_tokens(self.model, image_tokens) as record:
             logits, *present = _run(

@@ -6,6 +6,7 @@ int8, int4   weights of matrix products, in blocks that have a scale and a zero 
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def convert_graph(file: Path, dtype: str) -> Any:
         return onnx_ir.from_proto(convert_float_to_float16(str(file), keep_io_types=True))
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)  # it logs every product
     model = onnx.load(file)
     _transpose_weights(model.graph)
     config = DefaultWeightOnlyQuantConfig(
