@@ -2,14 +2,10 @@
 
 import base64
 import functools
-import http.server
-import io
 import json
 import os
 import re
 import shutil
-import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -17,21 +13,31 @@ import pytest
 import torch
 from PIL import Image
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="driving a browser needs selenium")
+pytest.importorskip("selenium", reason="driving a browser needs selenium")
 pytest.importorskip("onnxruntime", reason="the graphs need onnxruntime")
 pytest.importorskip("onnxscript", reason="the graphs need onnxscript")
-from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
-from selenium.webdriver import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-from web_reference import answer, write_reference  # noqa: E402
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
+from web_page import (
+    BROWSER,
+    DRIVER,
+    ISOLATION,
+    NARROW,
+    NPM,
+    SOFTWARE_GPU,
+    WEB,
+    WIDE,
+    Page,
+    Site,
+    build,
+    npm,
+    open_browser,
+)
+from web_reference import answer, write_reference
 
-from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor  # noqa: E402
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 
 ROOT = Path(__file__).parents[1]
-WEB = ROOT / "web"
-BROWSER, DRIVER, NPM = (shutil.which(name) for name in ("chromium", "chromedriver", "npm"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium: install chromium and chromium-driver"),
@@ -39,15 +45,7 @@ pytestmark = [
         not (NPM and (WEB / "node_modules").is_dir()), reason="the page is not installed: run `npm ci` in web/"
     ),
 ]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
-    "--disable-background-networking --disable-component-update --disable-sync --force-device-scale-factor=1 "
-    "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream"
-)
-WIDE, NARROW = (1280, 1100), (400, 900)
-TIMEOUT = 120  # seconds; enough for a machine that also runs other tests
 MAX_WEIGHTS = 15e6  # bytes
-ISOLATION = {"Cross-Origin-Embedder-Policy": "require-corp", "Cross-Origin-Opener-Policy": "same-origin"}
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +67,11 @@ def python():
     return functools.partial(answer, model, FlashSlothProcessor.from_pretrained(ROOT))
 
 
-def npm(*arguments, **variables):
-    environment = os.environ | variables
-    done = subprocess.run(
-        [NPM, *arguments], cwd=WEB, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def folder(reference, tmp_path_factory):
     """The built page with the graphs of the shipped checkpoint in int8, and other models beside it."""
     built = tmp_path_factory.mktemp("web") / "page"
-    npm("run", "build", "--", "--outDir", str(built), "--emptyOutDir")
+    build(built)
     shutil.copytree(reference / "int8", built / "model")
     shutil.copytree(reference / "float32", built / "float32")
     shutil.copytree(reference / "float32", built / "endless")
@@ -93,49 +83,6 @@ def folder(reference, tmp_path_factory):
     return built
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder as the Hub serves a Space."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_args):
-        pass
-
-    def end_headers(self):
-        for name, value in self.server.headers.items():
-            self.send_header(name, value)
-        super().end_headers()
-
-    def do_GET(self):
-        self.server.requests.append(self.path)
-        super().do_GET()
-
-
-class Site:
-    """A web server that can disappear and come back at the same address."""
-
-    def __init__(self, folder, headers):
-        self.folder, self.headers, self.port = folder, headers, 0
-        self.requests = []
-        self.start()
-
-    @property
-    def url(self):
-        return f"http://localhost:{self.port}/"
-
-    def start(self):
-        handler = functools.partial(Handler, directory=str(self.folder))
-        self.server = http.server.ThreadingHTTPServer(("localhost", self.port), handler)
-        self.server.headers, self.server.requests = self.headers, self.requests
-        self.server.daemon_threads = True
-        self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def stop(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-
 @pytest.fixture(scope="module")
 def site(folder):
     site = Site(folder, ISOLATION)
@@ -145,97 +92,9 @@ def site(folder):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_window_size(*WIDE)
+    driver = open_browser(tmp_path_factory.mktemp("browser"))
     yield driver
     driver.quit()
-
-
-class Page:
-    """The page as a visitor uses it."""
-
-    def __init__(self, browser, url, *, is_ready=True):
-        self.browser = browser
-        self.wait = WebDriverWait(browser, TIMEOUT, 0.05, ignored_exceptions=[StaleElementReferenceException])
-        browser.get(url)
-        if is_ready:
-            self.wait_until_ready()
-
-    def wait_until_ready(self):
-        self.wait.until(lambda _: self.script("return document.body.dataset.ready") or self.error())
-        assert not self.error()
-
-    def script(self, code, *arguments):
-        return self.browser.execute_script(code, *arguments)
-
-    def one(self, selector):
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector):
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def error(self):
-        return self.one("#error").text
-
-    def wait_for_error(self):
-        return self.wait.until(lambda _: self.error())
-
-    def show(self, path):
-        self.script("document.querySelector('#timings').textContent = ''")
-        self.one("#file").send_keys(str(path))
-        self.wait_until_shown()
-
-    def wait_until_shown(self):
-        self.wait.until(lambda _: "Picture encoded" in self.one("#timings").text)
-
-    def type(self, text):
-        box = self.one("#question")
-        self.script("arguments[0].value = arguments[1]", box, text)
-
-    def send(self, question):
-        self.script("delete document.querySelector('#timings').dataset.json")
-        self.type(question)
-        self.one("#ask").click()
-
-    def timings(self):
-        found = self.one("#timings").get_attribute("data-json")
-        return json.loads(found) if found else None
-
-    def ask(self, question):
-        self.send(question)
-        self.wait.until(lambda _: self.timings())
-        return self.answers()[-1]
-
-    def answers(self):
-        return [element.text for element in self.all(".answer")]
-
-    def forget(self):
-        self.one("#forget").click()
-        self.wait.until(lambda _: not self.answers())
-
-    def choose(self, selector):
-        self.script("document.querySelector(arguments[0]).click()", selector)
-
-    def draw(self, colour, shape, x, y):
-        """Put a shape onto the canvas; x and y are fractions of its side, from its centre."""
-        self.one("#tab-draw").click()
-        self.choose(f"#colours [value={colour}]")
-        self.choose(f"#tools [value={shape}]")
-        canvas = self.one("#drawing")
-        side = canvas.size["width"]
-        ActionChains(self.browser).move_to_element_with_offset(canvas, int(x * side), int(y * side)).click().perform()
-
-    def drawing(self):
-        data = self.script("return document.querySelector('#drawing').toDataURL()")
-        return Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).convert("RGB")
-
-    def has_overlay(self):
-        return self.one("#overlay").is_displayed()
 
 
 @pytest.fixture
@@ -568,6 +427,21 @@ def test_threads_are_used_where_the_server_allows(browser, site, folder, referen
         assert page.ask(expected["questions"][0]["question"])
     finally:
         plain.stop()
+
+
+def test_a_gpu_is_used_where_the_browser_has_one(site, reference, expected, tmp_path):
+    driver = open_browser(tmp_path / "profile", SOFTWARE_GPU)
+    try:
+        page = Page(driver, f"{site.url}?model=./float32/", timeout=600)
+        if "WebGPU" not in page.one("#about").text:
+            pytest.skip("this Chromium has no software GPU")
+        row = min(expected["questions"], key=lambda row: len(row["answer"]))
+        page.show(reference / row["file"])
+        assert page.ask(row["question"]) == row["answer"]
+        page.send("Describe the picture.")  # continues from a cache in the GPU's memory
+        page.wait.until(lambda _: page.timings())
+    finally:
+        driver.quit()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

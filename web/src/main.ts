@@ -102,9 +102,10 @@ function showProgress({ loaded, total, what }: { loaded: number; total: number; 
 function onLoaded(info: ModelInfo): void {
   state.model = info;
   byId("loading").hidden = true;
+  const sizes = `${megabytes(info.modelBytes)} MB of weights and ${megabytes(info.runtimeBytes)} MB of WebAssembly`;
   byId("about").textContent =
-    `${info.backend}. ${megabytes(info.modelBytes)} MB of weights and ${megabytes(info.runtimeBytes)} MB of WebAssembly, ` +
-    `ready after ${info.seconds.toFixed(1)} s. The browser keeps them: the page also works without a network.`;
+    `${info.backend}. ${sizes}, ready after ${info.seconds.toFixed(1)} s. ` +
+    "The browser keeps them: the page also works without a network.";
   byId<HTMLInputElement>("temperature").value = String(info.defaults.temperature);
   byId<HTMLInputElement>("top-p").value = String(info.defaults.topP);
   document.body.dataset.ready = "true";
@@ -151,6 +152,7 @@ function onShown(image: ShownImage): void {
   shownCanvas.getContext("2d")!.drawImage(image.bitmap, 0, 0);
   if (revision === undefined) select("picture");
   byId("timings").textContent = `Picture encoded in ${milliseconds(image.seconds)}.`;
+  byId("timings").dataset.encoded = String(image.seconds);
   showView("picture");
   updateButtons();
   then?.();
@@ -319,7 +321,12 @@ function updateButtons(): void {
 
 // The page's parts
 
-function addRadios(fieldset: HTMLElement, name: string, values: Record<string, string>, add: (input: HTMLInputElement, value: string) => void): void {
+function addRadios(
+  fieldset: HTMLElement,
+  name: string,
+  values: Record<string, string>,
+  add: (input: HTMLInputElement, value: string) => void,
+): void {
   for (const [value, label] of Object.entries(values)) {
     const element = document.createElement("label");
     const input = document.createElement("input");
@@ -334,12 +341,17 @@ function addRadios(fieldset: HTMLElement, name: string, values: Record<string, s
   }
 }
 
-addRadios(byId("colours"), "colour", Object.fromEntries(Object.keys(COLOURS).map((name) => [name, name])), (input, name) => {
-  const colour = COLOURS[name as keyof typeof COLOURS];
-  input.parentElement!.style.setProperty("--colour", colour);
-  input.parentElement!.title = name;
-  input.onchange = () => (drawing.colour = colour);
-});
+addRadios(
+  byId("colours"),
+  "colour",
+  Object.fromEntries(Object.keys(COLOURS).map((name) => [name, name])),
+  (input, name) => {
+    const colour = COLOURS[name as keyof typeof COLOURS];
+    input.parentElement!.style.setProperty("--colour", colour);
+    input.parentElement!.title = name;
+    input.onchange = () => (drawing.colour = colour);
+  },
+);
 addRadios(byId("tools"), "tool", TOOLS, (input, tool) => {
   input.onchange = () => (drawing.tool = tool as Tool);
 });

@@ -142,7 +142,10 @@ export class FlashSloth {
    */
   static async create(runtime: Runtime, files: ModelFiles, provider: "webgpu" | "wasm"): Promise<FlashSloth> {
     const sessions: Partial<Record<GraphName, InferenceSession>> = {};
-    for (const [name, { graph, weights }] of Object.entries(files.graphs) as [GraphName, ModelFiles["graphs"]["vision"]][]) {
+    for (const [name, { graph, weights }] of Object.entries(files.graphs) as [
+      GraphName,
+      ModelFiles["graphs"]["vision"],
+    ][]) {
       const preferredOutputLocation: Record<string, "gpu-buffer"> = {};
       if (provider === "webgpu" && name !== "vision" && sessions.decoder) {
         for (const output of sessions.decoder.outputNames) {
@@ -250,7 +253,10 @@ export class FlashSloth {
 
   private toSampling(settings: AnswerSettings): SamplingSettings {
     const { image_token_id, query_token_id } = this.files.config;
-    return { ...settings, suppressed: [image_token_id, query_token_id, ...(this.files.generation.suppress_tokens ?? [])] };
+    return {
+      ...settings,
+      suppressed: [image_token_id, query_token_id, ...(this.files.generation.suppress_tokens ?? [])],
+    };
   }
 
   /** Cut the KV cache back to the tokens that a prompt begins with, and return their number. */
@@ -278,14 +284,17 @@ export class FlashSloth {
 
   private async prefill(fresh: number[]): Promise<{ logits: Float32Array; attention: Float32Array | undefined }> {
     const { image_token_id, query_token_id, num_query_tokens } = this.files.config;
-    const numCachedTiles = this.cachedIds.filter((id) => id === image_token_id).length / this.files.processor.image_seq_length;
+    const numCachedTiles =
+      this.cachedIds.filter((id) => id === image_token_id).length / this.files.processor.image_seq_length;
     const outputs = await this.run("decoder", fresh, {
       ...this.features,
       num_cached_tiles: new this.runtime.Tensor("int64", BigInt64Array.of(BigInt(numCachedTiles)), [1]),
     });
     const weights = (await outputs.query_attentions.getData()) as Float32Array;
     const numKeys = outputs.query_attentions.dims[2];
-    const positions = fresh.flatMap((id, position) => (id === query_token_id ? [position] : [])).slice(-num_query_tokens);
+    const positions = fresh
+      .flatMap((id, position) => (id === query_token_id ? [position] : []))
+      .slice(-num_query_tokens);
     const attention = new Float32Array(numKeys);
     for (const position of positions) {
       for (let key = 0; key < numKeys; key++) attention[key] += weights[position * numKeys + key] / positions.length;

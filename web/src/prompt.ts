@@ -27,7 +27,13 @@ const GUARD = "\ufdd0";
 const escapeRegExp = (text: string): string => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
 
 const matchAny = (tokens: Iterable<string>): RegExp =>
-  new RegExp([...new Set(tokens)].sort((a, b) => b.length - a.length).map(escapeRegExp).join("|"), "gu");
+  new RegExp(
+    [...new Set(tokens)]
+      .sort((a, b) => b.length - a.length)
+      .map(escapeRegExp)
+      .join("|"),
+    "gu",
+  );
 
 /** Prompts and answers of one model. */
 export class Prompter {
@@ -65,7 +71,9 @@ export class Prompter {
   encode(messages: Message[]): number[] {
     const guarded = messages.map((message) => ({
       ...message,
-      content: message.content.map((part) => (part.text === undefined ? part : { ...part, text: this.guard(part.text) })),
+      content: message.content.map((part) =>
+        part.text === undefined ? part : { ...part, text: this.guard(part.text) },
+      ),
     }));
     const prompt = this.template.render({ messages: guarded, add_generation_prompt: true, ...this.specialTokens });
     const { image_token, query_token, image_seq_length, num_query_tokens, image_processor } = this.config;

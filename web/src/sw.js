@@ -35,8 +35,6 @@ self.addEventListener("fetch", (event) => {
   // The page itself may have changed; its other files have names that change with their content.
   const isPage = address.href === self.registration.scope;
   event.respondWith(
-    isPage
-      ? fetch(event.request).catch(fromCache)
-      : fromCache().then((response) => response ?? fetch(event.request)),
+    isPage ? fetch(event.request).catch(fromCache) : fromCache().then((response) => response ?? fetch(event.request)),
   );
 });
