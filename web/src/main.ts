@@ -128,7 +128,6 @@ function showError(message: string): void {
   const element = byId("error");
   element.textContent = message;
   element.hidden = !message;
-  if (message) element.scrollIntoView({ block: "nearest" });
 }
 
 // Pictures
@@ -293,7 +292,7 @@ function onAnswered(text: string, timings: Timings): void {
   const rate = timings.perToken ? `, ${(1 / timings.perToken).toFixed(0)} tokens per second` : "";
   byId("timings").textContent =
     `First token after ${milliseconds(timings.firstToken)}${rate}. ` +
-    `${timings.numTokens} tokens; ${timings.numComputed} of the prompt computed, ${timings.numCached} from the cache.`;
+    `${timings.numTokens} token${timings.numTokens === 1 ? "" : "s"}; ${timings.numComputed} of the prompt computed, ${timings.numCached} from the cache.`;
   byId("timings").dataset.json = JSON.stringify(timings);
   byId("status").textContent = `Answer: ${text}`;
   updateButtons();
@@ -442,6 +441,7 @@ document.addEventListener("drop", (event) => {
 
 const chosen = parameters.get("model") ?? DEFAULT_MODEL;
 byId("model-name").textContent = chosen === DEFAULT_MODEL ? "" : `(${chosen})`;
+byId("note").hidden = chosen !== DEFAULT_MODEL;
 const numThreads = Number(parameters.get("threads")) || null;
 send({ type: "load", model: chosen, page: document.baseURI, backend: parameters.get("backend"), numThreads });
 select("picture");
