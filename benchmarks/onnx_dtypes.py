@@ -92,7 +92,7 @@ def table(rows: list[Answers], expected: list[str]) -> str:
 
 def _share(texts: list[str], expected: list[str]) -> str:
     num_equal = sum(text == other for text, other in zip(texts, expected, strict=True))
-    return f"{num_equal} of {len(expected)}, {num_equal / len(expected):.1%}"
+    return f"{num_equal} of {len(expected)}, {num_equal / len(expected):.2%}"
 
 
 def main() -> None:
