@@ -49,6 +49,7 @@ def write_reference(folder: Path, num_questions: int = NUM_QUESTIONS) -> Path:
         "heat": spread_heat(),
         "questions": answer_questions(model, processor, folder, num_questions),
         "chats": chat(model, processor, folder),
+        "split": answer_about_tiles(model, processor),
     }
     (folder / "reference.json").write_text(json.dumps(reference), encoding="utf-8")
     return folder
@@ -163,14 +164,18 @@ def spread_heat() -> list[dict]:
 
 @torch.inference_mode()
 def answer(
-    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, image: Image.Image, texts: list[str]
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    image: Image.Image,
+    texts: list[str],
+    **processor_kwargs: bool,
 ) -> tuple[str, torch.Tensor]:
     """The answer to the last of several texts, of the user and the model in turn, and the attention of its question."""
     content = [[{"type": "text", "text": text}] for text in texts]
     content[0].insert(0, {"type": "image", "image": image})
     roles = ("user", "assistant") * len(content)
     messages = [{"role": role, "content": parts} for role, parts in zip(roles, content, strict=False)]
-    inputs = processor.encode_conversations(messages)
+    inputs = processor.encode_conversations(messages, **processor_kwargs)
     output = model.generate(
         **inputs,
         max_new_tokens=MAX_ANSWER_TOKENS,
@@ -219,6 +224,13 @@ def chat(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcess
             turns.append({"question": text, "answer": reply, "attention": attention.tolist()})
         rows.append({"file": file, "turns": turns})
     return rows
+
+
+def answer_about_tiles(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor) -> dict:
+    """An answer about an image in five tiles."""
+    question = next(evaluation_set(1))
+    text, attention = answer(model, processor, question.image, [question.text], do_image_splitting=True)
+    return {"file": "scene_1.png", "question": question.text, "answer": text, "attention": attention.tolist()}
 
 
 if __name__ == "__main__":

@@ -141,25 +141,25 @@ export class FlashSloth {
    * @param provider "webgpu" or "wasm"; in Node, only the latter.
    */
   static async create(runtime: Runtime, files: ModelFiles, provider: "webgpu" | "wasm"): Promise<FlashSloth> {
-    const sessions: Partial<Record<GraphName, InferenceSession>> = {};
-    for (const [name, { graph, weights }] of Object.entries(files.graphs) as [
-      GraphName,
-      ModelFiles["graphs"]["vision"],
-    ][]) {
-      const preferredOutputLocation: Record<string, "gpu-buffer"> = {};
-      if (provider === "webgpu" && name !== "vision" && sessions.decoder) {
-        for (const output of sessions.decoder.outputNames) {
-          if (output.startsWith("present.")) preferredOutputLocation[output] = "gpu-buffer";
-        }
-      }
-      sessions[name] = await runtime.InferenceSession.create(graph, {
+    const create = (name: GraphName, options: InferenceSession.SessionOptions = {}) => {
+      const { graph, weights } = files.graphs[name];
+      return runtime.InferenceSession.create(graph, {
         executionProviders: [provider],
         externalData: weights,
         logSeverityLevel: 3, // errors
-        ...(Object.keys(preferredOutputLocation).length ? { preferredOutputLocation } : {}),
+        ...options,
       });
-    }
-    return new FlashSloth(runtime, files, sessions as Record<GraphName, InferenceSession>);
+    };
+    const vision = await create("vision");
+    const decoder = await create("decoder");
+    // Between decoding steps, the KV cache stays in the GPU's memory.
+    const cacheNames = decoder.outputNames.filter((name) => name.startsWith("present."));
+    const locations = Object.fromEntries(cacheNames.map((name) => [name, "gpu-buffer" as const]));
+    const decoder_step = await create(
+      "decoder_step",
+      provider === "webgpu" ? { preferredOutputLocation: locations } : {},
+    );
+    return new FlashSloth(runtime, files, { vision, decoder, decoder_step });
   }
 
   /** What `generate` would use. */

@@ -3,7 +3,7 @@
 import * as ort from "onnxruntime-web";
 import { expect, test } from "vitest";
 import { Downloads } from "../src/files";
-import { FlashSloth, readModel, type AnswerPart, type Runtime } from "../src/model";
+import { FlashSloth, readModel, type AnswerPart, type ModelFiles, type Runtime } from "../src/model";
 import { read, readImage, reference } from "./reference";
 
 class LocalFiles extends Downloads {
@@ -16,8 +16,10 @@ class LocalFiles extends Downloads {
   }
 }
 
-async function load(name: string): Promise<FlashSloth> {
-  return FlashSloth.create(ort as unknown as Runtime, await readModel(name, new LocalFiles(name)), "wasm");
+async function load(name: string, change: (files: ModelFiles) => void = () => {}): Promise<FlashSloth> {
+  const files = await readModel(name, new LocalFiles(name));
+  change(files);
+  return FlashSloth.create(ort as unknown as Runtime, files, "wasm");
 }
 
 const GREEDY = { maxNewTokens: 64, temperature: 0, topK: 50, topP: 1 };
@@ -42,6 +44,16 @@ test("several questions about one image are answered and attended as in Python",
       expect(found.timings!.numCached > 0).toBe(index > 0);
     }
   }
+});
+
+test("an image in five tiles is read as in Python", { timeout: 120_000 }, async () => {
+  const model = await load("float32", (files) => (files.processor.image_processor.do_image_splitting = true));
+  const { file, question, answer, attention } = reference.split;
+  await model.showImage(readImage(file));
+  expect(model.numTiles).toBe(5);
+  const found = await ask(model, question);
+  expect(found.text).toBe(answer);
+  found.attention!.forEach((value, key) => expect(value).toBeCloseTo(attention[key], 4));
 });
 
 test("a new conversation about the same image gives the same answers", { timeout: 120_000 }, async () => {

@@ -45,5 +45,6 @@ export const reference = readJson<{
   sampling: Sampled[];
   heat: Spread[];
   questions: { file: string; question: string; answer: string }[];
+  split: { file: string; question: string; answer: string; attention: number[] };
   chats: { file: string; turns: { question: string; answer: string; attention: number[] }[] }[];
 }>("reference.json");
