@@ -1,6 +1,7 @@
 """The page of web/ in Chromium: visitors show it pictures, draw, ask, and get the answers that Python gives."""
 
 import base64
+import copy
 import functools
 import json
 import os
@@ -36,6 +37,7 @@ from web_page import (
 from web_reference import answer, write_reference
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.cli.onnx import export_onnx
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -144,6 +146,27 @@ def test_answers_in_8_bits_are_nearly_all_pythons(page, reference, expected):
     questions = expected["questions"][:40]
     found = answer_in_page(page, reference, questions)
     assert sum(text == row["answer"] for text, row in zip(found, questions, strict=True)) >= 38
+
+
+def test_any_other_flashsloth_can_be_chosen(browser, site, folder, model, processor, images, tmp_path):
+    export_onnx(copy.deepcopy(model), processor, folder / "phi")
+    images[0].save(tmp_path / "noise.png")
+    page = Page(browser, f"{site.url}?model=./phi/")
+    assert not page.one("#note").is_displayed()  # it is about the model beside the page
+    page.show(tmp_path / "noise.png")
+    page.script("document.querySelector('#length').value = 8")
+    said = []
+    for question in ("What is it?", "Why?"):
+        said.append(question)
+        content = [[{"type": "text", "text": text}] for text in said]
+        content[0].insert(0, {"type": "image", "image": images[0]})
+        messages = [{"role": ("user", "assistant")[turn % 2], "content": parts} for turn, parts in enumerate(content)]
+        inputs = processor.encode_conversations(messages)
+        output = model.generate(**inputs, max_new_tokens=8)
+        (expected,) = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
+        page.ask(question)
+        assert page.script("return [...document.querySelectorAll('.answer')].at(-1).textContent") == expected
+        said.append(expected)
 
 
 def test_a_visitor_draws_and_asks(browser, site, python):

@@ -243,6 +243,7 @@ export class FlashSloth {
       logits = await this.step(token);
       numSteps++;
     }
+    text = prompter.decode(answer);
     if (answer.length || !signal?.aborted) {
       this.messages = [...messages, { role: "assistant", content: [{ type: "text", text }] }];
     }
