@@ -181,9 +181,12 @@ class Page:
         side = canvas.size["width"]
         ActionChains(self.browser).move_to_element_with_offset(canvas, int(x * side), int(y * side)).click().perform()
 
-    def drawing(self):
-        data = self.script("return document.querySelector('#drawing').toDataURL()")
+    def pixels(self, canvas):
+        data = self.script("return document.getElementById(arguments[0]).toDataURL()", canvas)
         return Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).convert("RGB")
+
+    def drawing(self):
+        return self.pixels("drawing")
 
     def has_overlay(self):
         return self.one("#overlay").is_displayed()

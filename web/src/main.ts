@@ -368,7 +368,7 @@ for (const { image, description, question: text } of EXAMPLES) {
   button.setAttribute("aria-label", `Example with ${description}: ${text}`);
   button.onclick = async () => {
     question.value = text;
-    if (state.model) showPicture(await (await fetch(image)).blob());
+    showPicture(await (await fetch(image)).blob());
   };
   const item = document.createElement("li");
   item.append(button);
