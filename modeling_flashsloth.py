@@ -356,6 +356,7 @@ class PromptSpans:
         if self.sample_start is not None:
             is_own = self.instruction_start > self.sample_start
             self.instruction_start = torch.where(is_own, self.instruction_start, -1)
+        self._total_length: int | None = None  # of cached and new tokens
         self._counts: torch.Tensor | None = None  # (batch, num_counts), on the host once `_copied` is reached
         self._count_names: list[str] = []
         self._copied: torch.cuda.Event | None = None
@@ -393,6 +394,7 @@ class PromptSpans:
             attention_mask: `(batch, any_length)`, 0 at padding; `None`: there is none.
             position_ids: Positions in a call without a cache, `(batch, seq_length)`; `None`: not given.
         """
+        self._total_length = None if attention_mask is None else attention_mask.shape[1]
         if is_tracing(self.image_mask):
             return
         has_tiles = self.num_tiles_before > (0 if self.num_foreign_tiles is None else self.num_foreign_tiles)
@@ -454,8 +456,10 @@ class PromptSpans:
     def bounds(self, num_tiles: int) -> tuple[int, int]:
         """Upper bounds of `tiles_per_row` and `queries_per_row` for traced graphs, from shapes alone."""
         length = self.image_mask.shape[1]
-        tiles_per_row = num_tiles if self.has_cache else min(num_tiles, length // self.image_seq_length)
-        return tiles_per_row, length
+        if self.has_cache and self._total_length is None:
+            return num_tiles, length
+        total_length = length if self._total_length is None else self._total_length
+        return torch.sym_min(num_tiles, total_length // self.image_seq_length), length
 
     def _check_row(self, number: int, row: dict[str, int]) -> None:
         config = self.config
@@ -853,7 +857,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             )
             spans.copy_counts(mask, positions)
             features = self._image_features(pixel_values, patch_features, **kwargs)
-            spans.check(0 if features is None else len(features.last_hidden_state))
+            spans.check(0 if features is None else features.last_hidden_state.shape[0])
             record = QueryRecord() if features is not None and kwargs.get("output_attentions") else None
             inputs_embeds, features, context = self._embed_prompt(inputs_embeds, features, spans, record)
             # Without padding, drop the mask: the decoder would copy it to the host to find that out. With

@@ -40,6 +40,7 @@ NUM_SHOWN_FILES = 12
 NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 IMAGE_HELP = "a file, an http(s) URL, or - for standard input"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 EXIT_ERROR = 2
 EXIT_SIGNAL = 128  # plus the number of the signal, as shells do
 EXIT_BROKEN_PIPE = EXIT_SIGNAL + 13
@@ -308,6 +309,13 @@ def _add_onnx(commands: Any) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a FlashSloth")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty or not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=ONNX_DTYPES,
+        default=ONNX_DTYPES[0],
+        help="data type of the weights: int8 and int4 store those of matrix products in 8 or 4 bits (default: "
+        "%(default)s)",
+    )
     parser.set_defaults(run=_onnx)
 
 
@@ -456,7 +464,7 @@ def _onnx(options: argparse.Namespace) -> None:
     try:
         from .onnx import export_onnx
 
-        done = export_onnx(model.to("cpu"), processor, options.output, progress=True)
+        done = export_onnx(model.to("cpu"), processor, options.output, dtype=options.dtype, progress=True)
     except (RepositoryError, OSError) as error:
         raise CommandError(first_line(error)) from error
     for name, difference in done.differences.items():

@@ -43,8 +43,10 @@ class OnnxFlashSloth:
             Token ids of the answers, `(batch, num_new_tokens)`; a finished answer is padded with its last token.
         """
         ids, mask, tiles = self._prepare(inputs)
-        patch_features, image_tokens = self.vision.run(None, {"pixel_values": tiles})
-        logits, *cache = self._run(self.decoder, ids, mask, patch_features, image_tokens)
+        patch_features, image_tokens, _ = self.vision.run(None, {"pixel_values": tiles})
+        num_cached_tiles = np.zeros(len(ids), dtype=np.int64)
+        inputs = (ids, mask, patch_features, image_tokens, num_cached_tiles, *self._empty_cache(len(ids)))
+        logits, _, *cache = self._run(self.decoder, *inputs)
         answers = self._choose(logits)
         while answers.shape[1] < max_new_tokens and not np.isin(answers, self.end_ids).any(axis=1).all():
             mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
@@ -61,6 +63,10 @@ class OnnxFlashSloth:
         size, num_tokens = self.vision.get_inputs()[0].shape[1:], self.decoder.get_inputs()[3].shape[1]
         ids, mask = (np.pad(array, ((0, 0), (num_tokens, 0))) for array in (ids, mask))
         return ids, mask, np.zeros((1, *size), dtype=np.float32)
+
+    def _empty_cache(self, batch_size: int) -> list[np.ndarray]:
+        shapes = (entry.shape for entry in self.decoder.get_inputs() if entry.name.startswith("past."))
+        return [np.zeros((batch_size, heads, 0, head_dim), np.float32) for _, heads, _, head_dim in shapes]
 
     def _choose(self, logits: np.ndarray) -> np.ndarray:
         logits[:, self.suppressed_ids] = -np.inf

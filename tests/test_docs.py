@@ -9,6 +9,7 @@ import ast
 import builtins
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -229,6 +230,9 @@ def test_programs_accept_the_commands_that_cannot_run_here(words, monkeypatch, c
     match words:
         case ["hf" | "transformers" | "docker", *_] | ["pytest", *_]:
             pass  # test_hub_client.py, test_serve.py and test_docker.py run them, and this is pytest
+        case ["npm", "--prefix", folder, *command]:
+            scripts = json.loads((ROOT / folder / "package.json").read_text(encoding="utf-8"))["scripts"]
+            assert command == ["ci"] or command[1] in scripts
         case ["pip", "install", *wanted]:
             extras = {name for one in wanted for name in re.findall(r"\[(.*)\]", one)}
             assert extras <= set(metadata("flashsloth").get_all("Provides-Extra"))
