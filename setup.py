@@ -39,6 +39,7 @@ TRAINING = [
     "trl>=1.16",
 ]
 VIDEO = ["av>=18.1"]
+VLLM = ["vllm>=0.32,<0.34"]  # as in serving/__init__.py
 
 
 class BuildModules(build_py):
@@ -103,13 +104,15 @@ setup(
         ],
         "train": TRAINING,
         "video": VIDEO,
+        "vllm": VLLM,
     },
-    packages=["flashsloth", "flashsloth.cli", "flashsloth.evaluation", "flashsloth.training"],
+    packages=["flashsloth", *(f"flashsloth.{name}" for name in ("cli", "evaluation", "serving", "training"))],
     package_dir={"flashsloth": "."},
     package_data={"flashsloth": [*CHECKPOINT, "LICENSE", "py.typed"]},
     cmdclass={"build_py": BuildModules},
     entry_points={
         "console_scripts": ["flashsloth = flashsloth.cli:main"],
         "lmms_eval.models": ["flashsloth = flashsloth.evaluation:manifest"],
+        "vllm.general_plugins": ["flashsloth = flashsloth.serving:register"],
     },
 )
