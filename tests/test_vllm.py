@@ -1,0 +1,346 @@
+"""FlashSloth in vLLM, in engines in this process, compared with `generate`."""
+
+import copy
+import json
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own; see .ci/run")
+
+from golden_checkpoint import write_golden_checkpoint
+from original_checkpoint import make_original, original_tensors
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+from vllm_engines import (
+    answer,
+    as_messages,
+    engine,
+    generate,
+    metric,
+    random_conversations,
+    random_images,
+    save_checkpoint,
+    text_config,
+    user,
+)
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth import serving as flashsloth_serving
+
+pytestmark = pytest.mark.slow
+
+IMAGES = random_images(5)
+CHUNKED = {"max_num_batched_tokens": 13, "max_num_seqs": 8}
+
+
+@pytest.fixture(scope="module")
+def make_checkpoint(make_model, processor, tokenizer, tmp_path_factory):
+    """Writes a checkpoint of a family of decoders, once; returns folder and model."""
+    known = {}
+
+    def make(family="qwen3", *, gain=3.0, **changes):
+        key = (family, gain, json.dumps(changes, sort_keys=True))
+        if key not in known:
+            folder = tmp_path_factory.mktemp(family)
+            model = make_model(text_config=text_config(family, tokenizer), **changes)
+            save_checkpoint(folder, model, processor, gain=gain)
+            known[key] = folder, model
+        return known[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    return random_conversations(10, seed=0, images=IMAGES)
+
+
+def without_queries(model):
+    """A copy of a model whose Embedded Query module adds nothing."""
+    model = copy.deepcopy(model)
+    for parameter in model.model.embedded_query.out_proj.parameters():
+        parameter.data.zero_()
+    return model
+
+
+def test_vllm_finds_the_plugin():
+    (plugin,) = [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "flashsloth"]
+    assert plugin.load() is flashsloth_serving.register
+
+
+@pytest.mark.parametrize(
+    ("family", "gain"), [("phi", 3), ("qwen2", 3), ("qwen3", 3), ("llama", 3), ("gemma3_text", 100), ("mistral", 3)]
+)
+def test_answers_are_those_of_generate(family, gain, make_checkpoint, processor, conversations):
+    folder, model = make_checkpoint(family, gain=gain)
+    expected = generate(model, processor, conversations)
+    control = generate(without_queries(model), processor, conversations)
+    assert sum(ours != zeroed for ours, zeroed in zip(expected, control, strict=True)) >= 4  # queries matter
+    with engine(folder, **CHUNKED) as llm:
+        assert answer(llm, conversations) == expected
+        assert answer(llm, conversations) == expected  # from the prefix cache
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+        {"num_gpu_blocks_override": 22, "max_num_batched_tokens": 64, "disable_log_stats": False},
+    ],
+    ids=["whole prompts", "one token at a time", "preemption"],
+)
+def test_scheduling_does_not_change_answers(settings, make_checkpoint, processor, conversations):
+    folder, model = make_checkpoint()
+    expected = generate(model, processor, conversations, num_tokens=40)
+    with engine(folder, **settings) as llm:
+        assert answer(llm, conversations, num_tokens=40) == expected
+        if "num_gpu_blocks_override" in settings:
+            assert metric(llm, "num_preemptions") > 0
+
+
+def test_a_cached_prefix_may_end_inside_a_question(make_checkpoint, processor):
+    folder, model = make_checkpoint()
+    common = "which of these two things is left of the red star and what is its colour, "
+    asked = [[user(IMAGES[:1], common + end)] for end in ("exactly?", "please", "or not", "if any")]
+    expected = generate(model, processor, asked)
+    assert len({tuple(ids) for _, ids in expected}) > 1
+    with engine(folder, disable_log_stats=False) as llm:
+        found = [answer(llm, [conversation])[0] for conversation in asked]
+        hits = metric(llm, "prefix_cache_hits")
+    assert found == expected
+    prompt = expected[0][0]
+    question_start = len(prompt) - prompt[::-1].index(model.config.image_token_id)
+    assert hits / (len(asked) - 1) > question_start
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fuzz(seed, make_checkpoint, processor):
+    generator = np.random.default_rng(seed)
+    folder, model = make_checkpoint(["qwen3", "llama", "phi", "qwen2"][seed])
+    asked = random_conversations(60, seed=100 + seed, images=IMAGES, max_words=20)
+    expected = generate(model, processor, asked)
+    settings = {
+        "max_num_seqs": int(generator.integers(2, 12)),
+        "max_num_batched_tokens": int(generator.integers(16, 150)),
+        "num_gpu_blocks_override": int(generator.integers(20, 60)),
+        "enable_prefix_caching": bool(seed % 4 != 3),
+    }
+    with engine(folder, **settings) as llm:
+        assert answer(llm, asked) == expected
+
+
+def test_five_tiles_for_one_request_and_for_all(make_checkpoint, processor):
+    folder, model = make_checkpoint()
+    asked = [[user(IMAGES[:1], "what is it?")], [user(IMAGES[1:3], "which one?")]]
+    plain = generate(model, processor, asked)
+    split = generate(model, processor, asked, do_image_splitting=True)
+    with engine(folder, **CHUNKED) as llm:
+        assert answer(llm, asked) == plain
+        assert answer(llm, asked, mm_processor_kwargs={"do_image_splitting": True}) == split
+    with engine(folder, mm_processor_kwargs={"do_image_splitting": True}) as llm:
+        assert answer(llm, asked) == split
+
+
+def test_images_of_every_mode_are_read_as_by_the_processor(make_checkpoint, processor):
+    folder, model = make_checkpoint()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
+    deep = Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40)
+    images = [Image.fromarray(pixels, "RGBA"), Image.fromarray(pixels[..., 0]), deep]
+    asked = [[user([image], "what is the colour?")] for image in images]
+    expected = generate(model, processor, asked)
+    with engine(folder) as llm:
+        assert answer(llm, asked) == expected
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+def test_original_weights(as_bin, tmp_path):
+    folder = make_original(
+        tmp_path / "release",
+        original_tensors(hidden_size=64, intermediate_size=96),
+        hidden_size=64,
+        intermediate_size=96,
+        as_bin=as_bin,
+    )
+    check_release(folder)
+
+
+def test_golden_release(tmp_path):
+    folder = write_golden_checkpoint(tmp_path / "golden")
+    config = json.loads((folder / "config.json").read_text())
+    # vLLM's attention on a CPU needs heads of a multiple of 32; the numbers change, and `generate` is the reference.
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "num_key_value_heads": 4}))
+    check_release(folder)
+
+
+def check_release(folder):
+    processor = FlashSlothProcessor.from_pretrained(folder)
+    model = FlashSlothForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    asked = [[user(IMAGES[:1], "USER: star")], [user(IMAGES[1:3], "red")], [user([], "who")]]
+    expected = generate(model, processor, asked)
+    with engine(folder, max_num_batched_tokens=64, max_num_seqs=8) as llm:
+        assert answer(llm, asked) == expected
+
+
+def test_control_tokens_in_messages_stay_text(make_checkpoint, processor):
+    folder, model = make_checkpoint()
+    asked = [
+        [user(IMAGES[:1], "a <image> and <learnable></s> b")],
+        [user([], "<image>")],
+        [user([], "one"), {"role": "assistant", "content": "<learnable>"}, user(IMAGES[:1], "two <learnable>")],
+    ]
+    expected = generate(model, processor, asked)
+    with engine(folder) as llm:
+        assert answer(llm, asked) == expected
+
+
+def test_image_and_query_tokens_are_never_generated(make_checkpoint, processor, tmp_path, make_model, tokenizer):
+    model = make_model(text_config=text_config("qwen3", tokenizer, tie_word_embeddings=False))
+    special = [model.config.image_token_id, model.config.query_token_id]
+    with torch.no_grad():
+        model.lm_head.weight[special] = 10 * model.lm_head.weight.abs().max()
+        model.lm_head.weight[special[1]] *= -1
+    save_checkpoint(tmp_path, model, processor)
+    asked = [[user(IMAGES[:1], "what is it?")], [user([], "who?")]]
+    expected = generate(model, processor, asked)
+    with engine(tmp_path) as llm:
+        assert answer(llm, asked) == expected
+        outputs = llm.chat(as_messages(asked[0]), SamplingParams(max_tokens=20, temperature=2, n=4), use_tqdm=False)
+    assert not {token for output in outputs[0].outputs for token in output.token_ids}.intersection(special)
+
+
+@pytest.fixture(scope="module")
+def served(make_checkpoint):
+    folder, _ = make_checkpoint()
+    with engine(folder, max_num_batched_tokens=512, seed=0) as llm:
+        yield llm
+
+
+def spell(tokenizer, *pieces):
+    return [i for piece in pieces for i in (piece if isinstance(piece, list) else tokenizer.encode(piece))]
+
+
+TORN = {
+    "a query block that was cut": (["USER: hello", [263] * 2, " ASSISTANT:"], 0, "whole blocks"),
+    "an image without its picture": (["USER: ", [262], "\nhello", [263], " ASSISTANT:"], 0, "image tokens"),
+    "half an image": (["USER: ", [262] * 3, "\nhello", [263], " ASSISTANT:"], 0, "image"),
+    "a question without its start": ([[262], "hello", [263], " ASSISTANT:"], 1, "question does not begin"),
+    "two pictures for one placeholder": (["USER: ", [262], "\nhello", [263], " ASSISTANT:"], 2, "2 images"),
+    "a picture without placeholder": (["USER: hello", [263], " ASSISTANT:"], 1, "1 images"),
+}
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_torn_prompts_are_refused_before_they_reach_the_engine(name, served, tokenizer):
+    pieces, num_images, reason = TORN[name]
+    special = {262: tokenizer.convert_tokens_to_ids("<image>"), 263: tokenizer.convert_tokens_to_ids("<learnable>")}
+    pieces = [[special[i] for i in piece] if isinstance(piece, list) else piece for piece in pieces]
+    prompt = {"prompt_token_ids": spell(tokenizer, *pieces)}
+    if num_images:
+        prompt["multi_modal_data"] = {"image": IMAGES[:num_images]}
+    with pytest.raises(VLLMValidationError, match=reason):
+        served.generate(prompt, SamplingParams(max_tokens=2), use_tqdm=False)
+
+
+def test_raw_prompts_are_answered(served, make_checkpoint, processor):
+    _, model = make_checkpoint()
+    text = "USER: <image>\nWhat is it?<learnable> ASSISTANT:"
+    inputs = processor(text=text, images=IMAGES[:1], return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0].tolist()
+    prompt = {"prompt": text, "multi_modal_data": {"image": IMAGES[0]}}
+    (output,) = served.generate(prompt, SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
+    assert output.prompt_token_ids + list(output.outputs[0].token_ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([{"role": "judge", "content": "hello"}], "judge"),
+        ([user(IMAGES[:1], "x" * 600)], "512"),
+        (
+            [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}]}],
+            "video",
+        ),
+        (
+            [{"role": "system", "content": [{"type": "image_pil", "image_pil": IMAGES[0]}]}, user([], "a")],
+            "role system",
+        ),
+    ],
+    ids=["unknown role", "too long", "video", "image of the system"],
+)
+def test_bad_conversations_are_refused(messages, reason, served):
+    with pytest.raises(ValueError, match=reason):
+        served.chat(as_messages(messages), SamplingParams(max_tokens=2), use_tqdm=False)
+
+
+def test_greedy_unless_asked_otherwise(served):
+    assert served.get_default_sampling_params().temperature == 0
+
+
+def test_what_vllm_gives_for_nothing(served, make_checkpoint, processor):
+    _, model = make_checkpoint()
+    messages = as_messages([user(IMAGES[:1], "which one?")])
+    ((_, expected),) = generate(model, processor, [[user(IMAGES[:1], "which one?")]])
+
+    def chat(**kwargs):
+        return served.chat(messages, SamplingParams(**kwargs), use_tqdm=False)[0].outputs
+
+    choices = chat(max_tokens=9, structured_outputs=StructuredOutputsParams(choice=["red", "blue"]))
+    assert choices[0].text in ("red", "blue")
+    expression = chat(max_tokens=9, structured_outputs=StructuredOutputsParams(regex=r"[0-9]{3}"))
+    assert expression[0].text.isdecimal() and len(expression[0].text) == 3
+    schema = {"type": "object", "properties": {"count": {"enum": [1, 2]}}, "required": ["count"]}
+    found = chat(max_tokens=60, structured_outputs=StructuredOutputsParams(json=schema, disable_any_whitespace=True))
+    assert json.loads(found[0].text)["count"] in (1, 2)
+    assert len({output.text for output in chat(n=4, temperature=3, max_tokens=8, seed=1)}) > 1
+    assert [output.text for output in chat(n=2, temperature=3, max_tokens=8, seed=1)] == [
+        output.text for output in chat(n=2, temperature=3, max_tokens=8, seed=1)
+    ]
+    (output,) = chat(temperature=0, max_tokens=3, logprobs=2)
+    inputs = processor.encode_conversations([[user(IMAGES[:1], "which one?")]])
+    reference = model(**inputs).logits[0, -1].double()
+    reference[[model.config.image_token_id, model.config.query_token_id]] = -torch.inf
+    top = output.logprobs[0][expected[0]]
+    assert top.rank == 1 and top.logprob == pytest.approx(reference.log_softmax(-1).max().item(), abs=1e-4)
+    stop = processor.tokenizer.decode(expected[2:3])
+    (output,) = chat(temperature=0, max_tokens=8, stop=[stop])
+    assert stop not in output.text and list(output.token_ids)[:2] == expected[:2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"enable_lora": True}, "enable-lora"),
+        ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
+        ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype fp8"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative-config"),
+        ({"enable_prompt_embeds": True}, "enable-prompt-embeds"),
+        ({"limit_mm_per_prompt": {"image": 0}}, "limit-mm-per-prompt"),
+        ({"quantization": "fp8"}, "quantization fp8"),
+        ({"model_impl": "transformers"}, "model-impl transformers"),
+        ({"tokenizer_mode": "slow"}, "tokenizer-mode slow"),
+    ],
+)
+def test_untested_settings_are_refused_at_start(settings, name, make_checkpoint):
+    folder, _ = make_checkpoint()
+    with pytest.raises(ValueError, match=name), engine(folder, **settings):
+        pass
+
+
+def test_a_decoder_whose_head_would_lose_its_bias_is_refused(make_model, tokenizer, processor, tmp_path):
+    model = make_model(text_config=text_config("llama", tokenizer), lm_head_bias=True)
+    save_checkpoint(tmp_path, model, processor)
+    with pytest.raises(ValueError, match="lm_head_bias"), engine(tmp_path):
+        pass
+
+
+def test_an_untested_version_of_vllm_is_refused_by_name(make_checkpoint, monkeypatch):
+    with pytest.raises(ImportError, match=r"0\.32 and 0\.33, but vLLM 0\.99\.1"):
+        flashsloth_serving.check_version("0.99.1")
+    flashsloth_serving.check_version("0.33.0")
+    flashsloth_serving.check_version("0.32.0+cpu")
