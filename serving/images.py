@@ -79,6 +79,10 @@ class FlashSlothProcessingInfo(BaseProcessingInfo):
             )
         return merged
 
+    def num_tiles(self, mm_processor_kwargs: Mapping[str, object]) -> int:
+        """Tiles of each image of a request with these arguments."""
+        return self.processor.image_processor.get_number_of_image_patches(0, 0, self.images_kwargs(mm_processor_kwargs))
+
 
 class FlashSlothDummyInputs(BaseDummyInputsBuilder[FlashSlothProcessingInfo]):
     """What vLLM encodes to measure memory."""
@@ -105,16 +109,16 @@ class FlashSlothImages(BaseMultiModalProcessor[FlashSlothProcessingInfo]):
         return inputs
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        image_processor = self.info.processor.image_processor
-        images_kwargs = self.info.images_kwargs(hf_kwargs)
         images = list(hf_data["images"])  # type: ignore[call-overload]
         try:
-            features = image_processor(images, return_tensors="pt", **images_kwargs)
+            features = self.info.processor.image_processor(
+                images, return_tensors="pt", **self.info.images_kwargs(hf_kwargs)
+            )
         except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error)) from error
-        num_tiles = image_processor.get_number_of_image_patches(0, 0, images_kwargs)
         pixel_values = features["pixel_values"].to(self.info.ctx.model_config.dtype)
-        return BatchFeature({"pixel_values": pixel_values, "num_tiles": torch.full((len(images),), num_tiles)})
+        num_tiles = torch.full((len(images),), self.info.num_tiles(hf_kwargs))
+        return BatchFeature({"pixel_values": pixel_values, "num_tiles": num_tiles})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -132,7 +136,5 @@ class FlashSlothImages(BaseMultiModalProcessor[FlashSlothProcessingInfo]):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         config = self.info.get_hf_config()
-        images_kwargs = self.info.images_kwargs(hf_processor_mm_kwargs)
-        num_tiles = self.info.processor.image_processor.get_number_of_image_patches(0, 0, images_kwargs)
-        tokens = [config.image_token_id] * (num_tiles * config.image_seq_length)
+        tokens = [config.image_token_id] * (self.info.num_tiles(hf_processor_mm_kwargs) * config.image_seq_length)
         return [PromptReplacement(modality="image", target=[config.image_token_id], replacement=tokens)]

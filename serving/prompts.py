@@ -59,10 +59,6 @@ def _apply_chat_template(
 class FlashSlothRenderer(HfRenderer):
     """Builds prompts as `FlashSlothProcessor` does, and refuses those that cannot be answered correctly."""
 
-    @property
-    def _config(self) -> FlashSlothConfig:
-        return self.model_config.hf_config
-
     def render_messages(self, messages: Any, params: ChatParams) -> Any:
         """Apply the chat template; see `BaseRenderer.render_messages`."""
         return super().render_messages(messages, _with_parts(params))
@@ -79,37 +75,55 @@ class FlashSlothRenderer(HfRenderer):
         self._prepare(prompt)
         return await super()._process_tokens_async(prompt, **kwargs)
 
-    def process_for_engine(self, *args: Any, **kwargs: Any) -> Any:
-        """Check what is sent to the engine; see `BaseRenderer.process_for_engine`."""
-        engine_input = super().process_for_engine(*args, **kwargs)
-        self._check(engine_input)
-        return engine_input
-
-    async def process_for_engine_async(self, *args: Any, **kwargs: Any) -> Any:
-        """Check what is sent to the engine; see `BaseRenderer.process_for_engine_async`."""
-        engine_input = await super().process_for_engine_async(*args, **kwargs)
-        self._check(engine_input)
-        return engine_input
-
     def _prepare(self, prompt: dict[str, Any]) -> None:
-        """Expand the placeholders of queries, and compare those of images with the images."""
-        token_ids = prompt["prompt_token_ids"]
-        prompt["prompt_token_ids"] = expand_queries(token_ids, self._config)
+        """Expand the placeholders of queries, and refuse a prompt that cannot be answered.
+
+        Images come later: vLLM remembers which images it has processed and does not send them to the engine again,
+        not even if the first request with them was refused.
+        """
+        config = self.model_config.hf_config
+        prompt["prompt_token_ids"] = token_ids = expand_queries(prompt["prompt_token_ids"], config)
         images = (prompt.get("multi_modal_data") or {}).get("image")
         if images is None:
+            check_prompt(token_ids, 0, config)
             return
-        num_images = len(images) if isinstance(images, (list, tuple)) else len(images) if images.ndim == 4 else 1
-        num_placeholders = token_ids.count(self._config.image_token_id)
+        is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        num_images, num_placeholders = len(images) if is_batch else 1, token_ids.count(config.image_token_id)
         if num_images != num_placeholders:
             raise VLLMValidationError(
                 f"The prompt has {num_placeholders} `<image>` placeholders, but {num_images} images were passed; put "
                 "one placeholder, not expanded into image tokens, where each image belongs."
             )
+        num_tiles = self.mm_processor.info.num_tiles(prompt.get("mm_processor_kwargs") or {})
+        num_image_tokens = num_tiles * config.image_seq_length
+        repeats = {config.image_token_id: num_image_tokens}
+        expanded = [token_id for token_id in token_ids for _ in range(repeats.get(token_id, 1))]
+        check_prompt(expanded, num_images * num_tiles, config)
+        if len(expanded) >= self.model_config.max_model_len:
+            raise VLLMValidationError(
+                f"The prompt has {len(expanded)} tokens, of which {num_images * num_image_tokens} are image tokens of "
+                f"{num_images} images, but the model takes {self.model_config.max_model_len}, including the answer. "
+                "Shorten the conversation, start a new one, or send fewer images."
+            )
 
-    def _check(self, engine_input: dict[str, Any]) -> None:
-        placeholders = (engine_input.get("mm_placeholders") or {}).get("image", ())
-        num_image_tokens = sum(placeholder.length for placeholder in placeholders)
-        check_prompt(engine_input["prompt_token_ids"], num_image_tokens, self._config)
+    def process_for_engine(self, *args: Any, tok_params: Any = None, **kwargs: Any) -> Any:
+        """Refuse truncation of a prompt; see `BaseRenderer.process_for_engine`."""
+        _check_truncation(tok_params)
+        return super().process_for_engine(*args, tok_params=tok_params, **kwargs)
+
+    async def process_for_engine_async(self, *args: Any, tok_params: Any = None, **kwargs: Any) -> Any:
+        """Refuse truncation of a prompt; see `BaseRenderer.process_for_engine_async`."""
+        _check_truncation(tok_params)
+        return await super().process_for_engine_async(*args, tok_params=tok_params, **kwargs)
+
+
+def _check_truncation(tok_params: Any) -> None:
+    if getattr(tok_params, "truncate_prompt_tokens", None) is not None:
+        raise VLLMValidationError(
+            "FlashSloth does not take `truncate_prompt_tokens`, which could cut images or questions; shorten the "
+            "conversation instead.",
+            parameter="truncate_prompt_tokens",
+        )
 
 
 def _with_parts(params: ChatParams) -> ChatParams:
@@ -134,12 +148,12 @@ def expand_queries(token_ids: list[int], config: FlashSlothConfig) -> list[int]:
     return expanded
 
 
-def check_prompt(token_ids: list[int], num_image_tokens: int, config: FlashSlothConfig) -> None:
+def check_prompt(token_ids: list[int], num_tiles: int, config: FlashSlothConfig) -> None:
     """Check that a prompt can be answered correctly.
 
     Args:
         token_ids: Its ids, with expanded placeholders.
-        num_image_tokens: Image tokens of its images.
+        num_tiles: Tiles of its images.
         config: Config of the model.
 
     Raises:
@@ -151,6 +165,6 @@ def check_prompt(token_ids: list[int], num_image_tokens: int, config: FlashSloth
     spans = PromptSpans(torch.tensor([token_ids]), config)  # type: ignore[arg-type]
     spans.copy_counts()
     try:
-        spans.check(num_image_tokens // config.image_seq_length)
+        spans.check(num_tiles)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error

@@ -70,7 +70,6 @@ def _unsupported_model_settings(config: ModelConfig) -> Iterator[str]:
     multimodal = config.multimodal_config
     settings = {
         "--runner pooling": config.runner_type != "generate",
-        f"--model-impl {config.model_impl}": config.model_impl not in ("auto", "vllm"),
         f"--tokenizer-mode {config.tokenizer_mode}": config.tokenizer_mode not in ("auto", "hf", MODE),
         "--skip-tokenizer-init": config.skip_tokenizer_init,
         f"--quantization {config.quantization}": config.quantization is not None,

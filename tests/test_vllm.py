@@ -43,14 +43,16 @@ def make_checkpoint(make_model, processor, tokenizer, tmp_path_factory):
     """Writes a checkpoint of a family of decoders, once; returns folder and model."""
     known = {}
 
-    def make(family="qwen3", *, gain=3.0, **changes):
-        key = (family, gain, json.dumps(changes, sort_keys=True))
-        if key not in known:
+    def make(family="llama"):
+        if family not in known:
             folder = tmp_path_factory.mktemp(family)
-            model = make_model(text_config=text_config(family, tokenizer), **changes)
-            save_checkpoint(folder, model, processor, gain=gain)
-            known[key] = folder, model
-        return known[key]
+            # Gemma multiplies its embeddings by the root of their width; unless they are small, it repeats its prompt.
+            is_gemma = family.startswith("gemma")
+            changes = {"initializer_range": 0.2} if is_gemma else {}
+            model = make_model(text_config=text_config(family, tokenizer, **changes), query_layer_idx=1)
+            save_checkpoint(folder, model, processor, embedding_scale=0.02 if is_gemma else 1)
+            known[family] = folder, model
+        return known[family]
 
     return make
 
@@ -73,17 +75,47 @@ def test_vllm_finds_the_plugin():
     assert plugin.load() is flashsloth_serving.register
 
 
-@pytest.mark.parametrize(
-    ("family", "gain"), [("phi", 3), ("qwen2", 3), ("qwen3", 3), ("llama", 3), ("gemma3_text", 100), ("mistral", 3)]
-)
-def test_answers_are_those_of_generate(family, gain, make_checkpoint, processor, conversations):
-    folder, model = make_checkpoint(family, gain=gain)
-    expected = generate(model, processor, conversations)
+def check_that_queries_matter(model, processor, conversations, expected):
+    """The control: answers without what queries add are others."""
     control = generate(without_queries(model), processor, conversations)
-    assert sum(ours != zeroed for ours, zeroed in zip(expected, control, strict=True)) >= 4  # queries matter
+    assert sum(ours != zeroed for ours, zeroed in zip(expected, control, strict=True)) >= 2
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3_text"])
+def test_answers_are_those_of_generate(family, make_checkpoint, processor, conversations):
+    folder, model = make_checkpoint(family)
+    expected = generate(model, processor, conversations)
+    check_that_queries_matter(model, processor, conversations, expected)
     with engine(folder, **CHUNKED) as llm:
         assert answer(llm, conversations) == expected
         assert answer(llm, conversations) == expected  # from the prefix cache
+
+
+def test_phi_and_the_original_releases(make_checkpoint, processor, conversations, tmp_path):
+    """One test: vLLM has no Phi of its own and changes that of transformers, which then no longer works without it."""
+    folder, model = make_checkpoint("phi")
+    expected = generate(model, processor, conversations)
+    check_that_queries_matter(model, processor, conversations, expected)
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    releases = [write_golden_checkpoint(tmp_path / "golden")]
+    config = json.loads((releases[0] / "config.json").read_text())
+    # vLLM's attention on a CPU needs heads of a multiple of 32.
+    changed = config | {"num_attention_heads": 4, "num_key_value_heads": 4}
+    (releases[0] / "config.json").write_text(json.dumps(changed))
+    for name, as_bin in (("safetensors", False), ("bin", True)):
+        releases.append(make_original(tmp_path / name, original_tensors(**sizes), as_bin=as_bin, **sizes))
+    asked = [[user(IMAGES[:1], "USER: star")], [user(IMAGES[1:3], "red")], [user([], "who")]]
+    references = []
+    for release in releases:
+        release_processor = FlashSlothProcessor.from_pretrained(release)
+        release_model = FlashSlothForConditionalGeneration.from_pretrained(release, dtype=torch.float32).eval()
+        references.append(generate(release_model, release_processor, asked))
+    with engine(folder, **CHUNKED) as llm:
+        assert answer(llm, conversations) == expected
+        assert answer(llm, conversations) == expected
+    for release, reference in zip(releases, references, strict=True):
+        with engine(release, max_num_batched_tokens=64, max_num_seqs=8) as llm:
+            assert answer(llm, asked) == reference
 
 
 @pytest.mark.parametrize(
@@ -121,18 +153,21 @@ def test_a_cached_prefix_may_end_inside_a_question(make_checkpoint, processor):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_fuzz(seed, make_checkpoint, processor):
+    """Random conversations and scheduling; the first engines have so few blocks that requests are preempted."""
     generator = np.random.default_rng(seed)
-    folder, model = make_checkpoint(["qwen3", "llama", "phi", "qwen2"][seed])
+    folder, model = make_checkpoint(["qwen3", "llama", "gemma3_text", "qwen2"][seed])
     asked = random_conversations(60, seed=100 + seed, images=IMAGES, max_words=20)
-    expected = generate(model, processor, asked)
+    expected = generate(model, processor, asked, num_tokens=24)
     settings = {
-        "max_num_seqs": int(generator.integers(2, 12)),
-        "max_num_batched_tokens": int(generator.integers(16, 150)),
-        "num_gpu_blocks_override": int(generator.integers(20, 60)),
-        "enable_prefix_caching": bool(seed % 4 != 3),
+        "max_num_seqs": int(generator.integers(8, 16)),
+        "max_num_batched_tokens": int(generator.integers(20, 150)),
+        "num_gpu_blocks_override": int(generator.integers(*((20, 30) if seed < 2 else (100, 140)))),
+        "enable_prefix_caching": seed != 3,
     }
-    with engine(folder, **settings) as llm:
-        assert answer(llm, asked) == expected
+    with engine(folder, disable_log_stats=False, **settings) as llm:
+        assert answer(llm, asked, num_tokens=24) == expected
+        assert metric(llm, "num_preemptions") > 0 or seed >= 2
+        assert metric(llm, "prefix_cache_hits") > 0 or seed == 3
 
 
 def test_five_tiles_for_one_request_and_for_all(make_checkpoint, processor):
@@ -158,35 +193,6 @@ def test_images_of_every_mode_are_read_as_by_the_processor(make_checkpoint, proc
         assert answer(llm, asked) == expected
 
 
-@pytest.mark.parametrize("as_bin", [False, True])
-def test_original_weights(as_bin, tmp_path):
-    folder = make_original(
-        tmp_path / "release",
-        original_tensors(hidden_size=64, intermediate_size=96),
-        hidden_size=64,
-        intermediate_size=96,
-        as_bin=as_bin,
-    )
-    check_release(folder)
-
-
-def test_golden_release(tmp_path):
-    folder = write_golden_checkpoint(tmp_path / "golden")
-    config = json.loads((folder / "config.json").read_text())
-    # vLLM's attention on a CPU needs heads of a multiple of 32; the numbers change, and `generate` is the reference.
-    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "num_key_value_heads": 4}))
-    check_release(folder)
-
-
-def check_release(folder):
-    processor = FlashSlothProcessor.from_pretrained(folder)
-    model = FlashSlothForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    asked = [[user(IMAGES[:1], "USER: star")], [user(IMAGES[1:3], "red")], [user([], "who")]]
-    expected = generate(model, processor, asked)
-    with engine(folder, max_num_batched_tokens=64, max_num_seqs=8) as llm:
-        assert answer(llm, asked) == expected
-
-
 def test_control_tokens_in_messages_stay_text(make_checkpoint, processor):
     folder, model = make_checkpoint()
     asked = [
@@ -200,7 +206,7 @@ def test_control_tokens_in_messages_stay_text(make_checkpoint, processor):
 
 
 def test_image_and_query_tokens_are_never_generated(make_checkpoint, processor, tmp_path, make_model, tokenizer):
-    model = make_model(text_config=text_config("qwen3", tokenizer, tie_word_embeddings=False))
+    model = make_model(text_config=text_config("llama", tokenizer, tie_word_embeddings=False))
     special = [model.config.image_token_id, model.config.query_token_id]
     with torch.no_grad():
         model.lm_head.weight[special] = 10 * model.lm_head.weight.abs().max()
@@ -274,7 +280,7 @@ def test_raw_prompts_are_answered(served, make_checkpoint, processor):
     ids=["unknown role", "too long", "video", "image of the system"],
 )
 def test_bad_conversations_are_refused(messages, reason, served):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises((ValueError, VLLMValidationError), match=reason):
         served.chat(as_messages(messages), SamplingParams(max_tokens=2), use_tqdm=False)
 
 
@@ -297,9 +303,9 @@ def test_what_vllm_gives_for_nothing(served, make_checkpoint, processor):
     schema = {"type": "object", "properties": {"count": {"enum": [1, 2]}}, "required": ["count"]}
     found = chat(max_tokens=60, structured_outputs=StructuredOutputsParams(json=schema, disable_any_whitespace=True))
     assert json.loads(found[0].text)["count"] in (1, 2)
-    assert len({output.text for output in chat(n=4, temperature=3, max_tokens=8, seed=1)}) > 1
-    assert [output.text for output in chat(n=2, temperature=3, max_tokens=8, seed=1)] == [
-        output.text for output in chat(n=2, temperature=3, max_tokens=8, seed=1)
+    assert len({output.text for output in chat(n=4, temperature=2, max_tokens=8, seed=1)}) > 1
+    assert [output.text for output in chat(n=2, temperature=2, max_tokens=8, seed=1)] == [
+        output.text for output in chat(n=2, temperature=2, max_tokens=8, seed=1)
     ]
     (output,) = chat(temperature=0, max_tokens=3, logprobs=2)
     inputs = processor.encode_conversations([[user(IMAGES[:1], "which one?")]])
@@ -322,7 +328,6 @@ def test_what_vllm_gives_for_nothing(served, make_checkpoint, processor):
         ({"enable_prompt_embeds": True}, "enable-prompt-embeds"),
         ({"limit_mm_per_prompt": {"image": 0}}, "limit-mm-per-prompt"),
         ({"quantization": "fp8"}, "quantization fp8"),
-        ({"model_impl": "transformers"}, "model-impl transformers"),
         ({"tokenizer_mode": "slow"}, "tokenizer-mode slow"),
     ],
 )

@@ -24,7 +24,7 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 32,  # vLLM's attention on a CPU needs a multiple of 32
     "max_position_embeddings": 1024,
-    "initializer_range": 0.2,
+    "initializer_range": 0.4,
 }
 WORDS = ["what", "is", "the", "red", "blue", "star", "one", "of", "these", "two", "left", "where", "count", "things"]
 
@@ -39,12 +39,13 @@ def text_config(family, tokenizer, **changes):
     return {"model_type": family, **sizes, **ids, **changes}
 
 
-def save_checkpoint(folder, model, processor, *, gain=3.0):
+def save_checkpoint(folder, model, processor, *, embedding_scale=1.0):
     """Make a model's answers depend on its queries, and write it with its processor."""
     torch.manual_seed(3)
     with torch.no_grad():
         model.model.query_tokens.normal_(std=0.5)
-        model.model.embedded_query.out_proj.weight.mul_(gain)
+        model.model.embedded_query.out_proj.weight.mul_(30)
+        model.get_input_embeddings().weight.mul_(embedding_scale)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
