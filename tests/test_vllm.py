@@ -170,6 +170,22 @@ def test_fuzz(seed, make_checkpoint, processor):
         assert metric(llm, "prefix_cache_hits") > 0 or seed == 3
 
 
+def test_tensor_parallel(make_checkpoint, processor, conversations, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # both processes on the same cores
+    folder, model = make_checkpoint("qwen2")
+    expected = generate(model, processor, conversations)
+    with engine(folder, tensor_parallel_size=2, max_num_batched_tokens=24, max_num_seqs=8) as llm:
+        assert answer(llm, conversations) == expected
+        assert answer(llm, conversations) == expected
+
+
+def test_compiled(make_checkpoint, processor, conversations):
+    folder, model = make_checkpoint()
+    expected = generate(model, processor, conversations)
+    with engine(folder, enforce_eager=False, **CHUNKED) as llm:
+        assert answer(llm, conversations) == expected
+
+
 def test_five_tiles_for_one_request_and_for_all(make_checkpoint, processor):
     folder, model = make_checkpoint()
     asked = [[user(IMAGES[:1], "what is it?")], [user(IMAGES[1:3], "which one?")]]
