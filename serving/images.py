@@ -109,7 +109,7 @@ class FlashSlothImages(BaseMultiModalProcessor[FlashSlothProcessingInfo]):
         return inputs
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        images = list(hf_data["images"])  # type: ignore[call-overload]
+        images = list(hf_data["images"])
         try:
             features = self.info.processor.image_processor(
                 images, return_tensors="pt", **self.info.images_kwargs(hf_kwargs)

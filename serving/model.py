@@ -56,7 +56,7 @@ class FlashSlothForVllm(nn.Module, SupportsMultiModal):
         self.config.validate_architecture()
         text_config, vision_config = self.config.text_config, self.config.vision_config
         with self._mark_tower_model(vllm_config, "image"), initialization.no_init_weights():
-            self.vision_tower = build_vision_tower(vision_config).to(vllm_config.model_config.dtype)  # type: ignore[arg-type]
+            self.vision_tower = build_vision_tower(vision_config).to(vllm_config.model_config.dtype)
             self.spatial_attention_pooling = SpatialAttentionPooling(
                 hidden_size=vision_config.hidden_size,
                 window_size=self.config.pooling_window_size,

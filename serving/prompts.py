@@ -162,7 +162,7 @@ def check_prompt(token_ids: list[int], num_tiles: int, config: FlashSlothConfig)
     """
     if not {config.image_token_id, config.query_token_id}.intersection(token_ids):
         return
-    spans = PromptSpans(torch.tensor([token_ids]), config)  # type: ignore[arg-type]
+    spans = PromptSpans(torch.tensor([token_ids]), config)
     spans.copy_counts()
     try:
         spans.check(num_tiles)

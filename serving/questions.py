@@ -61,7 +61,7 @@ class StepQuestions:
         length = max(row.num_tokens for row in metadata.prefill_rows)
         positions = torch.arange(length, device=device).expand(len(fields), -1)  # (num_rows, length)
         token_ids = cache.read_ids(cache.slots(self.block_table, positions))
-        self.spans = spans = PromptSpans(torch.where(positions < num_tokens, token_ids, -1), config)  # type: ignore[arg-type]
+        self.spans = spans = PromptSpans(torch.where(positions < num_tokens, token_ids, -1), config)
         self.is_query = spans.query_mask & (positions >= num_computed)
         self.is_updated = self.is_query & (spans.num_tiles_before > 0)
         self.token_index = first_token + positions - num_computed  # among all tokens of the step
@@ -72,12 +72,12 @@ class StepQuestions:
         spans, is_updated = self.spans, self.is_updated
         length = is_updated.shape[1]
         sizes = QuestionSizes(
-            num_queries=is_updated.sum(dim=1),  # type: ignore[arg-type]
-            start=torch.where(is_updated, spans.instruction_start, length).amin(dim=1).clamp(min=0),  # type: ignore[arg-type]
-            end=torch.where(is_updated, spans.query_start, 0).amax(dim=1),  # type: ignore[arg-type]
-            num_image_tokens=torch.where(is_updated, spans.num_tiles_before, 0).amax(dim=1) * image_seq_length,  # type: ignore[arg-type]
+            num_queries=is_updated.sum(dim=1),
+            start=torch.where(is_updated, spans.instruction_start, length).amin(dim=1).clamp(min=0),
+            end=torch.where(is_updated, spans.query_start, 0).amax(dim=1),
+            num_image_tokens=torch.where(is_updated, spans.num_tiles_before, 0).amax(dim=1) * image_seq_length,
         )
-        on_device = torch.stack(list(sizes), dim=1)  # type: ignore[arg-type]
+        on_device = torch.stack(list(sizes), dim=1)
         on_host = on_device.to("cpu", non_blocking=on_device.is_cuda)
         if on_device.is_cuda:
             self._copied = torch.cuda.current_stream(on_device.device).record_event()

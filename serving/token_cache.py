@@ -200,7 +200,7 @@ class TokenCache(nn.Module, AttentionLayerBase):
         """Read token ids of slots of any shape."""
         digits = self._read(slots, self.ids).long()
         weights = [ID_BASE**power for power in reversed(range(NUM_ID_DIGITS))]
-        return sum(digits[..., index] * weight for index, weight in enumerate(weights))  # type: ignore[return-value]
+        return sum(digits[..., index] * weight for index, weight in enumerate(weights))
 
     def read_text(self, slots: torch.Tensor) -> torch.Tensor:
         """Read what `write_text` stored, `(…, query_hidden_size)`."""

@@ -226,8 +226,8 @@ def script_and_arguments(words):
 @pytest.mark.parametrize("words", [*shown_commands()])
 def test_programs_accept_the_commands_that_cannot_run_here(words, monkeypatch, capsys):
     match words:
-        case ["hf" | "transformers", *_] | ["pytest", *_]:
-            pass  # test_hub_client.py and test_serve.py run them, and this is pytest
+        case ["hf" | "transformers" | "vllm", *_] | ["pytest", *_]:
+            pass  # test_hub_client.py, test_serve.py and test_vllm_server.py run them, and this is pytest
         case ["pip", "install", *wanted]:
             extras = {name for one in wanted for name in re.findall(r"\[(.*)\]", one)}
             assert extras <= set(metadata("flashsloth").get_all("Provides-Extra"))
