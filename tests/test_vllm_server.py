@@ -2,14 +2,17 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +23,7 @@ from vllm_engines import NUM_ANSWER_TOKENS, generate, random_images, save_checkp
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[1]
 IMAGES = random_images(4)
 QUESTIONS = ["what is it?", "which one?", "red or blue", "count the things"]
 BROKEN = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -33,20 +37,20 @@ def checkpoint(make_model, processor, tokenizer, tmp_path_factory):
     return folder, model
 
 
-@pytest.fixture(scope="module")
-def url(checkpoint, tmp_path_factory):
-    folder, _ = checkpoint
+@contextlib.contextmanager
+def serving(log, model, *options):
+    """Address of a server in a separate process, which must be healthy in the end."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    settings = {"--dtype": "float32", "--max-model-len": "512", "--block-size": "32", "--served-model-name": "sloth"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--enforce-eager"]
+    # `vllm serve MODEL`, which needs the metadata of a package `vllm`
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--enforce-eager"]
+    settings = {"--dtype": "float32", "--max-model-len": "512", "--block-size": "32", "--port": str(port)}
     command += [part for setting in settings.items() for part in setting]
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as output:
         server = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=output, stderr=subprocess.STDOUT, env=environment
+            [*command, *options], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
     try:
         wait_for(f"http://localhost:{port}/health", server, log)
@@ -56,6 +60,13 @@ def url(checkpoint, tmp_path_factory):
     finally:
         server.terminate()
         server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def url(checkpoint, tmp_path_factory):
+    folder, _ = checkpoint
+    with serving(tmp_path_factory.mktemp("log") / "server.log", folder, "--served-model-name", "sloth") as address:
+        yield address
 
 
 def is_healthy(url):
@@ -212,3 +223,49 @@ def test_responses(client, checkpoint, processor):
     response = client.responses.create(model="sloth", input=[{"role": "user", "content": parts}], max_output_tokens=8)
     expected = processor.tokenizer.decode(reference(checkpoint, processor, conversation), skip_special_tokens=True)
     assert response.output_text.rstrip("\ufffd") == expected.rstrip("\ufffd")  # half a character at the end
+
+
+BENCHMARK = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
+def test_vllms_benchmark(url, checkpoint):
+    folder, _ = checkpoint
+    options = {
+        "--backend": "openai-chat",
+        "--endpoint": "/v1/chat/completions",
+        "--base-url": url.removesuffix("/v1"),
+        "--model": str(folder),
+        "--served-model-name": "sloth",
+        "--dataset-name": "random-mm",
+        "--num-prompts": "4",
+        "--random-input-len": "16",
+        "--random-output-len": "4",
+        "--random-mm-base-items-per-request": "1",
+        "--random-mm-limit-mm-per-prompt": '{"image": 1, "video": 0}',
+        "--random-mm-bucket-config": "{(32, 32, 1): 1.0}",
+    }
+    command = [sys.executable, "-c", BENCHMARK, *(part for option in options.items() for part in option)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert re.search(r"Successful requests: +4\b", result.stdout), result.stdout + result.stderr
+
+
+def test_the_clients_of_the_page_work_with_two_engines(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE))
+    code = code.replace('error.body["detail"].partition(", found")[0]', "type(error).__name__")
+    said = [line for line in re.findall(r"^# (.*)$", code, flags=re.MULTILINE) if not line.startswith("Expected")]
+    monkeypatch.chdir(ROOT)
+    with serving(tmp_path / "server.log", ".", "--data-parallel-size", "2") as address:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code.replace("http://localhost:8000/v1", address), "serving.md", "exec"), {})
+    found = [line.strip() for line in printed.getvalue().splitlines()]
+    assert [line for line in found if line != "BadRequestError"] == said
+    assert "BadRequestError" in found
