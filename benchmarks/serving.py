@@ -4,12 +4,11 @@ r"""Requests per second of vLLM, beside `transformers serve` and batched `genera
     python benchmarks/serving.py --models Tongbo/FlashSloth-3.2B Qwen/Qwen2-VL-2B-Instruct \
         HuggingFaceTB/SmolVLM2-2.2B-Instruct --engines vllm --dtype bfloat16 --output benchmarks/results/serving_cuda.md
 
-Runs in an environment with vLLM. Without `--models`, it builds a FlashSloth of 0.18 billion parameters with random
-weights. Every engine gets the same requests: a picture and a question, both with contents of their own unless the
-picture is the same in all, and an answer of a fixed number of tokens. Servers get them through OpenAI's client, so many
-at once; `generate` gets them as one batch. A round has as many requests as are sent at once, but at least 8. One round
-warms up; seconds are medians of the others, and ratios are to batched `generate`, or to the first row if it is not
-measured.
+Runs in an environment with the extras `vllm` and `serve`. Without `--models`, it builds a FlashSloth of 0.2 billion
+parameters with random weights. Every engine gets the same requests: a picture and a question, both with contents of
+their own unless the picture is the same in all, and an answer of a fixed number of tokens. Servers get them through
+OpenAI's client, so many at once; `generate` gets them as one batch. A round has as many requests as are sent at
+once, but at least 8. One round warms up; seconds are medians of the others, and ratios are to the first engine.
 """
 
 import asyncio
@@ -229,7 +228,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.models is None:
             build_checkpoint(Path(folder), args.dtype)
-        models = {folder: "FlashSloth, 0.18 B, random"} if args.models is None else {name: name for name in args.models}
+        models = {folder: "FlashSloth, 0.2 B, random"} if args.models is None else {name: name for name in args.models}
         rows = [row for model_id, name in models.items() for row in compare(model_id, name, args)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = f"medians of {args.rounds} rounds; answers of {args.answer_tokens} tokens"
