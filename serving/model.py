@@ -49,6 +49,7 @@ class FlashSlothForVllm(nn.Module, SupportsMultiModal):
     """
 
     requires_raw_input_tokens = True
+    suppressed_ids: torch.Tensor
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class FlashSlothForVllm(nn.Module, SupportsMultiModal):
         if splitting_ops and f"vllm::{OP_NAME}" not in splitting_ops:
             splitting_ops.append(f"vllm::{OP_NAME}")
         self._image_tokens: tuple[torch.Tensor, torch.Tensor] | None = None  # of the coming step: indices and patches
-        self._never_generated = self._suppressed_ids(vllm_config)
+        self.register_buffer("suppressed_ids", torch.tensor(self._suppressed_ids(vllm_config)), persistent=False)
 
     def _suppressed_ids(self, vllm_config: VllmConfig) -> list[int]:
         """Image and query tokens, and what the checkpoint's generation config suppresses, which vLLM does not read."""
@@ -181,10 +182,7 @@ class FlashSlothForVllm(nn.Module, SupportsMultiModal):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Compute logits `(num_tokens, vocab_size)`; tokens that must not be generated get minus infinity."""
         logits = self.language_model.compute_logits(hidden_states)
-        if logits is not None:
-            for token_id in self._never_generated:
-                logits[:, token_id] = float("-inf")
-        return logits
+        return None if logits is None else logits.index_fill_(-1, self.suppressed_ids, float("-inf"))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint in this package's layout or in that of the original releases.

@@ -9,6 +9,7 @@ Within a step of vLLM's scheduler:
     remaining decoder layers
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -281,8 +282,6 @@ def register_update(layer: nn.Module, cache_name: str) -> None:
     Raises:
         TypeError: If the layer has another interface.
     """
-    import inspect
-
     names = list(inspect.signature(layer.forward).parameters)
     if "hidden_states" not in names:
         raise TypeError(

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import ModelConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -12,8 +11,6 @@ from flashsloth import FlashSlothConfig
 from flashsloth.configuration_flashsloth import original_generation_config
 
 from . import MODE
-
-logger = init_logger(__name__)
 
 
 class FlashSlothSettings(VerifyAndUpdateConfig):

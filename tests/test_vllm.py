@@ -3,6 +3,7 @@
 import copy
 import json
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own; see .ci/
 from golden_checkpoint import write_golden_checkpoint
 from original_checkpoint import make_original, original_tensors
 from vllm import SamplingParams
+from vllm.compilation.backends import split_graph
 from vllm.exceptions import VLLMValidationError
+from vllm.forward_context import override_forward_context
 from vllm.sampling_params import StructuredOutputsParams
 from vllm_engines import (
     answer,
@@ -31,6 +34,7 @@ from vllm_engines import (
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth import serving as flashsloth_serving
+from flashsloth.serving.questions import OP_NAME, register_update
 
 pytestmark = pytest.mark.slow
 
@@ -184,6 +188,55 @@ def test_compiled(make_checkpoint, processor, conversations):
     expected = generate(model, processor, conversations)
     with engine(folder, enforce_eager=False, **CHUNKED) as llm:
         assert answer(llm, conversations) == expected
+
+
+class Layer(torch.nn.Module):
+    """A decoder layer with the interface of vLLM's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, positions, hidden_states, residual):
+        residual = hidden_states + residual
+        return self.linear(residual), residual
+
+
+class Decoder(torch.nn.Module):
+    """Two layers; query tokens are updated before the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(), Layer()])
+        register_update(self.layers[1], "cache.0")
+
+    def forward(self, hidden_states):
+        residual = torch.zeros_like(hidden_states)
+        for layer in self.layers:
+            hidden_states, residual = layer(None, hidden_states, residual)
+        return hidden_states + residual
+
+
+def test_piecewise_graphs_leave_out_the_update_of_queries():
+    """vLLM cuts a compiled decoder at the update, which writes into the memory that the next piece reads."""
+    torch.manual_seed(0)
+    decoder, inputs, pieces, seen = Decoder(), torch.randn(3, 4), [], []
+
+    def update_queries(hidden_states, residual):
+        seen.append(hidden_states + residual)
+        hidden_states[1] += 5
+
+    def cut(graph, _):
+        whole, items = split_graph(graph, [f"vllm::{OP_NAME}"])
+        pieces.extend(item.is_splitting_graph for item in items)
+        return whole
+
+    cache = SimpleNamespace(update_queries=update_queries)
+    with override_forward_context(SimpleNamespace(no_compile_layers={"cache.0": cache})), torch.no_grad():
+        expected = decoder(inputs)
+        assert torch.equal(torch.compile(decoder, backend=cut, fullgraph=True)(inputs), expected)
+    assert pieces == [False, True, False]
+    assert len(seen) == 2 and torch.equal(*seen)
 
 
 def test_five_tiles_for_one_request_and_for_all(make_checkpoint, processor):
