@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 
@@ -413,8 +415,17 @@ def test_a_decoder_whose_head_would_lose_its_bias_is_refused(make_model, tokeniz
         pass
 
 
-def test_an_untested_version_of_vllm_is_refused_by_name(make_checkpoint, monkeypatch):
+def test_an_untested_version_of_vllm_is_refused_by_name(make_checkpoint):
     with pytest.raises(ImportError, match=r"0\.32 and 0\.33, but vLLM 0\.99\.1"):
         flashsloth_serving.check_version("0.99.1")
     flashsloth_serving.check_version("0.33.0")
     flashsloth_serving.check_version("0.32.0+cpu")
+    folder, _ = make_checkpoint()
+    code = f"""
+import flashsloth.serving
+flashsloth.serving.TESTED_VERSIONS = ("0.1",)
+from vllm import LLM
+LLM({str(folder)!r}, dtype="float32", enforce_eager=True, max_model_len=256, block_size=32)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode and "FlashSloth runs in vLLM 0.1, but vLLM 0.32.0" in done.stderr, done.stderr[-3000:]
