@@ -98,7 +98,7 @@ class SpatialAttentionPooling(nn.Module):
             `(num_tiles, num_windows, window_size**2)`, float32; the last axis sums to 1.
         """
         scores = self.fc2(self.dropout(nn.functional.relu(self.fc1(patch_features))))
-        return self._to_windows(scores).squeeze(-1).float().softmax(dim=-1)
+        return self.to_windows(scores).squeeze(-1).float().softmax(dim=-1)
 
     def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
         """Pool patch features.
@@ -110,9 +110,10 @@ class SpatialAttentionPooling(nn.Module):
             `(num_tiles, num_windows, hidden_size)`, windows row by row.
         """
         weights = self.window_weights(patch_features).to(patch_features.dtype)
-        return torch.einsum("twp,twpd->twd", weights, self._to_windows(patch_features))
+        return torch.einsum("twp,twpd->twd", weights, self.to_windows(patch_features))
 
-    def _to_windows(self, patches: torch.Tensor) -> torch.Tensor:
+    def to_windows(self, patches: torch.Tensor) -> torch.Tensor:
+        """Group patches `(num_tiles, num_patches, width)` as `(num_tiles, num_windows, window_size**2, width)`."""
         num_tiles, num_patches, width = patches.shape
         side = self.window_size
         windows = math.isqrt(num_patches) // side
@@ -255,17 +256,11 @@ class EmbeddedQuery(nn.Module):
         """
         positions = context.query_positions.unsqueeze(-1)  # (batch, queries_per_row, 1)
         text = self.text_proj(hidden_states)
-        instruction = self.text_norm(text)
-        guided = self.text_attention(
-            self.query_norm(text.gather(1, positions.expand(-1, -1, text.shape[-1]))),
-            self.text_attention.k_proj(instruction),
-            self.text_attention.v_proj(instruction),
-            context.instruction_mask,
-        )
+        queries = text.gather(1, positions.expand(-1, -1, text.shape[-1]))
+        guided = self.read_question(queries, text, context.instruction_mask)
         # Project every tile once, then gather tiles into rows: (batch, tiles_per_row * num_patches, width)
-        patch_keys = self.image_attention.k_proj(self.image_norm(self.image_proj(context.patch_features)))
-        patch_values = self.image_attention.v_proj(context.patch_features)
-        keys, values = (states[context.tiles].flatten(1, 2) for states in (patch_keys, patch_values))
+        patches = self.project_patches(context.patch_features)
+        keys, values = (states[context.tiles].flatten(1, 2) for states in patches)
         seen = self.image_attention(guided, keys, values, context.patch_mask)
         if context.record is not None:
             context.record.weights = self.image_attention.weights(guided, keys, context.patch_mask)
@@ -273,6 +268,26 @@ class EmbeddedQuery(nn.Module):
         queries = hidden_states.gather(1, positions)
         queries = torch.where(context.update_mask.unsqueeze(-1), queries + self.out_proj(seen), queries)
         return hidden_states.scatter(1, positions, queries)
+
+    def read_question(self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Let query tokens read their question.
+
+        Args:
+            queries: Outputs of `text_proj` at the query tokens, `(batch, num_queries, query_hidden_size)`.
+            text: Outputs of `text_proj` at the tokens that they may read, `(batch, num_tokens, query_hidden_size)`.
+            mask: True where a query token may read a token, `(batch, num_queries, num_tokens)`.
+
+        Returns:
+            What each query token looks for in the images, `(batch, num_queries, query_hidden_size)`.
+        """
+        text = self.text_norm(text)
+        keys, values = self.text_attention.k_proj(text), self.text_attention.v_proj(text)
+        return self.text_attention(self.query_norm(queries), keys, values, mask)
+
+    def project_patches(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys `(…, query_hidden_size)` and values `(…, vision_hidden_size)` of patches `(…, vision_hidden_size)`."""
+        keys = self.image_attention.k_proj(self.image_norm(self.image_proj(patches)))
+        return keys, self.image_attention.v_proj(patches)
 
 
 class PromptSpans:

@@ -41,6 +41,7 @@ TRAINING = [
 ]
 VIDEO = ["av>=18.1"]
 NOTEBOOK_TESTS = ["ipykernel>=7.4", "nbclient>=0.11", "nbformat>=5.11"]
+VLLM = ["vllm>=0.32,<0.34"]  # as in serving/__init__.py
 
 
 class BuildModules(build_py):
@@ -106,8 +107,9 @@ setup(
         ],
         "train": TRAINING,
         "video": VIDEO,
+        "vllm": VLLM,
     },
-    packages=["flashsloth", "flashsloth.cli", "flashsloth.evaluation", "flashsloth.training"],
+    packages=["flashsloth", *(f"flashsloth.{name}" for name in ("cli", "evaluation", "serving", "training"))],
     package_dir={"flashsloth": "."},
     package_data={"flashsloth": [*CHECKPOINT, *EXAMPLES, "LICENSE", "py.typed"]},
     exclude_package_data={"flashsloth.cli": ["*.pyi"]},  # Gradio writes them next to its components
@@ -115,5 +117,6 @@ setup(
     entry_points={
         "console_scripts": ["flashsloth = flashsloth.cli:main"],
         "lmms_eval.models": ["flashsloth = flashsloth.evaluation:manifest"],
+        "vllm.general_plugins": ["flashsloth = flashsloth.serving:register"],
     },
 )

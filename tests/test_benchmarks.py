@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import capacity
 import latency
 import maps
 import pytest
@@ -39,6 +40,12 @@ def test_the_committed_table_of_training_costs_follows_from_its_json():
     report = json.loads((RESULTS / "step_cost_cpu.json").read_text())
     text = f"{report['machine']}\n\n{step_cost.as_table(report['rows'])}\n"
     assert (RESULTS / "step_cost_cpu.md").read_text(encoding="utf-8") == text
+
+
+def test_the_committed_table_of_what_a_gpu_serves_follows_from_the_counts():
+    table = capacity.as_table(json.loads((RESULTS / "counts.json").read_text())["cases"])
+    assert table in (RESULTS / "capacity.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
 def test_both_models_have_nearly_the_same_size_and_different_prompt_lengths():

@@ -84,7 +84,7 @@ def test_pooling_attentions_weigh_what_is_pooled(model, ask, conversations):
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:2]))
     with torch.no_grad():
         patches = model.get_image_features(inputs["pixel_values"]).last_hidden_state
-        windows = model.model.spatial_attention_pooling._to_windows(patches)
+        windows = model.model.spatial_attention_pooling.to_windows(patches)
         tokens = model.model.multi_modal_projector((weights.unsqueeze(-1) * windows).sum(dim=2))
     torch.testing.assert_close(tokens, outputs.image_hidden_states)
 
