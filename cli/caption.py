@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -210,14 +211,21 @@ def _process_group() -> Iterator[tuple[int, int]]:
 
 
 def _answers(batches: Batches, model: FlashSlothForConditionalGeneration, num_loaders: int) -> Iterator[Batch]:
-    loader = DataLoader(batches, batch_size=None, num_workers=num_loaders, worker_init_fn=_ignore_interrupts)
+    loader = DataLoader(batches, batch_size=None, num_workers=num_loaders, worker_init_fn=_end_quietly)
     for batch in tqdm(loader, unit="batch", disable=os.environ.get(LOCAL_RANK, "0") != "0"):
         yield answer(batch, model, batches.processor, batches.settings.max_new_tokens)
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Leave Ctrl-C to the process that ends the workers."""
+def _end_quietly(_worker: int) -> None:
+    """Leave Ctrl-C to the process that ends the workers, and do not report that it no longer takes what they send."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    report = sys.excepthook
+
+    def report_others(kind: type[BaseException], *details: Any) -> None:
+        if not issubclass(kind, (EOFError, OSError)):  # of the thread that sends images; other errors are passed on
+            report(kind, *details)
+
+    sys.excepthook = report_others
 
 
 def open_source(source: Path) -> tuple[Rows, Path]:
