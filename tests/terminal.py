@@ -49,6 +49,15 @@ class Terminal:
         before, self.read_up_to = self.seen[self.read_up_to : found], found + len(text)
         return before
 
+    def press_until(self, key, text, times=12):
+        """Press a key until a text appears, as readline misses a Ctrl-C while it prepares the terminal."""
+        for _ in range(times - 1):
+            self.type(key)
+            with contextlib.suppress(TimeoutError):
+                return self.wait_for(text, seconds=10)
+        self.type(key)
+        return self.wait_for(text)
+
     def wait_for_exit(self, seconds=120):
         """Read until the program ends; return its exit code."""
         deadline = time.monotonic() + seconds

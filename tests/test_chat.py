@@ -148,8 +148,7 @@ def test_interrupts_stop_the_answer_and_not_the_chat(endless, image):
         terminal.wait_for("> ")
         terminal.type("half a ques")
         terminal.wait_for("half a ques")
-        terminal.type(Terminal.CTRL_C)  # at the prompt, it drops the line
-        terminal.wait_for("> ")
+        terminal.press_until(Terminal.CTRL_C, "> ")  # at the prompt, it drops the line
         terminal.type(Terminal.CTRL_D)
         assert terminal.wait_for_exit() == 0
     assert "Traceback" not in terminal.seen

@@ -123,7 +123,7 @@ REFUSED = {
     "a file of the server": ({"inputs": {"image": str(SCENE), "text": "?"}}, "neither base64 nor the URL"),
     "a number": ({"inputs": {"image": 5, "text": "?"}}, "should be a base64 string or a URL, but is 5"),
     "no such url": ({"inputs": {"image": "http://SERVER/nothing.png", "text": "?"}}, "answers 404"),
-    "no image at a url": ({"inputs": {"image": "http://SERVER/demo.py", "text": "?"}}, "an image that can be read"),
+    "no image at a url": ({"inputs": {"image": "http://SERVER/finetune.py", "text": "?"}}, "an image that can be read"),
     "another scheme": ({"inputs": {"image": f"file://{SCENE}", "text": "?"}}, "neither base64 nor the URL"),
     "no host": ({"inputs": {"image": "http:///scene.png", "text": "?"}}, "should be http://HOST"),
     "a program": ({"inputs": {"image": PROGRAM, "text": "?"}}, "is a program in EPS"),
