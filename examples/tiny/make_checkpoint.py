@@ -62,7 +62,7 @@ ATTENTION = "eager" if DEVICE == "cpu" and has_bfloat16(DEVICE) else "sdpa"
 IMAGE_SIZE, PATCH_SIZE = 144, 12
 WINDOW_SIZE, NUM_WINDOWS = 4, 2  # patches, windows along a side of the first stage's images
 
-CLEAN = {"share_wide": 0.0, "quality": 0.0, "art_changes": 0.0}
+CLEAN = {"share_wide": 0.0, "quality": 0.0, "art_changes": 0.0, "drawn": (100.0, 190.0)}
 DENSE = Layout(cells=NUM_WINDOWS, sides=(0.7, 0.98), share_shapes=0.2, share_texts=0.3, **CLEAN)
 FULL = Layout(cells=3, sides=(0.6, 0.98), share_shapes=0.25, share_texts=0.25, share_wide=0.2, quality=0.03, art_changes=0.05)
 FREE = Layout(share_shapes=0.35, share_texts=0.3)
@@ -179,7 +179,8 @@ def training_arguments(folder: Path, num_steps: int, *, batch_size: int, **kwarg
 
 def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> Muon:
     """The optimizer of all stages."""
-    return Muon(model, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    dtype = torch.bfloat16 if has_bfloat16(DEVICE) else torch.float32
+    return Muon(model, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True, dtype=dtype)
 
 
 def pretrain_tower(

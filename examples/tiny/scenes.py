@@ -44,7 +44,6 @@ CHARACTERS = UPPER + LOWER + DIGITS
 MAX_CHARACTERS = 8
 GROUNDS = ("plain", "gradient", "stripes", "checks", "grid", "lines", "noise", "blur")
 MIN_CONTRAST = 130.0  # distance of a paint from the ground, in weighted RGB units from 0 to about 760
-MIN_DRAWN_SIDE, MAX_DRAWN_SIDE = 150, 420  # pixels of a canvas's geometric mean
 _SYLLABLES = tuple("ba be bo ca co da de di fa fi ga go ha he in ka ki la le lo ma me mi mo na ne no pa pe po ra re ri ro "
                    "sa se so ta te ti to un va ve vi wa za st ch sh th er en ar or an on al el".split())
 
@@ -139,6 +138,7 @@ class Layout:
         share_wide: Share of the canvases that are not square.
         quality: Probability of each of several flaws: JPEG, blur, noise, coarse edges.
         art_changes: Probability of each of several changes of emoji art.
+        drawn: Smallest and largest canvas: geometric mean of its sides, in pixels.
     """
 
     num_things: tuple[int, int] = (1, 6)
@@ -149,6 +149,7 @@ class Layout:
     share_wide: float = 0.5
     quality: float = 0.12
     art_changes: float = 0.1
+    drawn: tuple[float, float] = (144.0, 320.0)
 
 
 class Art:
@@ -187,7 +188,7 @@ def sample_scene(rng: random.Random, art: Art, layout: Layout) -> Scene:
 
 
 def _sample_size(rng: random.Random, layout: Layout) -> tuple[int, int]:
-    side = math.exp(rng.uniform(math.log(MIN_DRAWN_SIDE), math.log(MAX_DRAWN_SIDE)))
+    side = math.exp(rng.uniform(*map(math.log, layout.drawn)))
     stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(3)) if rng.random() < layout.share_wide else 1.0
     return round(side * stretch), round(side / stretch)
 
@@ -499,7 +500,7 @@ def _shake(points: np.ndarray, rng: random.Random) -> np.ndarray:
 
 def _draw_shape(thing: Thing, area: tuple[int, int], rng: random.Random, coarse: bool) -> Image.Image:
     """Draw a shape: filled, filled with a border, or as an outline."""
-    factor = 1 if coarse else 3
+    factor = 1 if coarse else 2
     points = [tuple(point) for point in (_shape_points(thing, area, rng) * factor).tolist()]
     size = area[0] * factor, area[1] * factor
     filled = Image.new("L", size)
@@ -599,7 +600,7 @@ def _as_line_art(drawing: Image.Image, rng: random.Random) -> Image.Image:
     return layer
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=4096)
 def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(file), size)
 
@@ -632,9 +633,10 @@ def text_rectangle(thing: Thing, area: tuple[int, int], art: Art) -> tuple[Image
     margin = rng.uniform(0.08, 0.2) if thing.name == "sign" else 0.02
     width, height = (max(3.0, side - 2 * margin * min(area)) for side in area)
     file = text_font(thing, art)
-    box = _font(file, 100).getbbox(thing.text, anchor="ls")
+    box = _font(file, 40).getbbox(thing.text, anchor="ls")
     scale = min(width / max(1, box[2] - box[0]), height / max(1, box[3] - box[1]))
-    font = _font(file, max(4, round(100 * scale)))
+    size = max(4, int(40 * scale))
+    font = _font(file, size - size % (2 if size < 40 else 4))  # few sizes, since loading a font takes a millisecond
     box = font.getbbox(thing.text, anchor="ls")
     left, top = (area[0] - box[2] + box[0]) / 2, (area[1] - box[3] + box[1]) / 2
     return font, Box(left, top, left + box[2] - box[0], top + box[3] - box[1])
