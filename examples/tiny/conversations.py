@@ -193,7 +193,7 @@ class ConversationDataset(Dataset):
     def _show(self, plan: tuple[Scene, Layout] | int) -> Image.Image:
         if isinstance(plan, int):
             return self.foreign.sample(random.Random(plan))
-        return draw(plan[0], self.art, plan[1])[0]
+        return draw(plan[0], self.art, plan[1])
 
 
 def as_messages(images: Sequence[Image.Image], asked: Sequence[Question]) -> list[dict]:

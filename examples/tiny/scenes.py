@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from art import FONTS, SLUGS, STYLES, font_files
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
@@ -44,6 +45,8 @@ CHARACTERS = UPPER + LOWER + DIGITS
 MAX_CHARACTERS = 8
 GROUNDS = ("plain", "gradient", "stripes", "checks", "grid", "lines", "noise", "blur")
 MIN_CONTRAST = 130.0  # distance of a paint from the ground, in weighted RGB units from 0 to about 760
+_MATPLOTLIB_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+_BUNDLED_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "STIXGeneralBol")
 _SYLLABLES = tuple("ba be bo ca co da de di fa fi ga go ha he in ka ki la le lo ma me mi mo na ne no pa pe po ra re ri ro "
                    "sa se so ta te ti to un va ve vi wa za st ch sh th er en ar or an on al el".split())
 
@@ -153,7 +156,7 @@ class Layout:
 
 
 class Art:
-    """Emoji art and fonts of a folder written by art.py.
+    """Emoji art and fonts of a folder written by art.py; without a folder, matplotlib's fonts and no emoji.
 
     Args:
         folder: The folder.
@@ -161,19 +164,23 @@ class Art:
         fonts: Fonts to use.
     """
 
-    def __init__(self, folder: Path, styles: Sequence[str] = STYLES, fonts: Sequence[str] = FONTS) -> None:
-        self.folder, self.styles, self.fonts = Path(folder), tuple(styles), tuple(fonts)
-        self.drawings = {name: self._find(slugs) for name, slugs in SLUGS.items()}
-        self.font_files = tuple(font_files(self.folder, self.fonts))
+    def __init__(
+        self, folder: Path | None = None, styles: Sequence[str] = STYLES, fonts: Sequence[str] = FONTS
+    ) -> None:
+        self.drawings: dict[str, tuple[Path, ...]] = {}
+        if folder is None:
+            self.font_files = tuple(_MATPLOTLIB_FONTS / f"{name}.ttf" for name in _BUNDLED_FONTS)
+            return
+        self.font_files = tuple(font_files(Path(folder), fonts))
+        for name, slugs in SLUGS.items():
+            files = (Path(folder) / "emoji" / style / f"{slug}.png" for style in styles for slug in slugs)
+            if found := tuple(file for file in files if file.exists()):
+                self.drawings[name] = found
 
-    def _find(self, slugs: tuple[str, ...]) -> tuple[Path, ...]:
-        files = (self.folder / "emoji" / style / f"{slug}.png" for style in self.styles for slug in slugs)
-        return tuple(file for file in files if file.exists())
 
-
-def scene_at(split: str, index: int, art: Art, layout: Layout | None = None) -> Scene:
+def scene_at(split: str, index: int, art: Art | None = None, layout: Layout | None = None) -> Scene:
     """The scene with an index in a split, "train" or any other name."""
-    return sample_scene(random.Random(f"{split}:{index}"), art, layout or Layout())
+    return sample_scene(random.Random(f"{split}:{index}"), art or Art(), layout or Layout())
 
 
 def sample_scene(rng: random.Random, art: Art, layout: Layout) -> Scene:
@@ -268,11 +275,11 @@ def _sample_thing(
     kind = rng.random()
     if kind < layout.share_texts and (layout.cells or not any(thing.text for thing in earlier) or rng.random() < 0.3):
         return _sample_text(rng, box, size, grounds, earlier, layout, seed)
-    if kind > 1 - layout.share_shapes:
+    if kind > 1 - layout.share_shapes or not art.drawings:
         shape, colour = _sample_pair(rng, earlier)
         colour, paint = _sample_paint(rng, grounds, colour)
         return Thing(shape, colour, paint, box, "", grounds[0], seed)
-    name = rng.choice(THINGS)
+    name = rng.choice(tuple(art.drawings))
     if earlier and rng.random() < 0.12:
         name = rng.choice([thing.name for thing in earlier if thing.name in SLUGS] or [name])
     return Thing(name, "", (0, 0, 0), box, "", grounds[0], seed)
@@ -353,18 +360,25 @@ def _widen(rng: random.Random, box: Box, size: tuple[int, int], length: int, ear
 # Drawing
 
 
-def draw(scene: Scene, art: Art, layout: Layout | None = None) -> tuple[Image.Image, list[Image.Image]]:
-    """Draw a scene.
+def draw(scene: Scene, art: Art | None = None, layout: Layout | None = None) -> Image.Image:
+    """Draw a scene as an RGB image; see `draw_with_masks`."""
+    return draw_with_masks(scene, art, layout)[0]
+
+
+def draw_with_masks(
+    scene: Scene, art: Art | None = None, layout: Layout | None = None
+) -> tuple[Image.Image, list[Image.Image]]:
+    """Draw a scene, and where its things are.
 
     Args:
         scene: The scene.
-        art: Emoji art and fonts.
-        layout: Determines how often the picture has flaws and art is changed.
+        art: Emoji art and fonts; those that the scene was sampled with.
+        layout: Determines how often the image has flaws and art is changed.
 
     Returns:
         The canvas, an RGB image; and for every thing a mask of the canvas, mode "L": 255 where it is seen.
     """
-    layout = layout or Layout()
+    art, layout = art or Art(), layout or Layout()
     rng = random.Random(scene.seed)
     canvas = draw_ground(scene.ground, scene.colours, scene.size, rng.randrange(2**31))
     coarse = rng.random() < layout.quality

@@ -79,7 +79,7 @@ def scene_items(number: int, art: Art, split: str = SPLIT) -> Iterator[Item]:
     for index in range(number):
         rng = random.Random(f"{split} questions:{index}")
         scene = scene_at(split, index, art)
-        images = (draw(scene, art)[0],)
+        images = (draw(scene, art),)
         chosen = one_of_each_kind(questions(scene, rng), rng)
         for place, (kind, text, answer) in enumerate(chosen):
             others = [(q.text, q.answer) for q in chosen[place + 1 :] + chosen[:place] if q.kind != "describe"]
@@ -95,7 +95,7 @@ def small_items(number: int, art: Art, split: str = SPLIT) -> Iterator[Item]:
     for index in range(number):
         rng = random.Random(f"{split} small:{index}")
         scene = scene_at(f"{split} small", index, art, layout)
-        images = (draw(scene, art, layout)[0],)
+        images = (draw(scene, art, layout),)
         asked = [question for question in questions(scene, rng) if question.kind in ("read", "thing", "place", "shape")]
         for kind, text, answer in one_of_each_kind(asked, rng):
             yield Item("small", kind, images, text, answer)
@@ -107,7 +107,7 @@ def pair_items(number: int, art: Art, split: str = SPLIT) -> Iterator[Item]:
     for index in range(number):
         rng = random.Random(f"{split} pair:{index}")
         first, second = (scene_at(f"{split} pair", 2 * index + place, art) for place in range(2))
-        images = (draw(first, art)[0], draw(second, art)[0])
+        images = (draw(first, art), draw(second, art))
         for kind, text, answer in one_of_each_kind(questions_on_two(first, second, rng), rng):
             if kind != "describe":
                 yield Item("two images", kind, images, text, answer)
@@ -128,11 +128,11 @@ def naming_items(folder: Path) -> Iterator[Item]:
     for style in (*STYLES, *TEST_STYLES):
         art = Art(folder, styles=(style,))
         for number, name in enumerate(THINGS):
-            if art.drawings[name]:
+            if name in art.drawings:
                 thing = Thing(name, "", (0, 0, 0), Box(0.2, 0.2, 0.8, 0.8), "", (255, 255, 255), number)
                 scene = Scene((thing,), (256, 256), "plain", WHITE, 0)
                 layout = Layout(quality=0.0, art_changes=0.0)
-                yield Item("naming", style, (draw(scene, art, layout)[0],), "What is this?", name)
+                yield Item("naming", style, (draw(scene, art, layout),), "What is this?", name)
 
 
 def word_items(number: int, folder: Path, split: str = SPLIT) -> Iterator[Item]:
@@ -149,7 +149,7 @@ def word_items(number: int, folder: Path, split: str = SPLIT) -> Iterator[Item]:
             box = Box(left, top, left + width, top + 0.25)
             name = "number" if text.isdigit() else "word"
             scene = Scene((Thing(name, "black", (0, 0, 0), box, text, WHITE[0], index),), (320, 320), "plain", WHITE, 0)
-            image = draw(scene, art, Layout(quality=0.0))[0]
+            image = draw(scene, art, Layout(quality=0.0))
             yield Item("unseen fonts", f"{shortest} to {longest}", (image,), f"Read the {name}.", text)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from foreign import ForeignImages
 from PIL import Image
-from scenes import CHARACTERS, COLOURS, MAX_CHARACTERS, SHAPES, THINGS, Art, Layout, Scene, character_boxes, draw, scene_at
+from scenes import CHARACTERS, COLOURS, MAX_CHARACTERS, SHAPES, THINGS, Art, Layout, Scene, character_boxes, draw_with_masks, scene_at
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, SiglipVisionConfig, SiglipVisionModel, Trainer
@@ -146,7 +146,7 @@ class PatchDataset(Dataset):
         else:
             layout = self.layouts[index % len(self.layouts)]
             scene = scene_at("train", index, self.art, layout)
-            image, masks = draw(scene, self.art, layout)
+            image, masks = draw_with_masks(scene, self.art, layout)
             if rng.random() < self.share_crops:
                 scene, image, masks = crop(scene, image, masks, rng)
             targets = find_patch_targets(scene, masks, self.grid, self.art)
