@@ -10,6 +10,7 @@ An interrupted run resumes from its last checkpoint, at any stage. Plain `python
 """
 
 import argparse
+import json
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -32,10 +33,12 @@ from conversations import (
     build_processor,
     build_tokenizer,
 )
+from curve import LearningCurve
 from foreign import ForeignImages
 from muon_optimizer import Muon
 from safetensors.torch import load_file, save_file
 from scenes import Art, Layout
+from score import Item, all_items, answer, as_counts, as_table, curve_items, evaluate
 from tower import PatchDataset, TowerForPatches, TowerTrainer
 from transformers import (
     GenerationConfig,
@@ -64,7 +67,9 @@ WINDOW_SIZE, NUM_WINDOWS = 4, 2  # patches, windows along a side of the first st
 
 CLEAN = {"share_wide": 0.0, "quality": 0.0, "art_changes": 0.0, "drawn": (100.0, 190.0)}
 DENSE = Layout(cells=NUM_WINDOWS, sides=(0.7, 0.98), share_shapes=0.2, share_texts=0.3, **CLEAN)
-FULL = Layout(cells=3, sides=(0.6, 0.98), share_shapes=0.25, share_texts=0.25, share_wide=0.2, quality=0.03, art_changes=0.05)
+FULL = Layout(
+    cells=3, sides=(0.6, 0.98), share_shapes=0.25, share_texts=0.25, share_wide=0.2, quality=0.03, art_changes=0.05
+)
 FREE = Layout(share_shapes=0.35, share_texts=0.3)
 
 
@@ -263,8 +268,9 @@ def train_in_stages(
     steps: dict[str, int],
     art: Art,
     foreign: ForeignImages,
+    items: list[Item],
 ) -> Trainer:
-    """Train on conversations, with one mix after the other.
+    """Train on conversations, with one mix after the other, and evaluate on `items` now and then.
 
     Returns:
         The last stage's Trainer.
@@ -277,15 +283,14 @@ def train_in_stages(
             decay = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": options}
         args = training_arguments(work / name, num_steps, batch_size=batch_size, learning_rate=2e-3, **decay)
         length = num_steps * batch_size
-        rows = ConversationDataset(
-            start, length, MIXES[name], art, foreign, batch=batch_size, block=NUM_SORTED_BATCHES
-        )
+        rows = ConversationDataset(start, length, MIXES[name], art, foreign, batch=batch_size, block=NUM_SORTED_BATCHES)
         trainer = Trainer(
             model,
             args,
             train_dataset=rows,
             data_collator=TileCollator(processor),
             processing_class=processor,
+            callbacks=[LearningCurve(processor, items)],
             optimizers=(build_optimizer(model, args), None),
         )
         trainer.train(resume_from_checkpoint=_last_checkpoint(work / name))
@@ -304,7 +309,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for checkpoints of the stages (default: OUTPUT-work)")
     parser.add_argument("--art", type=Path, help="folder for emoji art and fonts (default: WORK/art)")
     parser.add_argument("--tower-steps", type=int, default=6000, help=f"steps of {BATCH_SIZE} images")
-    parser.add_argument("--steps", type=int, nargs=2, default=(1500, 4500), help=f"steps of {BATCH_SIZE // 2} conversations")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(1500, 4500), help=f"steps of {BATCH_SIZE // 2} conversations"
+    )
+    parser.add_argument("--curve-scenes", type=int, default=20, help="scenes for every point of the learning curve")
+    parser.add_argument("--evaluation-scenes", type=int, default=200)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.multiprocessing.set_start_method("spawn")  # forked data loaders would keep the memory of earlier stages
@@ -319,11 +328,17 @@ def main() -> None:
     processor = build_processor(config, tokenizer)
     tower_weights = pretrain_tower(config, processor, work / "tower", args.tower_steps, art, foreign)
     model = build_model(config, tower_weights)
-    trainer = train_in_stages(model, processor, work, dict(zip(MIXES, args.steps, strict=True)), art, foreign)
+    items = curve_items(args.curve_scenes, folder)
+    steps = dict(zip(MIXES, args.steps, strict=True))
+    trainer = train_in_stages(model, processor, work, steps, art, foreign, items)
     if trainer.is_world_process_zero():
         model = model.to(torch.bfloat16).eval()
         model.save_pretrained(args.output)
+        processor.tokenizer.backend_tokenizer.no_padding()  # undoes the padding set by the learning curve's evaluations
         processor.save_pretrained(args.output)
+        result = evaluate(all_items(args.evaluation_scenes, folder), lambda batch: answer(model, processor, batch))
+        (args.output / "evaluation.json").write_text(json.dumps(as_counts(result), indent=2) + "\n", encoding="utf-8")
+        logger.info("exact match:\n%s", as_table(result))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def outline(shape: str, rng: random.Random) -> str:
     if shape == "square":
         return f'<rect x="-44" y="-44" width="88" height="88" rx="{rng.choice((0, 0, 4, 10))}"/>'
     if shape == "triangle":
-        return rng.choice(('<path d="M0-48 46 40H-46Z"/>', '<path d="M-44-44V44H44Z"/>', '<path d="M0-46 40 46H-40Z"/>'))
+        return rng.choice(
+            ('<path d="M0-48 46 40H-46Z"/>', '<path d="M-44-44V44H44Z"/>', '<path d="M0-46 40 46H-40Z"/>')
+        )
     if shape == "cross":
         arm = rng.choice((12, 15, 19))
         return f'<path d="M{-arm}-48H{arm}V{-arm}H48V{arm}H{arm}V48H{-arm}V{arm}H-48V{-arm}H{-arm}Z"/>'

@@ -37,14 +37,24 @@ WORDINGS = {
         "What is shown here?",
         "Caption this image.",
     ),
-    "colour": ("What colour is the {0}?", "What color is the {0}?", "Which colour is the {0}?", "The {0} is what color?"),
+    "colour": (
+        "What colour is the {0}?",
+        "What color is the {0}?",
+        "Which colour is the {0}?",
+        "The {0} is what color?",
+    ),
     "shape of colour": ("Which shape is {0}?", "What shape is {0}?", "What shape is the {0} one?"),
     "shape at place": ("Which shape is {0}?", "What shape is {0}?"),
     "shape alone": ("What shape is this?", "Which shape is it?", "What shape do you see?"),
     "thing alone": ("What is this?", "What is it?", "What is that?", "Name this.", "Which thing is this?"),
     "place": ("What is {0}?", "What do you see {0}?", "Which thing is {0}?"),
     "where": ("Where is the {0}?", "Where do you see the {0}?", "In which part of the picture is the {0}?"),
-    "count": ("How many {0} are there?", "How many {0} do you see?", "Count the {0}.", "How many {0} are in the picture?"),
+    "count": (
+        "How many {0} are there?",
+        "How many {0} do you see?",
+        "Count the {0}.",
+        "How many {0} are in the picture?",
+    ),
     "neighbour": ("What is {0} the {1}?", "Which thing is {0} the {1}?", "What do you see {0} the {1}?"),
     "relation": ("Is the {0} {1} the {2}?",),
     "is there": ("Is there {0}?", "Do you see {0}?", "Is there {0} in the picture?", "Can you see {0}?"),
@@ -214,7 +224,9 @@ def _properties(scene: Scene, references: References, rng: random.Random) -> Ite
     if len(scene.things) == 1 and not scene.things[0].text:
         yield Question("thing", word("thing alone", rng), phrase_of(scene.things[0]))
         if scene.things[0].colour:
-            yield Question("colour", careless(f"What {rng.choice(('colour', 'color'))} is it?", rng), scene.things[0].colour)
+            yield Question(
+                "colour", careless(f"What {rng.choice(('colour', 'color'))} is it?", rng), scene.things[0].colour
+            )
 
 
 def _places(scene: Scene, references: References, rng: random.Random) -> Iterator[Question]:

@@ -14,7 +14,7 @@ import io
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -47,8 +47,9 @@ GROUNDS = ("plain", "gradient", "stripes", "checks", "grid", "lines", "noise", "
 MIN_CONTRAST = 130.0  # distance of a paint from the ground, in weighted RGB units from 0 to about 760
 _MATPLOTLIB_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _BUNDLED_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "STIXGeneralBol")
-_SYLLABLES = tuple("ba be bo ca co da de di fa fi ga go ha he in ka ki la le lo ma me mi mo na ne no pa pe po ra re ri ro "
-                   "sa se so ta te ti to un va ve vi wa za st ch sh th er en ar or an on al el".split())
+_SYLLABLES = tuple(
+    ["ba", "be", "bo", "ca", "co", "da", "de", "di", "fa", "fi", "ga", "go", "ha", "he", "in", "ka", "ki", "la", "le", "lo", "ma", "me", "mi", "mo", "na", "ne", "no", "pa", "pe", "po", "ra", "re", "ri", "ro", "sa", "se", "so", "ta", "te", "ti", "to", "un", "va", "ve", "vi", "wa", "za", "st", "ch", "sh", "th", "er", "en", "ar", "or", "an", "on", "al", "el"]
+)
 
 
 class Box(NamedTuple):
@@ -61,7 +62,7 @@ class Box(NamedTuple):
 
     @property
     def centre(self) -> tuple[float, float]:
-        """x and y."""
+        """X and y."""
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
     def overlap(self, other: "Box") -> float:
@@ -82,7 +83,12 @@ class Box(NamedTuple):
             width: Width of the canvas, as a multiple of the part's.
             height: Height of the canvas, as a multiple of the part's.
         """
-        edges = (self.left * width - left, self.top * height - top, self.right * width - left, self.bottom * height - top)
+        edges = (
+            self.left * width - left,
+            self.top * height - top,
+            self.right * width - left,
+            self.bottom * height - top,
+        )
         return Box(*(min(1.0, max(0.0, edge)) for edge in edges))
 
 
@@ -417,15 +423,15 @@ def _draw_thing(
     return layer, (left, top)
 
 
-def draw_ground(
-    kind: str, colours: Sequence[Sequence[int]], size: tuple[int, int], seed: int
-) -> Image.Image:
+def draw_ground(kind: str, colours: Sequence[Sequence[int]], size: tuple[int, int], seed: int) -> Image.Image:
     """Draw a ground of a kind of `GROUNDS`."""
     first, second = (np.array(colour, np.float32) for colour in colours)
     if kind == "plain":
         return Image.new("RGB", size, tuple(int(part) for part in first))
     rng = np.random.default_rng(seed)
-    rows, columns = np.meshgrid(np.linspace(0, 1, 96, dtype=np.float32), np.linspace(0, 1, 96, dtype=np.float32), indexing="ij")
+    rows, columns = np.meshgrid(
+        np.linspace(0, 1, 96, dtype=np.float32), np.linspace(0, 1, 96, dtype=np.float32), indexing="ij"
+    )
     angle, number = rng.uniform(0, 2 * np.pi), rng.uniform(3, 14)
     along = np.cos(angle) * columns + np.sin(angle) * rows
     if kind == "gradient":
@@ -661,9 +667,7 @@ def _draw_text(thing: Thing, area: tuple[int, int], art: Art, rng: random.Random
     font, box = text_rectangle(thing, area, art)
     mask = Image.new("L", area)
     ink_left, ink_top, _, _ = font.getbbox(thing.text, anchor="ls")
-    ImageDraw.Draw(mask).text(
-        (box.left - ink_left, box.top - ink_top), thing.text, font=font, fill=255, anchor="ls"
-    )
+    ImageDraw.Draw(mask).text((box.left - ink_left, box.top - ink_top), thing.text, font=font, fill=255, anchor="ls")
     if thing.name != "sign":
         return _painted(mask, thing.paint, area)
     board = Image.new("L", area)

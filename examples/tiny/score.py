@@ -218,6 +218,27 @@ def all_items(number: int, folder: Path, split: str = SPLIT) -> list[Item]:
     ]
 
 
+def as_counts(result: dict[str, dict[str, Counts]]) -> dict[str, dict[str, dict[str, int]]]:
+    """The numbers of questions and right answers, for a JSON file."""
+    return {
+        suite: {kind: {"asked": found.asked, "right": found.right} for kind, found in kinds.items()}
+        for suite, kinds in result.items()
+    }
+
+
+def curve_items(number: int, folder: Path) -> list[Item]:
+    """A few questions of the suites that show progress, for learning curves; `number` is the number of scenes."""
+    art = Art(folder)
+    items = [
+        *(item for item in scene_items(number, art, "evaluation") if item.suite in ("scenes", "five tiles")),
+        *pair_items(number // 2, art, "evaluation"),
+        *drawing_items(number, "evaluation"),
+        *word_items(number, folder, "evaluation"),
+    ]
+    named = [item for item in naming_items(folder) if item.kind not in TEST_STYLES]
+    return items + random.Random(0).sample(named, min(len(named), 2 * number))
+
+
 def as_table(result: dict[str, dict[str, Counts]]) -> str:
     """Format counts as a Markdown table."""
     rows = ["| suite | kind | questions | exact match |", "|---|---|---:|---:|"]
@@ -241,14 +262,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=working_dtype("cpu")).eval()
     processor = FlashSlothProcessor.from_pretrained(args.model)
-    items = [item for item in all_items(args.scenes, args.art, args.split) if item.suite in (args.suites or [item.suite])]
+    items = [
+        item for item in all_items(args.scenes, args.art, args.split) if item.suite in (args.suites or [item.suite])
+    ]
     result = evaluate(items, lambda batch: answer(model, processor, batch))
     if args.output:
-        counts = {
-            suite: {kind: {"asked": found.asked, "right": found.right} for kind, found in kinds.items()}
-            for suite, kinds in result.items()
-        }
-        args.output.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps(as_counts(result), indent=2) + "\n", encoding="utf-8")
     logger.info("%s", as_table(result))
     if args.verbose:
         for suite, kinds in result.items():

@@ -13,7 +13,19 @@ import numpy as np
 import torch
 from foreign import ForeignImages
 from PIL import Image
-from scenes import CHARACTERS, COLOURS, MAX_CHARACTERS, SHAPES, THINGS, Art, Layout, Scene, character_boxes, draw_with_masks, scene_at
+from scenes import (
+    CHARACTERS,
+    COLOURS,
+    MAX_CHARACTERS,
+    SHAPES,
+    THINGS,
+    Art,
+    Layout,
+    Scene,
+    character_boxes,
+    draw_with_masks,
+    scene_at,
+)
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, SiglipVisionConfig, SiglipVisionModel, Trainer
@@ -259,7 +271,9 @@ class TowerForPatches(nn.Module):
         logits = self.head(self.norm(self.encode(pixel_values, corner[0]))).float().flatten(0, 1)
         batch, num_patches = owners.shape
         group = (torch.arange(batch, device=owners.device)[:, None] * (MAX_THINGS + 1) + owners).flatten()
-        sizes = torch.zeros(batch * (MAX_THINGS + 1), device=logits.device).index_add(0, group, logits.new_ones(group.shape))
+        sizes = torch.zeros(batch * (MAX_THINGS + 1), device=logits.device).index_add(
+            0, group, logits.new_ones(group.shape)
+        )
         weights = 1 / sizes[group]
         labels, places = labels.flatten(0, 1), places.flatten(0, 1)
         *parts, found = logits.split((*CLASSES.values(), NUM_PLACES), dim=-1)
@@ -270,7 +284,9 @@ class TowerForPatches(nn.Module):
             loss = loss + weight * share.sum() / weights[asked].sum().clamp(min=1e-6)
             known = asked & (labels[:, 0] != 0)
             shares.append(_share(part[known].argmax(-1) == labels[known, number], weights[known]))
-        means = torch.zeros(len(sizes), parts[0].shape[1], device=logits.device).index_add(0, group, parts[0] * weights[:, None])
+        means = torch.zeros(len(sizes), parts[0].shape[1], device=logits.device).index_add(
+            0, group, parts[0] * weights[:, None]
+        )
         names = torch.zeros(len(sizes), dtype=torch.long, device=logits.device).index_copy(0, group, labels[:, 0])
         things = (sizes > 0) & (names > 0)
         loss = loss + WEIGHTS["name"] * nn.functional.cross_entropy(means[things], names[things])
