@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
@@ -195,7 +197,7 @@ class FlashSlothForVllm(nn.Module, SupportsMultiModal):
         # An original release names its tower first, so renamed tensors can still be unused.
         renamed = {re.compile(pattern): new for pattern, new in ORIGINAL_KEY_MAPPING.items()}
         mapper = WeightsMapper(
-            orig_to_new_regex=renamed | {re.compile(pattern): None for pattern in unused},
+            orig_to_new_regex=renamed | self._tower_renamings() | {re.compile(pattern): None for pattern in unused},
             orig_to_new_prefix={
                 "model.language_model.": "language_model.model.",
                 "lm_head.": "language_model.lm_head.",
@@ -203,3 +205,12 @@ class FlashSlothForVllm(nn.Module, SupportsMultiModal):
             },
         )
         return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
+
+    def _tower_renamings(self) -> dict[re.Pattern, str]:
+        """How transformers renames the weights of towers whose modules have other names than their files."""
+        return {
+            re.compile(rf"^(model\.vision_tower\..*?){source}"): rf"\g<1>{target}"
+            for conversion in get_model_conversion_mapping(self.vision_tower)
+            if isinstance(conversion, WeightRenaming)
+            for source, target in zip(conversion.source_patterns, conversion.target_patterns, strict=True)
+        }

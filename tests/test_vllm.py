@@ -97,6 +97,18 @@ def test_answers_are_those_of_generate(family, make_checkpoint, processor, conve
         assert answer(llm, conversations) == expected  # from the prefix cache
 
 
+@pytest.mark.parametrize("tower", ["clip_vision_model", "dinov2"])
+def test_towers_with_a_class_token(tower, make_model, processor, tokenizer, conversations, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    vision_config = {"model_type": tower, "intermediate_size": 48, **sizes}
+    model = make_model(text_config=text_config("llama", tokenizer), vision_config=vision_config, query_layer_idx=1)
+    save_checkpoint(tmp_path, model, processor)
+    expected = generate(model, processor, conversations)
+    check_that_queries_matter(model, processor, conversations, expected)
+    with engine(tmp_path, **CHUNKED) as llm:
+        assert answer(llm, conversations) == expected
+
+
 def test_phi_and_the_original_releases(make_checkpoint, processor, conversations, tmp_path):
     """One test: vLLM has no Phi of its own and changes that of transformers, which then no longer works without it."""
     folder, model = make_checkpoint("phi")
