@@ -22,6 +22,7 @@ from flashsloth import (
     FlashSlothProcessor,
 )
 
+VERBOSITY = logging.get_verbosity()
 torch.set_num_threads(1)  # the models are so tiny that more threads only slow them down
 
 SPECIAL_TOKENS = ["<|endoftext|>", "</s>", "<image>", "<learnable>"]
@@ -100,9 +101,9 @@ def _nothing_deprecated_is_called(deprecations):
 
 @pytest.fixture(autouse=True)
 def _undo_what_a_test_sets():
-    verbosity = logging.get_verbosity()
+    logging.set_verbosity(VERBOSITY)  # a module's fixture may have changed it, as every command does
     yield
-    logging.set_verbosity(verbosity)
+    logging.set_verbosity(VERBOSITY)
     logging.enable_progress_bar()
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval turns it on
 
