@@ -1,6 +1,6 @@
 /** Downloads files with progress, and keeps them in the browser's cache. */
 
-import { PageError } from "./image";
+import { PageError } from "./errors";
 
 const CACHE_NAME = "flashsloth-files";
 const HUB = "https://huggingface.co";

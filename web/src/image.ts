@@ -1,10 +1,8 @@
 /** From files to pixels, as Pillow reads them: without colour management, and with the alpha channel dropped. */
 
 import { decode, type DecodedPng } from "fast-png";
+import { PageError } from "./errors";
 import type { RgbImage } from "./resize";
-
-/** An error that is explained to the visitor. */
-export class PageError extends Error {}
 
 const MAX_PIXELS = 178_956_970; // Pillow's limit for decompression bombs
 const PNG_SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];

@@ -8,7 +8,7 @@
 
 import type { InferenceSession, Tensor, TypedTensor } from "onnxruntime-web";
 import { Downloads } from "./files";
-import { PageError } from "./image";
+import { PageError } from "./errors";
 import { countTiles, toTiles } from "./preprocess";
 import { Prompter, type Message, type ProcessorConfig } from "./prompt";
 import type { RgbImage } from "./resize";

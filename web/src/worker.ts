@@ -2,8 +2,9 @@
 
 import wasmAddress from "onnxruntime-web/ort-wasm-simd-threaded.wasm?url";
 import webgpuAddress from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.wasm?url";
+import { PageError, describeError } from "./errors";
 import { Downloads, modelAddress } from "./files";
-import { PageError, decodeImage, rgbToRgba, rgbaToRgb } from "./image";
+import { decodeImage, rgbToRgba, rgbaToRgb } from "./image";
 import { FlashSloth, readModel, type ModelFiles, type Runtime } from "./model";
 import type { ModelInfo, Reply, Request } from "./protocol";
 import type { RgbImage } from "./resize";
@@ -25,7 +26,12 @@ const reply = (message: Reply, transfer: Transferable[] = []): void => self.post
 
 self.onmessage = ({ data }: MessageEvent<Request>) => {
   if (data.type === "stop") answering?.abort();
-  else queue = queue.then(() => handle(data)).catch((error: unknown) => report(data.type, error));
+  else
+    queue = queue
+      .then(() => handle(data))
+      .catch((error: unknown) => {
+        reply({ type: "error", during: data.type, message: describeError(error) });
+      });
 };
 
 async function handle(request: Exclude<Request, { type: "stop" }>): Promise<void> {
@@ -34,18 +40,6 @@ async function handle(request: Exclude<Request, { type: "stop" }>): Promise<void
   if (request.type === "show") return show(model, request.image);
   if (request.type === "ask") return ask(model, request);
   return model.forget();
-}
-
-function report(during: Request["type"], error: unknown): void {
-  const text = error instanceof Error ? error.message : String(error);
-  const isMemory = error instanceof RangeError || /out of memory|allocat|std::bad_alloc|OOM/i.test(text);
-  const message =
-    error instanceof PageError
-      ? text
-      : isMemory
-        ? "The browser has no memory left for this: close other pages, take a smaller picture, or a smaller model."
-        : `Something went wrong: ${text}`;
-  reply({ type: "error", during, message });
 }
 
 async function load(request: Extract<Request, { type: "load" }>): Promise<void> {

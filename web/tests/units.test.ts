@@ -1,6 +1,7 @@
 /** Pixels, prompts, sampling and heat maps are Python's. */
 
 import { describe, expect, it, test } from "vitest";
+import { PageError, describeError } from "../src/errors";
 import { modelAddress } from "../src/files";
 import { colourHeat, heatMap } from "../src/heat";
 import { wholeQuestionStart } from "../src/model";
@@ -120,4 +121,28 @@ test("a cut separates no question from its query tokens and splits no image", ()
   expect(wholeQuestionStart(ids, 6, config)).toBe(4);
   expect(wholeQuestionStart(ids, 2, config)).toBe(0);
   expect(wholeQuestionStart(ids, 0, config)).toBe(0);
+});
+
+describe("errors are told in words", () => {
+  const failures = {
+    "an array's memory": () => new ArrayBuffer(2 ** 52),
+    "WebAssembly's memory": () => new WebAssembly.Memory({ initial: 1, maximum: 1 }).grow(1),
+    "onnxruntime's memory": () => {
+      throw new Error("Non-zero status code: std::bad_alloc");
+    },
+  };
+  it.each(Object.entries(failures))("%s", (_, fail) => {
+    expect(() => fail()).toThrow();
+    try {
+      fail();
+    } catch (error) {
+      expect(describeError(error)).toMatch(/^The browser has no memory left/);
+    }
+  });
+
+  it("others", () => {
+    expect(describeError(new PageError("Choose a picture."))).toBe("Choose a picture.");
+    expect(describeError(new Error("disk"))).toBe("Something went wrong: disk");
+    expect(describeError("disk")).toBe("Something went wrong: disk");
+  });
 });
