@@ -66,9 +66,9 @@ class CompiledCache(KeepsPrefix, StaticCache):
             return self.num_prefix_tokens
         return super().get_seq_length(layer_idx)
 
-    def set_prefix(self, key_values: DynamicCache | None) -> None:
+    def set_prefix(self, key_values: Cache | None) -> None:
         """Forget everything, and begin with a copy of other keys and values."""
-        lengths = [layer.cumulative_length for layer in self.layers]
+        lengths: list[torch.Tensor] = [layer.cumulative_length for layer in self.layers]
         slots = [part for layer in self.layers for part in (layer.keys, layer.values)]
         torch._foreach_zero_(slots)  # a masked slot still counts if it holds NaN
         torch._foreach_zero_(lengths)
@@ -306,23 +306,24 @@ class CompiledPrefill:
             ValueError: If a prompt is longer than `max_cache_len`, or contradicts its images.
         """
         pixel_values = inputs.get("pixel_values")
+        num_tiles = 0 if pixel_values is None else len(pixel_values)
+        check = self.start_check(inputs["input_ids"])
         cache = self.empty_cache(len(inputs["input_ids"]))
         rest = {name: part for name, part in inputs.items() if name != "pixel_values"}
-        if pixel_values is not None and len(pixel_values):
+        if num_tiles:
             rest["patch_features"] = self.encode(pixel_values)
-        self.check(inputs)
+        check(num_tiles)
         return {name: part.to(self.model.device) for name, part in rest.items()} | {CACHE_NAME: cache}
 
-    def check(self, inputs: Mapping[str, Any]) -> None:
-        """Reject prompts as the model does, which cannot do it in a graph."""
-        input_ids, pixel_values = inputs["input_ids"], inputs.get("pixel_values")
+    def start_check(self, input_ids: torch.Tensor) -> Callable[[int], None]:
+        """Start the check of prompts that a graph cannot do; return what finishes it, given the number of tiles."""
         if input_ids.shape[1] > self.max_cache_len:
             raise ValueError(
                 f"The prompt has {input_ids.shape[1]} tokens, more than `max_cache_len`={self.max_cache_len}; raise it."
             )
         spans = self.model.model.find_spans(input_ids)
         spans.copy_counts()
-        spans.check(0 if pixel_values is None else len(pixel_values))
+        return spans.check
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode tiles `(num_tiles, 3, height, width)` as `(num_tiles, num_patches, vision_hidden_size)`."""
@@ -396,7 +397,7 @@ class CompiledPrefill:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def empty_cache(self, batch_size: int = 1, prefix: DynamicCache | None = None) -> CompiledCache:
+    def empty_cache(self, batch_size: int = 1, prefix: Cache | None = None) -> CompiledCache:
         """Take a cache for one call of `generate`; graphs of the same batch size write to the same memory.
 
         Args:
@@ -554,7 +555,7 @@ class ImagePrefixCache:
         if self.compiled is not None:
             if pixel_values is None or prefix is None:
                 return self.compiled(inputs)
-            self.compiled.check(inputs)
+            self.compiled.start_check(input_ids)(len(pixel_values))
         rest = {name: part.to(self.model.device) for name, part in inputs.items() if name != "pixel_values"}
         if pixel_values is None or prefix is None:
             return rest | ({} if pixel_values is None else {"pixel_values": pixel_values.to(self.model.device)})

@@ -1093,11 +1093,11 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         cache = _one_cache(cache, past_key_values)
         is_plain = all(given is None for given in (labels, inputs_embeds, pixel_values))
         if is_plain and isinstance(cache, CompiledCache) and not torch.compiler.is_compiling():
-            prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-            images = {"patch_features": patch_features, "logits_to_keep": logits_to_keep}
-            logits = cache.compiled.prefill(cache, **prompt, **images, **kwargs)
-            if logits is not None:
-                return FlashSlothCausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
+            given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+            given |= {"position_ids": position_ids, "patch_features": patch_features, "logits_to_keep": logits_to_keep}
+            made: dict[str, Any] = {"logits": cache.compiled.prefill(cache, **given), CACHE_NAME: cache}
+            if made["logits"] is not None:
+                return FlashSlothCausalLMOutputWithPast(**made)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
