@@ -80,17 +80,18 @@ def build_stages(device: str, training: str | None = None, backend: str = "induc
     peers = script("latency.py", "OUTPUT", *SHORT, "--batch-sizes", "1", "--models", *PEERS)
     large = ("--images", "1344", "--batch-sizes", *BATCH_SIZES)
     batches = script("latency.py", "OUTPUT", *SHORT, *large, "--models", *IN_BATCHES)
+    asked_twice = ("--rounds", "3", "--models", "FlashSloth-3.2B", "FlashSloth-HD-3.2B")
     second = (
-        script("second_question.py", "OUTPUT-eager.md", "--rounds", "3"),
-        script("second_question.py", "OUTPUT-compiled.md", "--rounds", "3", "--compiled", backend),
+        script("second_question.py", "OUTPUT-eager.md", *asked_twice),
+        script("second_question.py", "OUTPUT-compiled.md", *asked_twice, "--compiled", backend),
     )
     steps = script("step_cost.py", "OUTPUT", "--stages", "2", "--steps", STEPS)
     bits = script("quantization.py", "OUTPUT.md", "--images", "0", "--precisions", *BITS)
     stages = [
-        Stage("tests", "Tests", 110, (pytest,)),
-        Stage("compiled", "Compiled", 150, (script("compiled.py", "OUTPUT.md", "--backend", backend),)),
-        Stage("peers", "Other models", 120, (peers,)),
-        Stage("batches", "Batches", 75, (batches,)),
+        Stage("tests", "Tests", 120, (pytest,)),
+        Stage("compiled", "Compiled", 200, (script("compiled.py", "OUTPUT.md", "--backend", backend),)),
+        Stage("peers", "Other models", 110, (peers,)),
+        Stage("batches", "Batches", 70, (batches,)),
         Stage("second-question", "A second question", 90, second),
         Stage("steps", "Training steps", 90, (steps,)),
         Stage("bits", "Eight and four bits", 60, (bits,)),

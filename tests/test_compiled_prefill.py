@@ -62,6 +62,11 @@ def test_one_graph_serves_all_images_and_questions_of_its_size(make_model, plain
                 answer = model.generate(**compiled(inputs), **GREEDY, compile_config=compiling())
             assert torch.equal(answer, model.generate(**inputs, **GREEDY))
             assert num_graphs() == total
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # the right one of several graphs is still found
+        for inputs in (*split, *plain):
+            answer = model.generate(**compiled(inputs), **GREEDY, compile_config=compiling())
+            assert torch.equal(answer, model.generate(**inputs, **GREEDY))
+    assert num_graphs() == 5
 
 
 def test_a_prompt_of_another_size_needs_another_graph(model, plain, num_graphs):
@@ -168,6 +173,22 @@ def test_a_cache_returns_to_its_place_in_memory(model, plain):
     gc.collect()
     assert address(compiled.empty_cache()) in known
     assert {address(cache) for cache in [compiled.empty_cache(), compiled.empty_cache()]} == known
+
+
+def test_calls_in_turn_share_a_cache(model, plain):
+    """A graph is tied to the addresses of its cache; a cache that waits for the garbage collector costs a new one."""
+    compiled = prefill_of(model)
+    known = model.image_prefix_cache(compiled=compiled)
+    gc.collect()
+    gc.disable()
+    try:
+        for inputs in (plain[0], plain[0], plain[1]):
+            for prepare in (compiled, known):
+                model.generate(**prepare(inputs), **GREEDY)
+                model.generate(**prepare(inputs), **GREEDY, return_dict_in_generate=True, output_scores=True)
+        assert len(compiled._free[1]) == 1
+    finally:
+        gc.enable()
 
 
 def test_what_a_cache_held_before_does_not_matter(model, plain):

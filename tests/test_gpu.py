@@ -22,8 +22,9 @@ def released_widths(attn_implementation):
     config.text_config.num_hidden_layers = 9
     config.vision_config.num_hidden_layers = 2
     torch.manual_seed(0)
-    model = FlashSlothForConditionalGeneration._from_config(config, attn_implementation=attn_implementation)
-    return model.to("cuda", torch.bfloat16).eval()
+    with torch.device("cuda"):
+        model = FlashSlothForConditionalGeneration._from_config(config, attn_implementation=attn_implementation)
+    return model.to(torch.bfloat16).eval()
 
 
 @pytest.fixture(scope="module")
