@@ -69,6 +69,7 @@ def test_one_graph_serves_all_images_and_questions_of_its_size(make_model, plain
     assert num_graphs() == 5
 
 
+@pytest.mark.slow
 def test_a_prompt_of_another_size_needs_another_graph(model, plain, num_graphs):
     lengths = [inputs["input_ids"].shape[1] for inputs in plain]
     compiled = prefill_of(model, prompt_lengths=[min(lengths), max(lengths)])
@@ -90,6 +91,7 @@ def test_inductor_gives_the_same_answers(make_model, ask, images, plain, split, 
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_rows_with_any_images_padding_and_several_questions(model, ask, conversations, num_graphs):
     compiled = prefill_of(model, tile_counts=[6])
     for rows in (conversations, conversations[::-1]):
@@ -106,6 +108,7 @@ def test_a_batch_is_decoded_after_padding_on_both_sides(model, ask, conversation
     assert torch.equal(answer, model.generate(**inputs, **GREEDY))
 
 
+@pytest.mark.slow
 def test_tiles_are_padded_to_the_next_count(model, ask, images, num_graphs):
     compiled = prefill_of(model)
     for several in (images[:2], images[:3], images):
@@ -136,6 +139,7 @@ def test_questions_about_a_cached_image_share_a_graph(make_model, ask, images, n
     assert num_graphs() == 4  # tower, prefill of a first and of a further question, decoding
 
 
+@pytest.mark.slow
 def test_prefixes_of_all_kinds_are_cached(model, ask, images):
     cache = model.image_prefix_cache(compiled=prefill_of(model))
     for conversation in (
@@ -209,6 +213,7 @@ def test_inference_mode_leaves_usable_caches(model, plain):
     torch.testing.assert_close(first_logits(model, compiled(plain[1])), first_logits(model, plain[1]))
 
 
+@pytest.mark.slow
 def test_what_is_too_large_runs_without_a_graph(model, plain, split, num_graphs):
     compiled = prefill_of(model, prompt_lengths=[64], tile_counts=[1])
     for inputs in (plain[0], split[0]):

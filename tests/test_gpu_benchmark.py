@@ -38,12 +38,12 @@ WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('| a table |'
     [
         ("raise SystemExit(3)", "failed with exit code 3"),
         ("import os; os.abort()", "failed with exit code -6"),
-        ("import time; time.sleep(600)", "stopped at its limit"),
+        pytest.param("import time; time.sleep(600)", "stopped at its limit", marks=pytest.mark.slow),
     ],
 )
 def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, two_stages, monkeypatch, code, outcome):
     monkeypatch.setattr(gpu, "LEAST_S", 0)
-    two_stages(WRITE + "print('the end of its log', flush=True); " + code, limit_s=2)
+    two_stages(WRITE + "print('the end of its log', flush=True); " + code, limit_s=8 if "sleep" in code else 60)
     outcomes, report = run(tmp_path / "run")
     assert outcomes == {"first": outcome, "second": "succeeded"}
     assert "## First\n\nfirst: " + outcome in report
@@ -51,12 +51,13 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, two_stag
     assert "well" in report
 
 
+@pytest.mark.slow
 def test_what_a_killed_stage_started_is_ended_too(tmp_path, two_stages, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_S", 0)
     alive = tmp_path / "alive"
     child = f"import time, pathlib\nwhile True: pathlib.Path({str(alive)!r}).touch(); time.sleep(0.05)"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
-    two_stages(code, limit_s=3)
+    two_stages(code, limit_s=10)
     run(tmp_path / "run")
     assert alive.exists()
     alive.unlink()
@@ -75,6 +76,7 @@ def test_a_run_continues_where_it_stopped(tmp_path, two_stages):
     assert (tmp_path / "run" / "first.count").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_no_stage_begins_after_the_limit(tmp_path, two_stages):
     two_stages("import time; time.sleep(600)")
     start = time.monotonic()
