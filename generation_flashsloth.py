@@ -1,25 +1,37 @@
-"""Generation support: assigns image tiles to calls and rows, and caches image prefixes.
+"""Generation support: assigns image tiles to calls and rows, compiles the prefill, and caches image prefixes.
 
 An image prefix is the part of a prompt before its first question; `ImagePrefixCache` keeps its patch features and its
-KV cache, so that further questions about the same images start there.
+KV cache, so that further questions about the same images start there. `CompiledPrefill` compiles what comes before the
+first token, as `generate` compiles the decoding steps after it.
 """
 
 import copy
 import hashlib
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 CACHE_NAME = CACHE_NAMES[0] if hasattr(BaseModelOutputWithPast, "cache") else CACHE_NAMES[1]
 """The installed transformers' name of the KV cache, in arguments and in outputs."""
+
+OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")  # requested by an argument or in the config
+PROMPT_LENGTHS = (64, 192, 512)  # a second question; a question about an image; about an image in HD
+TILE_COUNTS = (1, 5)  # an image; an image in HD
+COMPILABLE_ATTENTION = ("sdpa", "eager")
+MAX_GRAPHS = 256  # of one function; PyTorch's own limit is 8
 
 
 class KeepsPrefix:
@@ -34,6 +46,39 @@ class DynamicPrefixCache(KeepsPrefix, DynamicCache):
 
 class StaticPrefixCache(KeepsPrefix, StaticCache):
     """The static cache of an `ImagePrefixCache`."""
+
+
+class CompiledCache(KeepsPrefix, StaticCache):
+    """The static cache of a `CompiledPrefill`, by which the model recognises calls to run compiled.
+
+    Attributes:
+        compiled: What runs them.
+        num_prefix_tokens: Cached tokens before the prefill, which the host then knows without asking the device;
+            `None` after the prefill.
+    """
+
+    compiled: "CompiledPrefill"
+    num_prefix_tokens: int | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Number of cached tokens: a tensor on the device, except before the prefill."""
+        if self.num_prefix_tokens is not None and not torch.compiler.is_compiling():
+            return self.num_prefix_tokens
+        return super().get_seq_length(layer_idx)
+
+    def set_prefix(self, key_values: Cache | None) -> None:
+        """Forget everything, and begin with a copy of other keys and values."""
+        lengths: list[torch.Tensor] = [layer.cumulative_length for layer in self.layers]
+        slots = [part for layer in self.layers for part in (layer.keys, layer.values)]
+        torch._foreach_zero_(slots)  # a masked slot still counts if it holds NaN
+        torch._foreach_zero_(lengths)
+        self.num_prefix_tokens = 0
+        if key_values is None:
+            return
+        self.num_prefix_tokens = key_values.get_seq_length()
+        prefix = [part for layer in key_values.layers for part in (layer.keys, layer.values)]
+        torch._foreach_copy_([slot[:, :, : self.num_prefix_tokens] for slot in slots], prefix)
+        torch._foreach_add_(lengths, self.num_prefix_tokens)
 
 
 class FlashSlothGenerationMixin(GenerationMixin):
@@ -59,6 +104,10 @@ class FlashSlothGenerationMixin(GenerationMixin):
                 f"`generate` was given a {type(kwargs[CACHE_NAME]).__name__} and `use_cache=False`: every step would "
                 "append the whole prompt to it. Pass only one of them; without a cache, pass the processor's output."
             )
+        mask = kwargs.get("attention_mask")
+        is_mask_built_in_graph = is_first_iteration and isinstance(kwargs.get(CACHE_NAME), CompiledCache)
+        if is_mask_built_in_graph:  # transformers leaves a mask with 4 axes as it is
+            kwargs["attention_mask"] = (input_ids if mask is None else mask)[:, None, None]
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -66,6 +115,8 @@ class FlashSlothGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if is_mask_built_in_graph:
+            model_inputs["attention_mask"] = mask
         if next_sequence_length == 1 and not is_first_iteration:
             return model_inputs
         prompt, fed = input_ids, model_inputs["input_ids"]
@@ -125,6 +176,8 @@ class FlashSlothGenerationMixin(GenerationMixin):
         """Carry arguments over to the next step; after prefill, hand the cache to an `ImagePrefixCache`."""
         model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
+        if isinstance(cache, CompiledCache):
+            cache.num_prefix_tokens = None
         if isinstance(cache, KeepsPrefix) and cache.on_prefill is not None:
             on_prefill, cache.on_prefill = cache.on_prefill, None
             on_prefill(cache)
@@ -134,9 +187,30 @@ class FlashSlothGenerationMixin(GenerationMixin):
         """Accept a processor, as `transformers serve` passes it, and use its tokenizer to find stop strings."""
         return super()._get_stopping_criteria(*args, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), **kwargs)
 
-    def image_prefix_cache(self, max_bytes: int = 2**30, max_cache_len: int | None = None) -> "ImagePrefixCache":
+    def compiled_prefill(
+        self,
+        max_cache_len: int,
+        prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+        tile_counts: Sequence[int] = TILE_COUNTS,
+        compile_config: CompileConfig | None = None,
+    ) -> "CompiledPrefill":
+        """Compile what comes before the first token; see `CompiledPrefill`."""
+        return CompiledPrefill(
+            self,
+            max_cache_len=max_cache_len,
+            prompt_lengths=prompt_lengths,
+            tile_counts=tile_counts,
+            compile_config=compile_config,
+        )
+
+    def image_prefix_cache(
+        self,
+        max_bytes: int = 2**30,
+        max_cache_len: int | None = None,
+        compiled: "CompiledPrefill | None" = None,
+    ) -> "ImagePrefixCache":
         """Create a cache with which further questions about an image skip the image; see `ImagePrefixCache`."""
-        return ImagePrefixCache(self, max_bytes=max_bytes, max_cache_len=max_cache_len)
+        return ImagePrefixCache(self, max_bytes=max_bytes, max_cache_len=max_cache_len, compiled=compiled)
 
 
 def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> None:
@@ -148,9 +222,247 @@ def _repeat_cached_rows(cache: Cache | None, num_rows: int, repeats: int) -> Non
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"Several beams or answers need a DynamicCache to continue from, found a {type(cache).__name__} with "
-            f"{num_tokens} tokens; call `image_prefix_cache` without `max_cache_len`."
+            f"{num_tokens} tokens; call `image_prefix_cache` without `max_cache_len`, and no compiled prefill."
         )
     cache.batch_repeat_interleave(repeats)  # does nothing to an empty cache
+
+
+def _encode_tiles(model: FlashSlothGenerationMixin, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Patch features of tiles, `(num_tiles, num_patches, vision_hidden_size)`; runs compiled."""
+    return model.model._encode(pixel_values).last_hidden_state
+
+
+def _prefill_prompt(
+    model: FlashSlothGenerationMixin, cache: CompiledCache, num_tokens: torch.Tensor, **inputs: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits of the last of `num_tokens` tokens, after which there is only padding; runs compiled."""
+    logits = model(**inputs, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=num_tokens - 1).logits
+    num_padding = inputs["input_ids"].shape[1] - num_tokens[0]
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(num_padding)  # decoding overwrites the padding
+    return logits
+
+
+class CompiledPrefill:
+    """Compiles the vision tower and the prefill of the decoder, on a GPU with CUDA graphs.
+
+    `generate` compiles decoding steps by itself if its cache is static, as it is here. Tiles are padded to the next of
+    `tile_counts`, and prompts on the right to the next of `prompt_lengths`, so that each graph serves all images and
+    questions of its size. There is a graph of the vision tower for each number of tiles, and one of the prefill for
+    each batch size, length and number of tiles; each is compiled when it is first needed. What is larger than the
+    largest size runs without a graph.
+
+    Rows may have any number of images, padding on the left, and tiles or none. Use it in one thread.
+
+    Args:
+        model: The model.
+        max_cache_len: Longest prompt and answer, in tokens.
+        prompt_lengths: Lengths to which prompts are padded, in tokens; at most `max_cache_len`.
+        tile_counts: Numbers of tiles, of all rows of a call, to which tiles are padded.
+        compile_config: How to compile. `generate` compiles decoding by its own argument of this name.
+
+    Raises:
+        ValueError: If the decoder has layers without full attention, the attention is not sdpa or eager, or the
+            weights are quantised in a way that cannot be compiled or are on several devices.
+
+    Example:
+    ```python
+    >>> compiled = model.compiled_prefill(max_cache_len=640)
+    >>> output = model.generate(**compiled(inputs), max_new_tokens=50)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: FlashSlothGenerationMixin,
+        *,
+        max_cache_len: int,
+        prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+        tile_counts: Sequence[int] = TILE_COUNTS,
+        compile_config: CompileConfig | None = None,
+    ) -> None:
+        _check_compilable(model)
+        self.model = model
+        self.max_cache_len = max_cache_len
+        self.prompt_lengths = sorted({min(length, max_cache_len) for length in prompt_lengths})
+        self.tile_counts = sorted({0, *tile_counts})
+        options = (compile_config or CompileConfig(fullgraph=True)).to_dict() | {"dynamic": False}
+        self._encode_tiles = torch.compile(_encode_tiles, **options)
+        self._prefill_prompt = torch.compile(_prefill_prompt, **options)
+        self._free: defaultdict[int, list[CompiledCache]] = defaultdict(list)  # by batch size
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode the images of prompts, and prepare their compiled prefill.
+
+        Args:
+            inputs: Output of the processor, on any device.
+
+        Returns:
+            Arguments for one call of `generate`: those given, on the model's device, with `patch_features` instead of
+            `pixel_values`, and a KV cache, which returns to this object when it is no longer referenced.
+
+        Raises:
+            ValueError: If a prompt is longer than `max_cache_len`, or contradicts its images.
+        """
+        pixel_values = inputs.get("pixel_values")
+        num_tiles = 0 if pixel_values is None else len(pixel_values)
+        check = self.start_check(inputs["input_ids"])
+        cache = self.empty_cache(len(inputs["input_ids"]))
+        rest = {name: part for name, part in inputs.items() if name != "pixel_values"}
+        if num_tiles:
+            rest["patch_features"] = self.encode(pixel_values)
+        check(num_tiles)
+        return {name: part.to(self.model.device) for name, part in rest.items()} | {CACHE_NAME: cache}
+
+    def start_check(self, input_ids: torch.Tensor) -> Callable[[int], None]:
+        """Start the check of prompts that a graph cannot do; return what finishes it, given the number of tiles."""
+        if input_ids.shape[1] > self.max_cache_len:
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens, more than `max_cache_len`={self.max_cache_len}; raise it."
+            )
+        spans = self.model.model.find_spans(input_ids)
+        spans.copy_counts()
+        return spans.check
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode tiles `(num_tiles, 3, height, width)` as `(num_tiles, num_patches, vision_hidden_size)`."""
+        num_tiles = len(pixel_values)
+        count = self._next(num_tiles, self.tile_counts, "tiles", "tile_counts")
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        if count is None:
+            return _encode_tiles(self.model, pixel_values)
+        features = self._run(self._encode_tiles, self.model, _pad_rows(pixel_values, count))
+        return features[:num_tiles].clone()  # the next replay of the graph overwrites its output
+
+    def prefill(
+        self,
+        cache: CompiledCache,
+        *,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        num_cached_tiles: torch.LongTensor | None = None,
+        begins_instruction: torch.BoolTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """Run the prefill of a call of `generate`.
+
+        Args:
+            cache: A cache of this object.
+            input_ids: The tokens after the cached ones, `(batch, seq_length)`.
+            attention_mask: 0 at padding, `(batch, any_length)`.
+            position_ids: `(batch, seq_length)`.
+            patch_features: Patch features of all tiles; `None` without images.
+            num_cached_tiles: See `FlashSlothModel.forward`.
+            begins_instruction: See `FlashSlothModel.forward`.
+            logits_to_keep: See `FlashSlothForConditionalGeneration.forward`.
+            **kwargs: Other arguments of the call.
+
+        Returns:
+            Logits of the last token, `(batch, 1, vocab_size)`; `None` if this is not a prefill, more than these logits
+            is requested, or no graph is large enough.
+        """
+        requested = self.model.model._with_config_defaults(kwargs)
+        asks_more = any(requested.get(name) for name in OPTIONAL_OUTPUTS)
+        is_last_token = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        if cache.num_prefix_tokens is None or asks_more or not is_last_token:
+            return None
+        length = input_ids.shape[1]
+        num_tiles = 0 if patch_features is None else len(patch_features)
+        room = self.max_cache_len - cache.num_prefix_tokens
+        lengths = [size for size in self.prompt_lengths if size <= room]
+        bucket = self._next(length, lengths, "tokens", "prompt_lengths")
+        count = self._next(num_tiles, self.tile_counts, "tiles", "tile_counts")
+        if bucket is None or count is None:
+            return None
+        padding = (0, bucket - length)
+        if cache.num_prefix_tokens:
+            attention_mask = None  # a cached prefix is one row without padding
+        elif attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        special = (self.model.config.image_token_id, self.model.config.query_token_id)
+        inputs = {
+            "input_ids": nn.functional.pad(input_ids, padding, value=next(i for i in range(3) if i not in special)),
+            "attention_mask": None if attention_mask is None else nn.functional.pad(attention_mask.long(), padding),
+            "position_ids": None if position_ids is None else nn.functional.pad(position_ids, padding),
+            "patch_features": _pad_rows(patch_features, count) if num_tiles else None,
+            "num_cached_tiles": num_cached_tiles,
+            "begins_instruction": begins_instruction,
+        }
+        num_tokens = torch.full((1,), length, device=input_ids.device)  # unlike `torch.tensor`, it waits for nothing
+        return self._run(self._prefill_prompt, self.model, cache, num_tokens, **inputs)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def empty_cache(self, batch_size: int = 1, prefix: Cache | None = None) -> CompiledCache:
+        """Take a cache for one call of `generate`; graphs of the same batch size write to the same memory.
+
+        Args:
+            batch_size: Number of rows.
+            prefix: Keys and values to begin with.
+        """
+        free = self._free[batch_size]
+        kept = free.pop() if free else self._allocate(batch_size)
+        cache = copy.copy(kept)
+        weakref.finalize(cache, free.append, kept).atexit = False
+        cache.set_prefix(prefix)
+        return cache
+
+    def _allocate(self, batch_size: int) -> CompiledCache:
+        config = self.model.config.get_text_config()
+        cache = CompiledCache(config=config, max_cache_len=self.max_cache_len)
+        cache.compiled = self
+        embeds = torch.zeros(batch_size, 1, config.hidden_size, device=self.model.device, dtype=self.model.dtype)
+        # The first token that a cache takes allocates its memory, which must not happen in a graph.
+        self.model.model.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE_NAME: cache})
+        return cache
+
+    def _next(self, size: int, sizes: Sequence[int], what: str, argument: str) -> int | None:
+        found = next((known for known in sizes if known >= size), None)
+        if found is None:
+            logger.warning_once(
+                f"{size} {what} run without a compiled graph, the largest of which has {max(sizes, default=0)}; "
+                f"raise `{argument}` of `compiled_prefill`, or `max_cache_len`."
+            )
+        return found
+
+    def _run(self, compiled: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+            return compiled(*args, **kwargs)
+
+
+def _check_compilable(model: FlashSlothGenerationMixin) -> None:
+    config = model.config.get_text_config()
+    layers = {type(layer) for layer in StaticCache(config=config, max_cache_len=1).layers}
+    if layers != {StaticLayer}:
+        raise ValueError(
+            f"A compiled prefill needs full attention in all layers, but the decoder ({config.model_type}) has others; "
+            'compile only the decoding, by `cache_implementation="static"`.'
+        )
+    attention = {part._attn_implementation for part in (config, model.config.vision_config)}
+    if not attention.issubset(COMPILABLE_ATTENTION):
+        raise ValueError(
+            f"A compiled prefill needs one of {COMPILABLE_ATTENTION} as `attn_implementation`, found "
+            f'{sorted(attention)}; call `model.set_attn_implementation("sdpa")`.'
+        )
+    quantizer, devices = (
+        getattr(model, "hf_quantizer", None),
+        set((getattr(model, "hf_device_map", None) or {}).values()),
+    )
+    if (quantizer is not None and not quantizer.is_compileable) or len(devices) > 1:
+        raise ValueError(
+            "A compiled prefill needs a model on one device, in a data type or quantisation that can be compiled, but "
+            f"found {type(quantizer).__name__ if quantizer is not None else f'devices {sorted(map(str, devices))}'}; "
+            "load the model without it."
+        )
+
+
+def _pad_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Append zeros to the first axis."""
+    return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, num_rows - len(tensor)))
 
 
 class CachedPrefix(NamedTuple):
@@ -188,6 +500,7 @@ class ImagePrefixCache:
         max_bytes: Limit of the memory in use on the model's device, in bytes. A larger prefix is not kept.
         max_cache_len: Capacity of a static cache, in tokens of prompt and answer; `generate` then compiles decoding
             steps as it does with `cache_implementation="static"`. `None`: a dynamic cache.
+        compiled: What encodes images, and runs the prefill of every question; its caches are static.
 
     Example:
     ```python
@@ -197,11 +510,17 @@ class ImagePrefixCache:
     """
 
     def __init__(
-        self, model: FlashSlothGenerationMixin, *, max_bytes: int = 2**30, max_cache_len: int | None = None
+        self,
+        model: FlashSlothGenerationMixin,
+        *,
+        max_bytes: int = 2**30,
+        max_cache_len: int | None = None,
+        compiled: CompiledPrefill | None = None,
     ) -> None:
         self.model = model
         self.max_bytes = max_bytes
-        self.max_cache_len = max_cache_len
+        self.compiled = compiled
+        self.max_cache_len = max_cache_len if compiled is None else compiled.max_cache_len
         self.known: OrderedDict[bytes, CachedPrefix] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -233,6 +552,10 @@ class ImagePrefixCache:
                 f"{'' if mask is None or mask.all() else ' with padding'}; call it for each conversation."
             )
         prefix = self._prefix(input_ids)
+        if self.compiled is not None:
+            if pixel_values is None or prefix is None:
+                return self.compiled(inputs)
+            self.compiled.start_check(input_ids)(len(pixel_values))
         rest = {name: part.to(self.model.device) for name, part in inputs.items() if name != "pixel_values"}
         if pixel_values is None or prefix is None:
             return rest | ({} if pixel_values is None else {"pixel_values": pixel_values.to(self.model.device)})
@@ -253,6 +576,8 @@ class ImagePrefixCache:
         config = self.model.config.get_text_config()
         if max_cache_len is None:
             return DynamicPrefixCache(config=config)
+        if self.compiled is not None:
+            return self.compiled.empty_cache()
         return StaticPrefixCache(config=config, max_cache_len=max_cache_len)
 
     def _can_be_truncated(self) -> bool:
@@ -280,6 +605,8 @@ class ImagePrefixCache:
             return copy.deepcopy(key_values)
         for layer in key_values.layers:
             self._check_room(layer.get_seq_length(), min(layer.keys.shape[-2], self.max_cache_len))
+        if self.compiled is not None:
+            return self.compiled.empty_cache(prefix=key_values)
         cache = self._empty_cache(self.max_cache_len)
         for index, layer in enumerate(key_values.layers):
             cache.update(layer.keys, layer.values, index)
@@ -312,6 +639,8 @@ class ImagePrefixCache:
                 self.known.popitem(last=False)
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.compiled is not None:
+            return self.compiled.encode(pixel_values)
         return self.model.get_image_features(pixel_values.to(self.model.device)).last_hidden_state
 
     def _prefill(self, prefix: torch.Tensor, patch_features: torch.Tensor) -> Cache:

@@ -32,12 +32,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_flashsloth import ORIGINAL_KEY_MAPPING, FlashSlothConfig, original_generation_config
-from .generation_flashsloth import CACHE_NAME, CACHE_NAMES, FlashSlothGenerationMixin
+from .generation_flashsloth import CACHE_NAME, CACHE_NAMES, OPTIONAL_OUTPUTS, CompiledCache, FlashSlothGenerationMixin
 from .saliency_flashsloth import FlashSlothSaliencyMixin
 
 FUSED_HEAD_DIM_MULTIPLE = 8  # required by the fused CUDA attention kernels
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "seq_idx")  # mark packed samples in transformers' collators, besides positions
-OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")  # requested by an argument or in the config
 UNUSED_TOWER_PARTS = ("post_layernorm", "layernorm", "norm", "rms_norm", "pooler", "head")
 SHARDED_CLASS_PREFIX = "FSDP"  # PyTorch's `fully_shard` replaces a model's class by a subclass with this prefix
 
@@ -1091,12 +1090,19 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothSa
         Returns:
             Loss if there are labels, logits `(batch, num_kept_positions, vocab_size)`, cache, image tokens.
         """
+        cache = _one_cache(cache, past_key_values)
+        is_plain = all(given is None for given in (labels, inputs_embeds, pixel_values))
+        if is_plain and isinstance(cache, CompiledCache) and not torch.compiler.is_compiling():
+            given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+            given |= {"position_ids": position_ids, "patch_features": patch_features, "logits_to_keep": logits_to_keep}
+            made: dict[str, Any] = {"logits": cache.compiled.prefill(cache, **given), CACHE_NAME: cache}
+            if made["logits"] is not None:
+                return FlashSlothCausalLMOutputWithPast(**made)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             patch_features=patch_features,
             cache=cache,

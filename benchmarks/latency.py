@@ -260,8 +260,19 @@ def kernel_bytes(file: str, field: str) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float | None]:
+def answer(
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    new_tokens: int,
+    prepare: Callable[[dict], dict] = dict,
+) -> dict[str, float | None]:
     """Measure one answer of a model.
+
+    Args:
+        model: The model.
+        inputs: What it is given.
+        new_tokens: Length of the answer.
+        prepare: Turns the inputs into arguments of `generate`; its time counts.
 
     Returns:
         `first_token_s`; `token_s`, the median time between two tokens, `None` if there is only one; `tokens_per_s` of
@@ -272,7 +283,7 @@ def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: 
         torch.cuda.synchronize()
     with PeakMemory(device) as memory:
         start = time.perf_counter()
-        model.generate(**inputs, max_new_tokens=new_tokens, streamer=clock)
+        model.generate(**prepare(inputs), max_new_tokens=new_tokens, streamer=clock)
     tokens = clock.times[1:]  # without the prompt
     if len(tokens) != new_tokens:
         raise RuntimeError(
@@ -424,7 +435,7 @@ class Benchmark:
 
     def case(self, peer: Peer, side: int, batch_size: int) -> dict:
         """Return one case, from its file if it is finished."""
-        file = self.folder / f"{_slug(peer.name)}_{side}_{batch_size}.json"
+        file = self.folder / f"{slug(peer.name)}_{side}_{batch_size}.json"
         known = json.loads(file.read_text()) if file.exists() else {}
         wanted = self.settings._asdict() if self.settings else known.get("settings")
         if known and "skipped" not in known and known.get("settings") == wanted:
@@ -442,7 +453,7 @@ class Benchmark:
         return case
 
     def _counts(self, peer: Peer, side: int) -> dict:
-        for file in self.folder.glob(f"{_slug(peer.name)}_{side}_*.json"):
+        for file in self.folder.glob(f"{slug(peer.name)}_{side}_*.json"):
             if "counts" in (known := json.loads(file.read_text())):
                 return known["counts"]
         return count(peer, side)
@@ -481,7 +492,8 @@ def _free_bytes(device: str) -> int | None:
     return torch.cuda.mem_get_info()[0] if device == "cuda" else kernel_bytes("/proc/meminfo", "MemAvailable")
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A model's name in names of files."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 

@@ -1,7 +1,8 @@
-"""Accuracy in 8 and 4 bits, and speed of these precisions, float32 and several threads, on a CPU.
+"""Accuracy in 8 and 4 bits, and speed of these precisions, and on a CPU of float32 and several threads.
 
     python benchmarks/quantization.py --output benchmarks/results/quantization_cpu.md
     python benchmarks/quantization.py --images 0 --precisions bfloat16 float32 --output float32_cpu.md
+    python benchmarks/quantization.py --images 0 --device cuda --precisions bfloat16 int8 int4 nf4 --output bits_cuda.md
 
 The decoder's layers are quantised as in docs/converting.md.
 
@@ -29,7 +30,7 @@ from peers import PEERS, TILE_SIDE, Peer
 from report import build_parser, describe_machine, markdown_table, write_report
 from safetensors.torch import load_file
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 SKIPPED = list(UNQUANTIZED_MODULES)
 TORCHAO = {"int8": Int8WeightOnlyConfig(version=2), "int4": PrototypeInt4WeightOnlyConfig(group_size=32)}
+TORCHAO_CUDA = {"int4": Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d")}  # needs no further package
 PRECISIONS = ("bfloat16", *TORCHAO)
 RECIPES = {
     "bfloat16": None,
@@ -123,21 +125,51 @@ def golden_difference(recipe: Any) -> float:
     return (squares[0] / squares[1]).sqrt().item()
 
 
-def build(peer: Peer, precision: str) -> Candidate:
+def build(peer: Peer, precision: str, device: str = "cpu") -> Candidate:
     """Build a model with random weights, all in float32, or in bfloat16 with the decoder's layers quantised."""
-    candidate = Candidate(peer, build_filled(peer, "cpu"))
+    candidate = Candidate(peer, build_filled(peer, device))
+    layers = candidate.model.model.language_model.layers
     if precision == "float32":
         candidate.model.float()
     if precision in TORCHAO:
-        quantize_(candidate.model.model.language_model.layers, TORCHAO[precision])
+        quantize_(layers, (TORCHAO | TORCHAO_CUDA if device == "cuda" else TORCHAO)[precision])
+    if precision == "nf4":
+        quantize_with_bitsandbytes(layers)
     return candidate
 
 
+def quantize_with_bitsandbytes(layers: torch.nn.Module) -> None:
+    """Replace all linear modules by bitsandbytes' with weights in nf4."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(layers.modules()):
+        for name, linear in parent.named_children():
+            if type(linear) is not torch.nn.Linear:
+                continue
+            has_bias, dtype = linear.bias is not None, linear.weight.dtype
+            small = Linear4bit(
+                linear.in_features, linear.out_features, bias=has_bias, compute_dtype=dtype, quant_type="nf4"
+            )
+            small.weight = Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            small.bias = linear.bias
+            setattr(parent, name, small.to(linear.weight.device))  # moving it quantises it
+
+
 def compare_times(
-    peer: Peer, threads: list[int], new_tokens: int, rounds: int, precisions: Sequence[str] = PRECISIONS
+    peer: Peer,
+    threads: list[int],
+    new_tokens: int,
+    rounds: int,
+    precisions: Sequence[str] = PRECISIONS,
+    device: str = "cpu",
 ) -> Iterator[Times]:
     """Let all precisions, which must include bfloat16, answer in turns."""
-    candidates = {precision: build(peer, precision) for precision in precisions}
+    candidates = {}
+    for precision in precisions:
+        try:
+            candidates[precision] = build(peer, precision, device)
+        except ImportError as error:
+            logger.warning("%s is skipped: %s", precision, error)
     inputs = candidates["bfloat16"].inputs(TILE_SIDE, batch_size=1)
 
     def work(candidate: Candidate, is_warmup: bool) -> dict[str, float | None]:
@@ -201,25 +233,28 @@ def main() -> None:
     parser.add_argument(
         "--precisions",
         nargs="+",
-        choices=(*PRECISIONS, "float32"),
+        choices=(*PRECISIONS, "nf4", "float32"),
         default=PRECISIONS,
         help="precisions for the speed",
     )
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--threads", type=int, nargs="+", help="default: one and all; on a GPU, all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for the speed")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds for the speed; 0: accuracy only")
     args = parser.parse_args()
+    if args.threads is None:
+        args.threads = sorted({1, torch.get_num_threads()})[-1 if args.device == "cuda" else 0 :]
     if "bfloat16" not in args.precisions:
         parser.error("--precisions must include bfloat16, which the others are compared with")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parts = [f"{describe_machine()}; made by benchmarks/quantization.py."]
+    parts = [f"{describe_machine(args.device)}; made by benchmarks/quantization.py."]
     if args.images:
         parts += [
             f"## Answers of the small checkpoint to questions about {args.images} images",
             answers_table(list(_log_rows(compare_answers(args.images)))),
         ]
     if args.rounds:
-        times = compare_times(PEERS[0], args.threads, args.new_tokens, args.rounds, args.precisions)
+        times = compare_times(PEERS[0], args.threads, args.new_tokens, args.rounds, args.precisions, args.device)
         parts += [
             f"## Speed of {PEERS[0].name}, batch 1, {args.new_tokens} tokens, medians of {args.rounds} rounds",
             times_table(list(_log_rows(times))),

@@ -2,6 +2,8 @@
 
     python benchmarks/second_question.py --output benchmarks/results/second_question_cpu.md
 
+With `--compiled`, all three run with `model.compiled_prefill()`.
+
 Measured from inputs on the device to the first token, for questions of 40 tokens, batch 1, random weights in bfloat16:
 without a cache; for the first question to an empty cache, which encodes the image; and for another question about the
 same image. The three take turns; times are medians over rounds, and ratios are to the time without a cache. The last
@@ -13,6 +15,7 @@ import statistics
 import time
 from typing import Any
 
+from compiled import MAX_CACHE_LEN, WARM_UPS, compile_config
 from latency import Candidate, build_filled
 from peers import PEERS, QUESTION_IDS, TILE_SIDE
 from report import add_device_option, build_parser, describe_machine, markdown_table, write_report
@@ -31,22 +34,23 @@ def seconds_to_first_token(model: Any, inputs: dict[str, Any], cache: Any = None
     return time.perf_counter() - start
 
 
-def measure(candidate: Candidate, rounds: int) -> tuple[list[float], int]:
+def measure(candidate: Candidate, rounds: int, compiled: Any = None) -> tuple[list[float], int]:
     """Median seconds without a cache, for a first and for a second question; and the bytes that the cache keeps."""
+    warm_ups = 1 if compiled is None else WARM_UPS
     first = candidate.inputs(TILE_SIDE, 1)
     ids = first["input_ids"]
     is_question = (ids >= QUESTION_IDS[0]) & (ids < QUESTION_IDS[1])
     second = first | {"input_ids": ids + is_question.long()}
     times: list[list[float]] = []
-    for turn in range(rounds + 1):
-        cache = candidate.model.image_prefix_cache()
+    for turn in range(rounds + warm_ups):
+        cache = candidate.model.image_prefix_cache(compiled=compiled)
         done = [
-            seconds_to_first_token(candidate.model, first),
+            seconds_to_first_token(candidate.model, first, compiled),
             seconds_to_first_token(candidate.model, first, cache),
             seconds_to_first_token(candidate.model, second, cache),
         ]
         (known,) = cache.known.values()
-        times += [done] if turn else []
+        times += [done] if turn >= warm_ups else []
     return [statistics.median(column) for column in zip(*times, strict=True)], known.num_bytes
 
 
@@ -55,16 +59,25 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--compiled", nargs="?", const="inductor", metavar="BACKEND", help="backend of torch.compile")
     add_device_option(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = []
     for peer in (peer for peer in PEERS if peer.name in args.models):
-        (plain, first, second), num_bytes = measure(Candidate(peer, build_filled(peer, args.device)), args.rounds)
+        candidate = Candidate(peer, build_filled(peer, args.device))
+        compiled = None
+        if args.compiled:
+            config = compile_config(args.device, args.compiled)
+            compiled = candidate.model.compiled_prefill(MAX_CACHE_LEN, compile_config=config)
+        (plain, first, second), num_bytes = measure(candidate, args.rounds, compiled)
         ratios = (cell for value in (first, second) for cell in (f"{value * 1e3:.0f}", f"{value / plain:.2f}"))
         rows.append([peer.name, f"{plain * 1e3:.0f}", *ratios, f"{num_bytes / 1e6:.1f}"])
         logger.info("%s", rows[-1])
-    title = f"{describe_machine(args.device)}; medians of {args.rounds} rounds; made by benchmarks/second_question.py."
+    title = (
+        f"{describe_machine(args.device)}; medians of {args.rounds} rounds"
+        f"{', compiled' if args.compiled else ''}; made by benchmarks/second_question.py."
+    )
     head = ("model", "no cache, ms", "first question", "ratio", "second question", "ratio", "kept, MB")
     write_report(args.output, title, markdown_table(head, rows))
 

@@ -17,10 +17,11 @@ On a CPU, speed is measured with a small model whose image and prompt have as ma
 on a GPU, with the released size.
 """
 
+import gc
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
@@ -36,6 +37,8 @@ from transformers.initialization import no_init_weights
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
 from flashsloth.modeling_flashsloth import PromptSpans
 from flashsloth.training.recipe import freeze_for_stage
+
+logger = logging.getLogger(__name__)
 
 MODELS = ("FlashSloth", "all patches")
 STAGES = (1, 2)
@@ -185,25 +188,35 @@ def memory(case: Case, device: str) -> dict[str, float]:
 
 
 def step_times(cases: list[Case], size: str, batch_size: int, device: str, num_steps: int) -> dict[Case, float]:
-    """Median seconds of a step of every case; the cases take turns."""
+    """Median seconds of a step of every case; the cases take turns if they fit into memory together."""
 
     def work(training: Training, _is_warmup: bool) -> dict[str, float]:
         start = time.perf_counter()
         training.step()
         return {"seconds": time.perf_counter() - start}
 
-    works = {case: partial(work, Training(case, size, batch_size, device)) for case in cases}
-    return {case: figures["seconds"] for case, figures in medians_in_turns(works, num_steps).items()}
+    works: dict[Case, Callable] = {}
+    try:
+        for case in cases:
+            works[case] = partial(work, Training(case, size, batch_size, device))
+        return {case: figures["seconds"] for case, figures in medians_in_turns(works, num_steps).items()}
+    except torch.OutOfMemoryError:
+        if len(cases) == 1:
+            raise
+    logger.warning("The models do not fit side by side, and are measured one after another.")
+    works.clear()
+    gc.collect()  # modules refer to each other
+    return {case: step_times([case], size, batch_size, device, num_steps)[case] for case in cases}
 
 
-def measure(size: str, device: str, batch_size: int, num_steps: int) -> Iterator[dict]:
-    """Measure every case.
+def measure(size: str, device: str, batch_size: int, num_steps: int, stages: Sequence[int] = STAGES) -> Iterator[dict]:
+    """Measure every case of some stages.
 
     Yields:
         Its `model`, `stage`, `checkpointing`, `decoder_tokens` per row, `tokens_per_second`, `samples_per_second`,
         `bytes_per_sample` and `bytes`.
     """
-    for stage in STAGES:
+    for stage in stages:
         for checkpointing in (False, True):
             cases = [Case(model, stage, checkpointing) for model in MODELS]
             times = step_times(cases, size, batch_size, device, num_steps)
@@ -249,11 +262,12 @@ def main() -> None:
     add_device_option(parser)
     parser.add_argument("--batch-size", type=int, default=2, help="rows of a timed step")
     parser.add_argument("--steps", type=int, default=9, help="timed steps")
+    parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=STAGES)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     size = "3.2b" if args.device == "cuda" else "small"
-    measured = measure(size, args.device, args.batch_size, args.steps)
-    rows = list(tqdm(measured, total=len(MODELS) * len(STAGES) * 2, unit="case"))
+    measured = measure(size, args.device, args.batch_size, args.steps, args.stages)
+    rows = list(tqdm(measured, total=len(MODELS) * len(args.stages) * 2, unit="case"))
     how = "measured" if args.device == "cuda" else "counted"
     title = (
         f"{describe_machine(args.device)} by autocast. Speed: size {size}, batch {args.batch_size}, median of "

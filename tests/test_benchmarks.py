@@ -1,6 +1,7 @@
 """The benchmarks measure what they claim to measure."""
 
 import json
+import weakref
 from pathlib import Path
 
 import capacity
@@ -65,6 +66,23 @@ def test_a_step_trains_what_the_stage_trains(model, stage, trained):
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     run.step()
     assert {name for name, weight in weights.items() if not torch.equal(weight, before[name])} == trained
+
+
+def test_models_that_do_not_fit_together_are_timed_one_after_another(monkeypatch):
+    alive = weakref.WeakSet()
+
+    class Alone(step_cost.Training):
+        def __init__(self, *args):
+            if alive:
+                raise torch.OutOfMemoryError("there is room for one")
+            alive.add(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(step_cost, "Training", Alone)
+    cases = [step_cost.Case(model, 1, False) for model in step_cost.MODELS]
+    times = step_cost.step_times(cases, "small", 1, "cpu", 1)
+    assert list(times) == cases
+    assert all(seconds > 0 for seconds in times.values())
 
 
 def test_counted_memory_is_that_of_the_tensors_alive_at_once():

@@ -1,9 +1,10 @@
 """On CUDA, attention is fused everywhere and the same in every implementation, the first token waits for nothing, and
-decoding is one graph. Skipped without a GPU."""
+decoding and, on request, the prefill are graphs. Skipped without a GPU."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 from transformers.utils import is_flash_attn_2_available
 
@@ -21,8 +22,9 @@ def released_widths(attn_implementation):
     config.text_config.num_hidden_layers = 9
     config.vision_config.num_hidden_layers = 2
     torch.manual_seed(0)
-    model = FlashSlothForConditionalGeneration._from_config(config, attn_implementation=attn_implementation)
-    return model.to("cuda", torch.bfloat16).eval()
+    with torch.device("cuda"):
+        model = FlashSlothForConditionalGeneration._from_config(config, attn_implementation=attn_implementation)
+    return model.to(torch.bfloat16).eval()
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,60 @@ def test_decoding_is_compiled_once_for_all_images_and_questions(make_model, ask,
             expected = model.generate(**prompt, **greedy)
             with torch._dynamo.config.patch(error_on_recompile=number > 0):
                 assert torch.equal(model.generate(**prompt, **greedy, **static), expected)
+                assert torch.equal(model.generate(**cache(prompt), **greedy), expected)
+    finally:
+        torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_compiled_prefill_is_two_graphs_and_waits_for_nothing(make_model, ask, images):
+    model = make_model().to("cuda")
+    compiled = model.compiled_prefill(max_cache_len=400, prompt_lengths=(256,))
+    questions = ("What is it?", "What is it? Or is it else?", "Why?")
+
+    def first_logits(prompt):
+        positions = prompt["attention_mask"].cumsum(dim=1) - 1
+        return model(**compiled(prompt), position_ids=positions, use_cache=True, logits_to_keep=1).logits.clone()
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    try:
+        for is_split in (False, True):
+            prompts = [
+                ask([([image], question)], do_image_splitting=is_split).to("cuda")
+                for image, question in zip(images, questions, strict=False)
+            ]
+            for number, prompt in enumerate(prompts):  # compiled, then recorded, then replayed
+                with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                    found = first_logits(prompt)
+                torch.testing.assert_close(found, model(**prompt, logits_to_keep=1).logits, atol=1e-3, rtol=1e-3)
+            torch.cuda.set_sync_debug_mode("error")
+            first_logits(prompts[0])
+            torch.cuda.set_sync_debug_mode("default")
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+                first_logits(prompts[1])
+                torch.cuda.synchronize()
+            launched = sum(event.count for event in profiled.key_averages() if event.key == "cudaGraphLaunch")
+            assert launched == 2  # the vision tower, and the rest
+        assert counters["inductor"]["cudagraph_skips"] == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch._dynamo.reset()
+
+
+def test_answers_after_a_compiled_prefill_and_from_cached_images(make_model, ask, images):
+    model = make_model().to("cuda")
+    compiled = model.compiled_prefill(max_cache_len=400, prompt_lengths=(96, 256))
+    cache = model.image_prefix_cache(compiled=compiled)
+    greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    torch._dynamo.reset()
+    try:
+        for image in images[:2]:
+            for question in ("What is it?", "Is it so?", "Why? And what else?", "Who?"):
+                prompt = ask([([image], question)]).to("cuda")
+                expected = model.generate(**prompt, **greedy)
+                assert torch.equal(model.generate(**compiled(prompt), **greedy), expected)
                 assert torch.equal(model.generate(**cache(prompt), **greedy), expected)
     finally:
         torch._dynamo.reset()
