@@ -214,6 +214,26 @@ def default_pooling_window(grid: int) -> int:
     return best
 
 
+def default_query_layer(num_layers: int) -> int:
+    """Index of the decoder layer before which the query tokens are updated: the released models' relative depth.
+
+    Args:
+        num_layers: Number of decoder layers.
+    """
+    return max(1, round(num_layers * RELEASED_QUERY_DEPTH))
+
+
+def default_query_heads(num_decoder_heads: int, *widths: int) -> int:
+    """Number of heads of the Embedded Query module: the decoder's, or fewer so that it divides the widths.
+
+    Args:
+        num_decoder_heads: Number of attention heads of the decoder.
+        *widths: Width of the Embedded Query module, and of the vision tower.
+    """
+    common = math.gcd(*widths)
+    return max(count for count in range(1, num_decoder_heads + 1) if common % count == 0)
+
+
 @contextlib.contextmanager
 def _repository_errors(language: str) -> Iterator[None]:
     """Convert errors to `RepositoryError`s with one line."""
@@ -389,9 +409,8 @@ def _build_config(
         pad_token_id=tokenizer.pad_token_id,
     )
     if query_layer_idx is None:
-        query_layer_idx = max(1, round(text_config.num_hidden_layers * RELEASED_QUERY_DEPTH))
-    widths = math.gcd(fields["query_hidden_size"], tower.config.hidden_size)
-    heads = [count for count in range(1, text_config.num_attention_heads + 1) if widths % count == 0]
+        query_layer_idx = default_query_layer(text_config.num_hidden_layers)
+    widths = fields["query_hidden_size"], tower.config.hidden_size
     anchor = tokenizer.encode(ANCHOR_TEXT, add_special_tokens=False)
     image_token_id, query_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, QUERY_TOKEN])
     head = decoder.get_output_embeddings()
@@ -402,7 +421,7 @@ def _build_config(
             image_token_id=image_token_id,
             query_token_id=query_token_id,
             query_layer_idx=query_layer_idx,
-            num_query_heads=heads[-1],
+            num_query_heads=default_query_heads(text_config.num_attention_heads, *widths),
             query_anchor_token_id=anchor[0] if len(anchor) == 1 else None,
             lm_head_bias=head.bias is not None,
             tie_word_embeddings=head.weight is decoder.get_input_embeddings().weight,

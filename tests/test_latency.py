@@ -32,11 +32,19 @@ LINEAR = {
     "linear_value_head_dim": 16,
 }
 SMALLER = {  # needed in addition to the widths above, or different from them
-    "lfm2_vl": {"text_config": {"full_attn_idxs": [1]}, "projector_hidden_size": 48},
-    "minicpmv4_6": {
-        "text_config": {**LINEAR, "layer_types": ["linear_attention", "full_attention"]},
-        "insert_layer_id": 0,
+    "gemma4": {
+        "text_config": {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "num_key_value_heads": 1,
+            "hidden_size_per_layer_input": 8,
+            "global_head_dim": 32,
+        },
+        "vision_config": {"num_key_value_heads": 2, "head_dim": 16},
     },
+    "lfm2_vl": {"projector_hidden_size": 48},
+    "minicpmv4_6": {"insert_layer_id": 0},
     "paligemma": {"projection_dim": 64, "hidden_size": 64},
     "qwen2_vl": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
@@ -46,7 +54,12 @@ SMALLER = {  # needed in addition to the widths above, or different from them
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
         "vision_config": {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
     },
+    "qwen3_5": {"vision_config": {"depth": 2, "num_heads": 2, "out_hidden_size": 64}},
     "flashsloth": FLASHSLOTH,
+}
+SMALLER_DECODERS = {  # the same, by the decoder's type
+    "lfm2": {"full_attn_idxs": [1]},
+    "qwen3_5_text": {**LINEAR, "layer_types": ["linear_attention", "full_attention"]},
 }
 DEFAULTS = {
     "flashsloth": {
@@ -66,7 +79,7 @@ def shrink(peer):
     changes = SMALLER.get(family, {})
     released = DEFAULTS.get(family, {"vision_config": {}})
     text, vision = (config.get(name, released.get(name)) for name in ("text_config", "vision_config"))
-    config["text_config"] = text | TEXT | changes.get("text_config", {})
+    config["text_config"] = text | TEXT | SMALLER_DECODERS.get(text["model_type"], {}) | changes.get("text_config", {})
     if family != "fast_vlm":
         config["vision_config"] = vision | (VISION if family != "qwen2_vl" else {}) | changes.get("vision_config", {})
     config |= {name: value for name, value in changes.items() if not name.endswith("_config")}
