@@ -49,7 +49,7 @@ LFM2_350M = {
 LFM2_1_2B = LFM2_350M | {"hidden_size": 2048, "intermediate_size": 12288, "num_attention_heads": 32}
 SMOLLM2_135M = {
     "model_type": "llama",
-    "vocab_size": 49152 + 2,  # its tokenizer uses all 49152 rows, so `flashsloth init` adds two
+    "vocab_size": 49152 + 3,  # its tokenizer uses all 49152 rows, so `flashsloth init` adds three
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
