@@ -253,6 +253,44 @@ def test_an_interrupted_run_resumes_and_reports_ratios(tmp_path):
     assert run("--new-tokens", "3", "--models", names[1], "--batch-sizes", "1")[0]["settings"]["new_tokens"] == 3
 
 
+def test_any_model_can_be_the_reference_and_float32_takes_twice_the_memory(tmp_path):
+    peers = tuple(shrink(named(name)) for name in ("FlashSloth-3.2B", "FlashSloth-B/288 + LFM2-350M"))
+    options = ["--device", "cpu", "--images", "336", "--batch-sizes", "1", "--rounds", "1", "--new-tokens", "2"]
+    options += ["--dtype", "float32", "--reference", peers[1].name, "--output", str(tmp_path / "run")]
+    latency.main(options, peers)
+    first, second = json.loads((tmp_path / "run.json").read_text())["cases"]
+    assert second["measured"] == second["reference"]
+    assert first["measured"] != first["reference"]
+    assert first["settings"]["dtype"] == first["counts"]["dtype"] == "float32"
+    half = latency.count(peers[0], 336)
+    assert first["counts"]["decoder_bytes"] == 2 * half["decoder_bytes"]
+    assert first["counts"]["prefill_flops"] == half["prefill_flops"]
+    text = (tmp_path / "run.md").read_text()
+    assert "float32; 2 tokens" in text
+    assert f"Ratios: to {peers[1].name}," in text
+
+
+def test_an_interrupted_run_leaves_a_report_of_what_is_finished(tmp_path, monkeypatch):
+    peers = tuple(shrink(named(name)) for name in ("FlashSloth-3.2B", "PaliGemma-3B-224"))
+    count = latency.count
+    monkeypatch.setattr(
+        latency, "count", lambda peer, *rest: count(peer, *rest) if peer is peers[0] else pytest.fail("interrupted")
+    )
+    options = ["--device", "cpu", "--images", "336", "--batch-sizes", "1", "--rounds", "1", "--new-tokens", "2"]
+    with pytest.raises(pytest.fail.Exception, match="interrupted"):
+        latency.main(["--output", str(tmp_path / "run"), *options], peers)
+    assert [case["model"] for case in json.loads((tmp_path / "run.json").read_text())["cases"]] == [peers[0].name]
+    assert "### 336×336, batch 1\n\n| model" in (tmp_path / "run.md").read_text()
+
+
+@pytest.mark.parametrize(("peer", "tokens"), [(p, 64 if "256" in p.name else 36) for p in PEERS if "-B/" in p.name])
+def test_the_small_flashsloths_have_their_tokens_and_the_heads_that_init_chooses(peer, tokens):
+    config = peer.build_config()
+    assert config.image_seq_length == tokens
+    heads = {"qwen3": 16, "lfm2": 16, "llama": 8}  # SmolLM2 has 9, which do not divide the tower's width
+    assert config.num_query_heads == heads[config.text_config.model_type]
+
+
 def test_a_model_that_does_not_fit_is_skipped_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "MARGIN_BYTES", 10**15)
     options = ["--device", "cpu", "--models", PEERS[0].name, "--images", "336", "--batch-sizes", "1"]
