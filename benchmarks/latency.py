@@ -3,18 +3,19 @@
     python benchmarks/latency.py --counts-only --output benchmarks/results/counts
     python benchmarks/latency.py --output benchmarks/results/latency_cpu
 
-All models of `peers.py` are built from their configs, with random weights in bfloat16. Each answers a question of 40
-tokens about an image with `generate` and its usual settings (greedy, default cache, one device), with a fixed number of
-new tokens. The script writes OUTPUT.md, OUTPUT.json and OUTPUT.png, and every finished case to a file in the folder
-OUTPUT. An interrupted run resumes there: a case with the same settings, hardware and versions is not measured again.
-Delete the folder after changing the models.
+All models of `peers.py` are built from their configs, with random weights in bfloat16, or in float32 with `--dtype`.
+Each answers a question of 40 tokens about an image with `generate` and its usual settings (greedy, default cache, one
+device), with a fixed number of new tokens. The script writes OUTPUT.md and OUTPUT.json after every case, OUTPUT.png at
+the end, and every finished case to a file in the folder OUTPUT. An interrupted run resumes there: a case with the same
+settings, hardware and versions is not measured again. Delete the folder after changing the models.
 
 - Counts are computed without running the models. FLOPs are those of the matrix products, attention and convolutions of
   a prompt, by `torch.utils.flop_counter`, which counts attention as if it were not causal. Vision is everything outside
   the decoder, prefill is decoder and head, and a token is one decoding step after the prompt. KV is the KV cache of the
   whole prompt except the question: the image, the marks around it, and the queries.
-- Times are medians over rounds in which a model and FlashSloth-3.2B take turns in one process; ratios are to that
-  FlashSloth. Time to first token starts with the inputs on the device and excludes preprocessing.
+- Times are medians over rounds in which a model and FlashSloth-3.2B, or another `--reference` if that does not fit into
+  memory beside it, take turns in one process; ratios are to that reference. Time to first token starts with the inputs
+  on the device and excludes preprocessing.
 - Peak memory is the increase during `generate` plus the weights. On a CPU it is the resident memory that Linux reports,
   without memory that an earlier run returned to the allocator but not to the system.
 - The roofline is, for each of vision, prefill and a token, the longer of two times: FLOPs at the measured rate of a
@@ -48,6 +49,7 @@ from report import (
     describe_rounds,
     describe_versions,
     markdown_table,
+    save_report,
     write_report,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,6 +82,8 @@ class Settings(NamedTuple):
     new_tokens: int
     rounds: int
     hardware: str
+    dtype: str = "bfloat16"
+    reference: str = PEERS[0].name
 
 
 class RealIntegers(TorchDispatchMode):
@@ -125,20 +129,21 @@ def _as_positions(indices: list) -> list:
     return positions
 
 
-def count(peer: Peer, side: int) -> dict[str, Any]:
+def count(peer: Peer, side: int, dtype: str = "bfloat16") -> dict[str, Any]:
     """Count what one row costs, without running the model.
 
     Args:
         peer: The model.
         side: Side of the square image, in pixels.
+        dtype: Data type of the weights and the KV cache.
 
     Returns:
-        `visual_tokens`, `prompt_tokens`, `parameters`; `vision_flops`, `prefill_flops`, `token_flops`;
+        `dtype`; `visual_tokens`, `prompt_tokens`, `parameters`; `vision_flops`, `prefill_flops`, `token_flops`;
         `vision_bytes` and `decoder_bytes` of the weights that vision and a decoding step read; `kv_token_bytes` and
         `kv_image_bytes` of the KV cache.
     """
     with META:
-        model = peer.build_model()
+        model = peer.build_model(getattr(torch, dtype))
     inputs = {
         name: part.to(META, model.dtype) if part.is_floating_point() else part
         for name, part in peer.build_inputs(model.config, side, batch_size=1).items()
@@ -148,6 +153,7 @@ def count(peer: Peer, side: int) -> dict[str, Any]:
     kv_token_bytes = _cache_bytes(cache, prompt_tokens) / prompt_tokens
     token, _, _ = _count_flops(model, input_ids=inputs["input_ids"][:, -1:], **{CACHE_NAME: cache})
     return {
+        "dtype": dtype,
         "visual_tokens": peer.layout(model.config, side).num_image_tokens,
         "prompt_tokens": prompt_tokens,
         "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -160,10 +166,10 @@ def count(peer: Peer, side: int) -> dict[str, Any]:
     }
 
 
-def weight_bytes(peer: Peer) -> int:
+def weight_bytes(peer: Peer, dtype: str = "bfloat16") -> int:
     """Bytes of all weights."""
     with META:
-        return sum(weight.nbytes for weight in peer.build_model().parameters())
+        return sum(weight.nbytes for weight in peer.build_model(getattr(torch, dtype)).parameters())
 
 
 def _count_flops(model: PreTrainedModel, **inputs: Any) -> tuple[int, int, Any]:
@@ -185,19 +191,20 @@ def _cache_bytes(cache: Any, length: int) -> int:
 
 
 def _weight_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Bytes that vision and a decoding step read. Of input embeddings not tied to the head, a step reads one row."""
-    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    """Bytes that vision and a decoding step read. Of embeddings not tied to the head, a step reads one row."""
     parts = (model.get_decoder(), model.get_output_embeddings())
     decoder = {id(weight): weight for part in parts for weight in part.parameters()}
     vision = sum(weight.nbytes for weight in model.parameters() if id(weight) not in decoder)
-    unread = 0 if table is head else table.nbytes
-    return {"vision_bytes": vision, "decoder_bytes": sum(w.nbytes for w in decoder.values()) - unread}
+    tables = [module.weight for module in model.get_decoder().modules() if isinstance(module, torch.nn.Embedding)]
+    unread = {id(table) for table in tables} - {id(model.get_output_embeddings().weight)}
+    read = sum(weight.nbytes for key, weight in decoder.items() if key not in unread)
+    return {"vision_bytes": vision, "decoder_bytes": read}
 
 
-def build_filled(peer: Peer, device: str) -> PreTrainedModel:
+def build_filled(peer: Peer, device: str, dtype: str = "bfloat16") -> PreTrainedModel:
     """Build a model with random weights, each in its own memory, whose `generate` runs to the last token."""
     with torch.device(device), no_init_weights():
-        model = peer.build_model()
+        model = peer.build_model(getattr(torch, dtype))
     block = (torch.randn(BLOCK_SIZE, device=device) * 0.02).to(model.dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -363,10 +370,10 @@ def preprocessing_in_turns(candidates: list[Candidate], side: int, rounds: int) 
     return medians_in_turns(works, rounds)
 
 
-def measure_ceilings(device: str) -> dict[str, float]:
-    """Measure `flops_per_s` of a bfloat16 matrix product, and `bytes_per_s` that a copy reads and writes."""
+def measure_ceilings(device: str, dtype: str = "bfloat16") -> dict[str, float]:
+    """Measure `flops_per_s` of a matrix product, and `bytes_per_s` that a copy reads and writes."""
     side, size = CEILING_SIZES[device]
-    matrix = torch.randn(side, side, device=device).bfloat16()
+    matrix = torch.randn(side, side, device=device).to(getattr(torch, dtype))
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return {
@@ -406,7 +413,7 @@ class Benchmark:
 
     Args:
         folder: Folder of finished cases.
-        peers: Models; all are compared with the first.
+        peers: Models; all are compared with the settings' reference.
         settings: What measuring depends on; `None` to count only.
     """
 
@@ -414,7 +421,9 @@ class Benchmark:
         self.folder = folder
         self.peers = peers
         self.settings = settings
-        self.ceilings = measure_ceilings(settings.device) if settings else {}
+        self.ceilings = measure_ceilings(settings.device, settings.dtype) if settings else {}
+        self.dtype = settings.dtype if settings else "bfloat16"
+        self.reference = next((p for p in peers if settings and p.name == settings.reference), peers[0])
         self.loaded: dict[str, Candidate] = {}
 
     def run(self, chosen: list[Peer], images: list[int], batch_sizes: list[int]) -> Iterator[dict]:
@@ -422,14 +431,14 @@ class Benchmark:
 
         Yields:
             One case for each model, image and batch size: `model`, `side`, `batch_size`, `counts`, and if measured
-            `settings`, `ceilings`, `roofline`, `measured` and `reference` (the first model, measured in turns with
-            this one); or `skipped`, the reason.
+            `settings`, `ceilings`, `roofline`, `measured` and `reference` (that model's figures, measured in turns
+            with this one); or `skipped`, the reason.
         """
         for peer in chosen:
             for side in images:
                 for batch_size in batch_sizes:
                     yield self.case(peer, side, batch_size)
-            if peer is not self.peers[0] and self.loaded.pop(peer.name, None):
+            if peer is not self.reference and self.loaded.pop(peer.name, None):
                 gc.collect()  # modules refer to each other
                 torch.cuda.empty_cache()
 
@@ -454,14 +463,15 @@ class Benchmark:
 
     def _counts(self, peer: Peer, side: int) -> dict:
         for file in self.folder.glob(f"{slug(peer.name)}_{side}_*.json"):
-            if "counts" in (known := json.loads(file.read_text())):
-                return known["counts"]
-        return count(peer, side)
+            known = json.loads(file.read_text()).get("counts", {})
+            if known.get("dtype") == self.dtype:
+                return known
+        return count(peer, side, self.dtype)
 
     def _measure(self, peer: Peer, side: int, batch_size: int, counts: dict) -> dict:
         self._check_memory(peer, batch_size, counts)
-        reference = self._load(self.peers[0])
-        candidates = [reference] if peer is self.peers[0] else [reference, self._load(peer)]
+        reference = self._load(self.reference)
+        candidates = [reference] if peer is self.reference else [reference, self._load(peer)]
         answers = answers_in_turns(candidates, side, batch_size, self.settings)
         preprocessing = preprocessing_in_turns(candidates, side, self.settings.rounds)
         measured = {name: answers[name] | preprocessing[name] for name in answers}
@@ -475,14 +485,14 @@ class Benchmark:
 
     def _load(self, peer: Peer) -> Candidate:
         if peer.name not in self.loaded:
-            self.loaded[peer.name] = Candidate(peer, build_filled(peer, self.settings.device))
+            self.loaded[peer.name] = Candidate(peer, build_filled(peer, self.settings.device, self.dtype))
         return self.loaded[peer.name]
 
     def _check_memory(self, peer: Peer, batch_size: int, counts: dict) -> None:
         length = counts["prompt_tokens"] + self.settings.new_tokens
         needed = MARGIN_BYTES + batch_size * length * counts["kv_token_bytes"]
-        missing = {other.name: other for other in (self.peers[0], peer) if other.name not in self.loaded}
-        needed += sum(weight_bytes(other) for other in missing.values())
+        missing = {other.name: other for other in (self.reference, peer) if other.name not in self.loaded}
+        needed += sum(weight_bytes(other, self.dtype) for other in missing.values())
         free = _free_bytes(self.settings.device)
         if free is not None and free < needed:
             raise MemoryError(f"needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
@@ -592,7 +602,11 @@ def plot(cases: list[dict], file: Path) -> None:
             marker = "*" if name.startswith("FlashSloth") else "osD"[names.index(name) // 10]
             style = {"color": f"C{names.index(name) % 10}", "marker": marker, "s": 70, "label": name}
             axes.scatter(case["counts"]["visual_tokens"], _height(case), **style)
-    what = "time to first token, FlashSloth-3.2B = 1" if measured else "FLOPs to first token, TFLOPs"
+    what = (
+        f"time to first token, {measured[0]['settings']['reference']} = 1"
+        if measured
+        else "FLOPs to first token, TFLOPs"
+    )
     panels[0].set_ylabel(what)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(file, dpi=120)
@@ -611,7 +625,7 @@ def describe(settings: Settings | None, ceilings: dict[str, float]) -> str:
     return (
         f"{settings.hardware}; {settings.new_tokens} tokens, {describe_rounds(settings.rounds)}. Measured ceilings: "
         f"{ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s, {ceilings['bytes_per_s'] / 1e9:.3g} GB/s. "
-        "Ratios: to FlashSloth-3.2B, measured again next to each."
+        f"Ratios: to {settings.reference}, measured again next to each."
     )
 
 
@@ -625,6 +639,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     add_device_option(parser)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--reference", choices=names, default=names[0], metavar="NAME", help="default: %(default)s")
     parser.add_argument("--counts-only", action="store_true", help="count, and measure nothing")
     return parser.parse_args(arguments)
 
@@ -633,16 +649,21 @@ def main(arguments: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) ->
     """Count and measure, and write tables and a plot."""
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    hardware = describe_machine(args.device)
-    settings = None if args.counts_only else Settings(args.device, args.new_tokens, args.rounds, hardware)
+    settings = None
+    if not args.counts_only:
+        hardware = describe_machine(args.device, args.dtype)
+        settings = Settings(args.device, args.new_tokens, args.rounds, hardware, args.dtype, args.reference)
     batch_sizes = [1] if args.counts_only else args.batch_sizes
     chosen = [peer for peer in peers if peer.name in args.models]
     benchmark = Benchmark(args.output, peers, settings)
-    total = len(chosen) * len(args.images) * len(batch_sizes)
-    with logging_redirect_tqdm():
-        cases = list(tqdm(benchmark.run(chosen, args.images, batch_sizes), total=total, unit="case"))
     title = describe(settings, benchmark.ceilings)
-    args.output.with_suffix(".json").write_text(json.dumps({"machine": title, "cases": cases}, indent=2) + "\n")
+    total = len(chosen) * len(args.images) * len(batch_sizes)
+    cases = []
+    with logging_redirect_tqdm():
+        for case in tqdm(benchmark.run(chosen, args.images, batch_sizes), total=total, unit="case"):
+            cases.append(case)
+            args.output.with_suffix(".json").write_text(json.dumps({"machine": title, "cases": cases}, indent=2) + "\n")
+            save_report(args.output.with_suffix(".md"), title, as_markdown(cases, peers))
     write_report(args.output.with_suffix(".md"), title, as_markdown(cases, peers))
     plot(cases, args.output.with_suffix(".png"))
 

@@ -1,14 +1,15 @@
 """The models that `latency.py` measures: their dimensions, and the inputs that they make from a square image.
 
 All are built from their configs, with random weights and without access to the Hub. Dimensions are class defaults of
-transformers where `Peer.source` says so, and otherwise those of the named release's `config.json`, from memory.
-`latency.py` prints the resulting number of parameters, to be compared with that of the release.
+transformers where `Peer.source` says so, and otherwise those of the named release's `config.json`, from memory or from
+public copies. `latency.py` prints the resulting number of parameters, to be compared with that of the release.
 
 Inputs are built without tokenizers and processors. A row consists of marks, the image, marks, a question of 40 tokens,
 and for FlashSloth its 9 queries. Marks are the tokens that a model's own processor puts around images and tiles. There
 are no system prompts and no role names.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import flashsloth
+from flashsloth.cli.init import default_query_heads, default_query_layer
 from flashsloth.configuration_flashsloth import PHI_2, SIGLIP_SO400M_384
 
 QUESTION_TOKENS = 40
+QUERY_HIDDEN_SIZE = 576  # `flashsloth init`'s default
 QUESTION_IDS = (1000, 9000)  # ordinary text in every vocabulary
 TILE_SIDE = 384  # pixels; FlashSloth resizes every image to tiles of this size
 
@@ -35,6 +38,35 @@ QWEN3_1_7B = {
     "tie_word_embeddings": True,
 }
 QWEN3_0_6B = QWEN3_1_7B | {"hidden_size": 1024, "intermediate_size": 3072}
+LFM2_350M = {
+    "model_type": "lfm2",
+    "hidden_size": 1024,
+    "intermediate_size": 6656,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+}
+LFM2_1_2B = LFM2_350M | {"hidden_size": 2048, "intermediate_size": 12288, "num_attention_heads": 32}
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "vocab_size": 49152 + 3,  # its tokenizer uses all 49152 rows, so `flashsloth init` adds three
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+QWEN3_5_0_8B = {
+    "model_type": "qwen3_5_text",
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "linear_num_value_heads": 16,
+    "tie_word_embeddings": True,
+}
 QWEN2_1_5B = {
     "model_type": "qwen2",
     "vocab_size": 151936,
@@ -45,6 +77,13 @@ QWEN2_1_5B = {
     "num_key_value_heads": 2,
 }
 SIGLIP_SO400M = SIGLIP_SO400M_384 | {"vision_use_head": False}
+SIGLIP2_SO400M_NAFLEX = {
+    "model_type": "siglip2_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "vision_use_head": False,
+}
 
 
 class Layout(NamedTuple):
@@ -125,7 +164,7 @@ class Peer(NamedTuple):
             is_shape = isinstance(content, tuple)
             row = torch.randn(content, generator=generator) if is_shape else torch.tensor(content)
             inputs[name] = torch.cat([row] * batch_size, dim=-1 if name in layout.joined_last else 0)
-        if config.model_type in ("qwen2_vl", "qwen3_vl"):
+        if config.model_type in ("qwen2_vl", "qwen3_vl", "qwen3_5"):
             inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
         if config.model_type == "paligemma":
             inputs["token_type_ids"] = torch.zeros_like(ids)  # the whole prompt is prefix
@@ -223,12 +262,63 @@ def _minicpm(config: PreTrainedConfig, side: int) -> Layout:
     return Layout((slices + 1) * tokens, num_marks, images, joined_last=("pixel_values",))
 
 
-def _flashsloth_with(decoder: dict[str, Any]) -> dict[str, Any]:
+def _gemma4(config: PreTrainedConfig, side: int) -> Layout:
+    """At most 280 tokens of 3×3 patches: every square image is resized to 768 px, and its patches are padded."""
+    vision, most = config.vision_config, 280
+    pooled = math.isqrt(most)
+    patches, room = pooled * vision.pooling_kernel_size, most * vision.pooling_kernel_size**2
+    places = [[column, row] for row in range(patches) for column in range(patches)]
+    images = {
+        "pixel_values": (1, room, 3 * vision.patch_size**2),
+        "image_position_ids": [places + [[-1, -1]] * (room - len(places))],
+    }
+    return Layout(pooled**2, 2, images)
+
+
+def _flashsloth_with(decoder: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """Config as `flashsloth init` builds it, except the ids of the special tokens, which do not matter here."""
-    return {"text_config": decoder, "query_layer_idx": round(decoder["num_hidden_layers"] * 7 / 32)}
+    width = fields.get("vision_config", SIGLIP_SO400M)["hidden_size"]
+    return {
+        "text_config": decoder,
+        "query_layer_idx": default_query_layer(decoder["num_hidden_layers"]),
+        "num_query_heads": default_query_heads(decoder["num_attention_heads"], QUERY_HIDDEN_SIZE, width),
+        **fields,
+    }
 
 
+def _small_flashsloth(image_size: int, window: int, decoder_name: str, decoder: dict[str, Any]) -> Peer:
+    """What `flashsloth init` builds from SigLIP 2 base, whose last layer it leaves out, and a decoder."""
+    tower = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 768,
+        "num_hidden_layers": 11,
+        "image_size": image_size,
+        "patch_size": 16,
+    }
+    return Peer(
+        f"FlashSloth-B/{image_size} + {decoder_name.partition('/')[2]}",
+        "FlashSlothForConditionalGeneration",
+        _flashsloth_with(decoder, vision_config=tower, pooling_window_size=window, **SMALL_VOCABULARY_IDS),
+        _flashsloth(1),
+        f"what `flashsloth init` builds; tower: google/siglip2-base-patch16-256 at {image_size} px, windows of "
+        f"{window}×{window}; decoder: config of {decoder_name}",
+        ("FlashSlothImageProcessor", {"size": {"height": image_size, "width": image_size}}),
+    )
+
+
+SMALL_VOCABULARY_IDS = {"query_token_id": 49152, "image_token_id": 49153, "instruction_start_ids": [[49153, 198]]}
 FLASHSLOTH_PROCESSOR = ("FlashSlothImageProcessor", {})
+LFM2_5_VL_PROJECTOR = {"projector_hidden_size": 2048, "projector_use_layernorm": False}
+QWEN3_VL_PROCESSOR = (
+    "Qwen2VLImageProcessorPil",
+    {
+        "patch_size": 16,
+        "min_pixels": 256**2,
+        "max_pixels": 4096**2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    },
+)
 PEERS = (
     Peer(
         "FlashSloth-3.2B",
@@ -261,6 +351,15 @@ PEERS = (
         _flashsloth(1),
         "what `flashsloth init` builds; decoder: config of Qwen/Qwen3-0.6B",
         FLASHSLOTH_PROCESSOR,
+    ),
+    *(
+        _small_flashsloth(image_size, window, name, decoder)
+        for image_size, window in ((256, 2), (288, 3))
+        for name, decoder in (
+            ("Qwen/Qwen3-0.6B", QWEN3_0_6B),
+            ("LiquidAI/LFM2-350M", LFM2_350M),
+            ("HuggingFaceTB/SmolLM2-135M", SMOLLM2_135M),
+        )
     ),
     Peer(
         "all 729 tokens",
@@ -316,16 +415,46 @@ PEERS = (
         },
         _qwen_vl,
         "config of Qwen/Qwen3-VL-2B-Instruct; the rest: class defaults",
-        (
-            "Qwen2VLImageProcessorPil",
-            {
-                "patch_size": 16,
-                "min_pixels": 256**2,
-                "max_pixels": 4096**2,
-                "image_mean": [0.5] * 3,
-                "image_std": [0.5] * 3,
+        QWEN3_VL_PROCESSOR,
+    ),
+    Peer(
+        "Qwen3.5-0.8B",
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "model_type": "qwen3_5",
+            "text_config": QWEN3_5_0_8B,
+            "vision_config": {
+                "depth": 12,
+                "hidden_size": 768,
+                "num_heads": 12,
+                "intermediate_size": 3072,
+                "out_hidden_size": 1024,
             },
-        ),
+            "tie_word_embeddings": True,
+        },
+        _qwen_vl,
+        "config of Qwen/Qwen3.5-0.8B; the rest: class defaults; without its multi-token prediction",
+        QWEN3_VL_PROCESSOR,
+    ),
+    Peer(
+        "Qwen3.5-2B",
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "model_type": "qwen3_5",
+            "text_config": QWEN3_5_0_8B | {"hidden_size": 2048, "intermediate_size": 6144},
+            "vision_config": {
+                "depth": 24,
+                "hidden_size": 1024,
+                "num_heads": 16,
+                "intermediate_size": 4096,
+                "out_hidden_size": 2048,
+            },
+            "tie_word_embeddings": True,
+        },
+        _qwen_vl,
+        "config of Qwen/Qwen3.5-2B; vision heads and MLP: of Qwen3-VL-2B, whose tower has the same width and depth; "
+        "the rest: class defaults; without its multi-token prediction",
+        QWEN3_VL_PROCESSOR,
     ),
     Peer(
         "InternVL3-2B",
@@ -397,24 +526,37 @@ PEERS = (
         "Lfm2VlForConditionalGeneration",
         {
             "model_type": "lfm2_vl",
-            "text_config": {
-                "model_type": "lfm2",
-                "hidden_size": 2048,
-                "num_hidden_layers": 16,
-                "full_attn_idxs": [2, 5, 8, 10, 12, 14],
-            },
-            "vision_config": {
-                "model_type": "siglip2_vision_model",
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
-                "num_hidden_layers": 26,
-                "num_attention_heads": 16,
-                "num_patches": 256,
-                "vision_use_head": False,
-            },
+            "text_config": LFM2_1_2B,
+            "vision_config": SIGLIP2_SO400M_NAFLEX | {"num_hidden_layers": 26},
         },
         _lfm2_vl,
         "config of LiquidAI/LFM2-VL-1.6B; the rest: class defaults",
+        ("Lfm2VlImageProcessor", {}),
+    ),
+    Peer(
+        "LFM2.5-VL-450M",
+        "Lfm2VlForConditionalGeneration",
+        {
+            "model_type": "lfm2_vl",
+            "text_config": LFM2_350M,
+            "vision_config": {"model_type": "siglip2_vision_model", "vision_use_head": False},
+            **LFM2_5_VL_PROJECTOR,
+        },
+        _lfm2_vl,
+        "config of LiquidAI/LFM2.5-VL-450M; vision tower: class defaults",
+        ("Lfm2VlImageProcessor", {}),
+    ),
+    Peer(
+        "LFM2.5-VL-1.6B",
+        "Lfm2VlForConditionalGeneration",
+        {
+            "model_type": "lfm2_vl",
+            "text_config": LFM2_1_2B,
+            "vision_config": SIGLIP2_SO400M_NAFLEX | {"num_hidden_layers": 27},
+            **LFM2_5_VL_PROJECTOR,
+        },
+        _lfm2_vl,
+        "config of LiquidAI/LFM2.5-VL-1.6B; the rest: class defaults",
         ("Lfm2VlImageProcessor", {}),
     ),
     Peer(
@@ -422,16 +564,7 @@ PEERS = (
         "MiniCPMV4_6ForConditionalGeneration",
         {
             "model_type": "minicpmv4_6",
-            "text_config": {
-                "model_type": "qwen3_5_text",
-                "hidden_size": 1024,
-                "intermediate_size": 3584,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 2,
-                "linear_num_value_heads": 16,
-                "tie_word_embeddings": True,
-            },
+            "text_config": QWEN3_5_0_8B,
             "vision_config": {
                 "hidden_size": 1152,
                 "intermediate_size": 4304,
@@ -446,6 +579,29 @@ PEERS = (
         _minicpm,
         "config of openbmb/MiniCPM-V-4.6; linear attention: config of Qwen/Qwen3.5-0.8B; the rest: class defaults",
         ("MiniCPMV4_6ImageProcessorPil", {}),
+    ),
+    Peer(
+        "Gemma-4-E2B",
+        "Gemma4ForConditionalGeneration",
+        {
+            "model_type": "gemma4",
+            "text_config": {
+                "model_type": "gemma4_text",
+                "hidden_size": 1536,
+                "intermediate_size": 6144,
+                "num_hidden_layers": 35,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+                "num_kv_shared_layers": 20,
+                "use_double_wide_mlp": True,
+                "final_logit_softcapping": 30.0,
+                "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+            },
+            "vision_config": {"use_clipped_linears": True},
+        },
+        _gemma4,
+        "config of google/gemma-4-E2B-it; vision tower: class defaults; without its audio tower",
+        ("Gemma4ImageProcessorPil", {}),
     ),
     Peer(
         "PaliGemma-3B-224",

@@ -70,9 +70,14 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], text_colu
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, alignment, *rows))
 
 
-def write_report(file: Path, *parts: str) -> None:
-    """Write and log paragraphs, headings and tables, separated by blank lines."""
+def save_report(file: Path, *parts: str) -> str:
+    """Write paragraphs, headings and tables, separated by blank lines, and return the text."""
     text = "\n\n".join(parts)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{text}\n", encoding="utf-8")
-    logger.info("%s", text)
+    return text
+
+
+def write_report(file: Path, *parts: str) -> None:
+    """Write paragraphs, headings and tables, separated by blank lines, and log them."""
+    logger.info("%s", save_report(file, *parts))

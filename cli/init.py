@@ -61,6 +61,7 @@ RELEASED_QUERY_DEPTH = 7 / 32  # share of the decoder layers that precede the up
 MAX_SHARD_SIZE = "5GB"
 PIXEL_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor", "do_rescale", "resample")
 BACKBONE_FIELDS = {"out_features", "out_indices", "stage_names", "_out_features", "_out_indices"}
+NAFLEX = "siglip2_vision_model"
 TOWER, DECODER = "model.vision_tower.", "model.language_model."
 TOLERANCE = 0.02  # relative to the largest value; half precision may round differently
 
@@ -95,12 +96,15 @@ class Tower(NamedTuple):
         native_config: Config with only those layers, for the image size that the tower was trained with.
         config: The same config for the requested image size.
         key_mapping: Regular expressions for tensor names in the source, mapped to the names in the tower.
+        naflex_config: Config of a NaFlex tower, which takes images of any size. It becomes a SigLIP tower for one size,
+            which computes the same.
     """
 
     source: str
     native_config: PreTrainedConfig
     config: PreTrainedConfig
     key_mapping: dict[str, str]
+    naflex_config: PreTrainedConfig | None = None
 
 
 def init(
@@ -214,6 +218,26 @@ def default_pooling_window(grid: int) -> int:
     return best
 
 
+def default_query_layer(num_layers: int) -> int:
+    """Index of the decoder layer before which the query tokens are updated: the released models' relative depth.
+
+    Args:
+        num_layers: Number of decoder layers.
+    """
+    return max(1, round(num_layers * RELEASED_QUERY_DEPTH))
+
+
+def default_query_heads(num_decoder_heads: int, *widths: int) -> int:
+    """Number of heads of the Embedded Query module: the decoder's, or fewer so that it divides the widths.
+
+    Args:
+        num_decoder_heads: Number of attention heads of the decoder.
+        *widths: Width of the Embedded Query module, and of the vision tower.
+    """
+    common = math.gcd(*widths)
+    return max(count for count in range(1, num_decoder_heads + 1) if common % count == 0)
+
+
 @contextlib.contextmanager
 def _repository_errors(language: str) -> Iterator[None]:
     """Convert errors to `RepositoryError`s with one line."""
@@ -265,8 +289,34 @@ def _find_tower(source: str, layer: int | None, image_size: int | None) -> Tower
             f"or -{num_layers} to -1."
         )
     native = _changed(config, num_hidden_layers=kept)
+    if config.model_type == NAFLEX:
+        fixed = _fixed_size_config(native, image_size)
+        return Tower(source, fixed, fixed, {}, naflex_config=native)
     key_mapping = {r"^model\.vision_tower\.(vision_tower\.vision_model\.)?": ""} if is_flashsloth else {}
     return Tower(source, native, _changed(native, image_size=image_size) if image_size else native, key_mapping)
+
+
+def _fixed_size_config(naflex: PreTrainedConfig, image_size: int | None) -> PreTrainedConfig:
+    """Config of the SigLIP tower that a NaFlex tower is for square images of one size.
+
+    Args:
+        naflex: Config of the NaFlex tower.
+        image_size: Side of the images in pixels; `None`: as many patches as the tower has position embeddings.
+    """
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_channels",
+        "patch_size",
+        "hidden_act",
+        "layer_norm_eps",
+        "attention_dropout",
+    )
+    fields = {name: getattr(naflex, name) for name in names}
+    side = image_size or math.isqrt(naflex.num_patches) * naflex.patch_size
+    return AutoConfig.for_model("siglip_vision_model", image_size=side, vision_use_head=False, **fields)
 
 
 def _count(config: PreTrainedConfig, name: str) -> int | None:
@@ -389,9 +439,8 @@ def _build_config(
         pad_token_id=tokenizer.pad_token_id,
     )
     if query_layer_idx is None:
-        query_layer_idx = max(1, round(text_config.num_hidden_layers * RELEASED_QUERY_DEPTH))
-    widths = math.gcd(fields["query_hidden_size"], tower.config.hidden_size)
-    heads = [count for count in range(1, text_config.num_attention_heads + 1) if widths % count == 0]
+        query_layer_idx = default_query_layer(text_config.num_hidden_layers)
+    widths = fields["query_hidden_size"], tower.config.hidden_size
     anchor = tokenizer.encode(ANCHOR_TEXT, add_special_tokens=False)
     image_token_id, query_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, QUERY_TOKEN])
     head = decoder.get_output_embeddings()
@@ -402,7 +451,7 @@ def _build_config(
             image_token_id=image_token_id,
             query_token_id=query_token_id,
             query_layer_idx=query_layer_idx,
-            num_query_heads=heads[-1],
+            num_query_heads=default_query_heads(text_config.num_attention_heads, *widths),
             query_anchor_token_id=anchor[0] if len(anchor) == 1 else None,
             lm_head_bias=head.bias is not None,
             tie_word_embeddings=head.weight is decoder.get_input_embeddings().weight,
@@ -501,18 +550,18 @@ def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     Raises:
         RepositoryError: If tensors are missing, or the tower does not fit.
     """
-    num_layers = tower.native_config.num_hidden_layers
+    num_layers = tower.native_config.num_hidden_layers + 1  # FlashSloth reads the input of this tower's last layer
     model, report = _load(
         "--vision",
         AutoModel.from_pretrained,
         tower.source,
-        config=_changed(
-            tower.native_config, num_hidden_layers=num_layers + 1
-        ),  # FlashSloth reads its last layer's input
+        config=_changed(tower.naflex_config or tower.native_config, num_hidden_layers=num_layers),
         dtype=dtype,
         output_loading_info=True,
         **({"key_mapping": tower.key_mapping} if tower.key_mapping else {}),
     )
+    if tower.naflex_config is not None:
+        model = _fix_size(model, _changed(tower.native_config, num_hidden_layers=num_layers))
     used = build_vision_tower(tower.native_config).to(dtype)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in report["missing_keys"]}
     tensors = {name: tensors[name] for name in used.state_dict() if name in tensors}
@@ -524,6 +573,27 @@ def _load_tower(tower: Tower, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if tower.config is not tower.native_config:
         tensors |= _resize_positions(model, tower.config.image_size)
     return {f"{TOWER}{name}": tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _fix_size(naflex: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the SigLIP tower that computes what a NaFlex tower computes for square images of one size.
+
+    Args:
+        naflex: The NaFlex tower: a linear layer of patches, whose pixels it takes row by row with channels last, and
+            position embeddings that it interpolates to each image.
+        config: Config of the SigLIP tower.
+    """
+    state, patch, grid = naflex.state_dict(), config.patch_size, patch_grid_size(config)
+    weight = state["embeddings.patch_embedding.weight"]
+    state["embeddings.patch_embedding.weight"] = weight.view(-1, patch, patch, config.num_channels).permute(0, 3, 1, 2)
+    table = state["embeddings.position_embedding.weight"]
+    table = table.view(*[math.isqrt(len(table))] * 2, -1)
+    positions = naflex.embeddings.resize_positional_embeddings(table, torch.tensor([[grid, grid]]), grid**2)
+    state["embeddings.position_embedding.weight"] = positions[0]
+    model = AutoModel.from_config(config, dtype=naflex.dtype)
+    model.load_state_dict(state, strict=False)  # without the head, which FlashSloth does not read
+    return model
 
 
 @torch.no_grad()

@@ -62,6 +62,13 @@ CHATML_WITH_DATE = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n' }}{% endif %}
 """
+CHATML_WITH_START = """
+{{- bos_token -}}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
 HEADERS = """
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
@@ -120,6 +127,18 @@ TOKENIZERS = {
     "phi": (GPT_2, ["<|endoftext|>"], {"bos": 0, "eos": 0}, None),
     "qwen3": (QWEN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {"eos": 2, "pad": 0}, CHATML),
     "qwen2": (QWEN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {"eos": 2, "pad": 0}, CHATML_WITH_DEFAULT),
+    "smollm2": (
+        GPT_2,
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        {"bos": 1, "eos": 2, "pad": 2},
+        CHATML_WITH_DEFAULT,
+    ),
+    "lfm2": (
+        QWEN,
+        ["<|pad|>", "<|startoftext|>", "<|im_start|>", "<|im_end|>"],
+        {"pad": 0, "bos": 1, "eos": 3},
+        CHATML_WITH_START,
+    ),
     "smollm3": (QWEN, ["<|im_start|>", "<|im_end|>"], {"eos": 1, "pad": 1}, CHATML_WITH_DATE),
     "llama": (
         QWEN,
@@ -157,6 +176,7 @@ DECODERS = {
     "phi": {"num_attention_heads": 4, "partial_rotary_factor": 0.5, "max_position_embeddings": 512},
     "qwen3": {**HEADS, "tie_word_embeddings": True},
     "llama": {**HEADS, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "lfm2": {"num_attention_heads": 4, "num_key_value_heads": 2, "full_attn_idxs": [1, 3]},
     "gemma3_text": {**HEADS, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64},
 }
 TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
@@ -198,7 +218,7 @@ def make_tokenizer(family):
     backend.train_from_iterator(CORPUS, trainers.BpeTrainer(**trainer))
     if family == "phi":  # runs of spaces, which are not special tokens
         backend.add_tokens([AddedToken(" " * length, normalized=False) for length in (3, 2)])
-    if "bos" in names and template:
+    if "bos" in names and "bos_token" in (template or ""):
         bos = special[names["bos"]]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, names["bos"])], pair=f"{bos} $A {bos} $B"

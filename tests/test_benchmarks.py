@@ -37,6 +37,20 @@ def test_committed_latency_tables_follow_from_their_json(name):
     assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == text
 
 
+def test_the_costs_of_towers_and_decoders_in_the_docs_are_the_counted_ones():
+    cases = json.loads((RESULTS / "counts.json").read_text())["cases"]
+    counted = {case["model"]: case["counts"] for case in cases if case["model"].startswith("FlashSloth")}
+    del counted["FlashSloth-HD-3.2B"]
+    assert len(counted) == 9
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    for name, counts in counted.items():
+        vision, prefill, token = (counts[f"{part}_flops"] for part in ("vision", "prefill", "token"))
+        own = counted["FlashSloth-3.2B"]
+        ratio = (vision + prefill) / (own["vision_flops"] + own["prefill_flops"])
+        cells = [name, counts["visual_tokens"], f"{vision / 1e9:.0f}", f"{prefill / 1e9:.0f}", f"{ratio:.2f}"]
+        assert f"| {' | '.join(map(str, [*cells, f'{token / 1e9:.2f}']))} |" in text
+
+
 def test_the_committed_table_of_training_costs_follows_from_its_json():
     report = json.loads((RESULTS / "step_cost_cpu.json").read_text())
     text = f"{report['machine']}\n\n{step_cost.as_table(report['rows'])}\n"

@@ -45,6 +45,7 @@ PAIRS = {  # decoder: (tower, decoder's spare rows, pooling window)
     "qwen3": ("clip", 8, 4),
     "llama": ("dinov2", 0, None),
     "gemma3_text": ("siglip_vision_model", 1, 2),
+    "lfm2": ("siglip_vision_model", 8, 4),  # its convolution layers have a state of their own
 }
 SENTINEL = "\ue000"
 ASK = """
@@ -250,6 +251,7 @@ def test_answers_end_at_the_end_token_of_the_chat_format(built, family):
     assert model.config.image_token_id == processor.image_token_id
     assert model.config.query_token_id == processor.query_token_id
     expected = {"phi": "</s>", "qwen3": "<|im_end|>", "llama": "<|eot_id|>", "gemma3_text": "<end_of_turn>"}
+    expected["lfm2"] = "<|im_end|>"
     assert done.end_token == expected[family]
 
 
@@ -624,6 +626,43 @@ def make_other(folder, kind, **changes):
     return model
 
 
+@pytest.mark.parametrize(("image_size", "grid"), [(None, 8), (96, 12)])
+def test_a_naflex_tower_is_used_at_one_size_and_computes_the_same(bases, tmp_path, image_size, grid):
+    model = make_other(tmp_path / "tower", "siglip2_vision_model", image_size=None, num_patches=64)
+    outputs = []
+    model.encoder.layers[1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    done = init(tmp_path / "tower", bases[0] / "phi", tmp_path / "out", query_hidden_size=WIDTH, image_size=image_size)
+    built = FlashSlothForConditionalGeneration.from_pretrained(done.output)
+    assert (done.config.vision_config.model_type, done.config.patch_grid_size) == ("siglip_vision_model", grid)
+    pixels = torch.randn(2, 3, 8 * grid, 8 * grid)
+    patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(2, grid**2, -1)
+    with torch.no_grad():
+        model(patches, torch.ones(2, grid**2), torch.tensor([[grid, grid]] * 2))
+        found = built.get_image_features(pixels).last_hidden_state
+    expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_tower_for_256_pixels_gives_36_tokens_at_288(bases, tmp_path):
+    """The geometry of SigLIP 2 base: neither grid, 16x16 or 18x18, is that of the released tower."""
+    make_other(tmp_path / "tower", "siglip_vision_model", image_size=256, patch_size=16)
+    done = init(
+        tmp_path / "tower",
+        bases[0] / "lfm2",
+        tmp_path / "out",
+        image_size=288,
+        pooling_window_size=3,
+        query_hidden_size=WIDTH,
+    )
+    assert (done.config.num_patches, done.config.image_seq_length) == (18**2, 36)
+    processor = FlashSlothProcessor.from_pretrained(done.output)
+    inputs = processor.encode_conversations([question(Image.new("RGB", (336, 336)))])
+    assert inputs["pixel_values"].shape[-2:] == (288, 288)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 36
+    model = FlashSlothForConditionalGeneration.from_pretrained(done.output)
+    assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
 SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "num_attention_heads": None}
 UNFIT_TOWERS = {
     "convnext": ({"hidden_sizes": [8] * 4, "depths": [1] * 4, "hidden_size": None}, "not a vision tower with layers"),
@@ -633,7 +672,6 @@ UNFIT_TOWERS = {
     "vit_mae": ({"decoder_num_hidden_layers": 1}, "does not give one feature for each of the 64 patches"),
     "vit_mae, all patches seen": ({"decoder_num_hidden_layers": 1, "mask_ratio": 0.0}, "does not give one feature"),
     "videomae": ({"num_frames": 2}, "does not give one feature"),
-    "siglip2_vision_model": ({"image_size": None}, "square images and patches: it has image_size=None"),
 }
 
 

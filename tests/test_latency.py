@@ -32,11 +32,19 @@ LINEAR = {
     "linear_value_head_dim": 16,
 }
 SMALLER = {  # needed in addition to the widths above, or different from them
-    "lfm2_vl": {"text_config": {"full_attn_idxs": [1]}, "projector_hidden_size": 48},
-    "minicpmv4_6": {
-        "text_config": {**LINEAR, "layer_types": ["linear_attention", "full_attention"]},
-        "insert_layer_id": 0,
+    "gemma4": {
+        "text_config": {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "num_key_value_heads": 1,
+            "hidden_size_per_layer_input": 8,
+            "global_head_dim": 32,
+        },
+        "vision_config": {"num_key_value_heads": 2, "head_dim": 16},
     },
+    "lfm2_vl": {"projector_hidden_size": 48},
+    "minicpmv4_6": {"insert_layer_id": 0},
     "paligemma": {"projection_dim": 64, "hidden_size": 64},
     "qwen2_vl": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
@@ -46,7 +54,12 @@ SMALLER = {  # needed in addition to the widths above, or different from them
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
         "vision_config": {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
     },
+    "qwen3_5": {"vision_config": {"depth": 2, "num_heads": 2, "out_hidden_size": 64}},
     "flashsloth": FLASHSLOTH,
+}
+SMALLER_DECODERS = {  # the same, by the decoder's type
+    "lfm2": {"full_attn_idxs": [1]},
+    "qwen3_5_text": {**LINEAR, "layer_types": ["linear_attention", "full_attention"]},
 }
 DEFAULTS = {
     "flashsloth": {
@@ -66,7 +79,7 @@ def shrink(peer):
     changes = SMALLER.get(family, {})
     released = DEFAULTS.get(family, {"vision_config": {}})
     text, vision = (config.get(name, released.get(name)) for name in ("text_config", "vision_config"))
-    config["text_config"] = text | TEXT | changes.get("text_config", {})
+    config["text_config"] = text | TEXT | SMALLER_DECODERS.get(text["model_type"], {}) | changes.get("text_config", {})
     if family != "fast_vlm":
         config["vision_config"] = vision | (VISION if family != "qwen2_vl" else {}) | changes.get("vision_config", {})
     config |= {name: value for name, value in changes.items() if not name.endswith("_config")}
@@ -238,6 +251,44 @@ def test_an_interrupted_run_resumes_and_reports_ratios(tmp_path):
     assert again[:3] == cases[:3] and again[3]["measured"] != cases[3]["measured"]
     assert run("--counts-only", "--models", names[1])[0] == cases[2]
     assert run("--new-tokens", "3", "--models", names[1], "--batch-sizes", "1")[0]["settings"]["new_tokens"] == 3
+
+
+def test_any_model_can_be_the_reference_and_float32_takes_twice_the_memory(tmp_path):
+    peers = tuple(shrink(named(name)) for name in ("FlashSloth-3.2B", "FlashSloth-B/288 + LFM2-350M"))
+    options = ["--device", "cpu", "--images", "336", "--batch-sizes", "1", "--rounds", "1", "--new-tokens", "2"]
+    options += ["--dtype", "float32", "--reference", peers[1].name, "--output", str(tmp_path / "run")]
+    latency.main(options, peers)
+    first, second = json.loads((tmp_path / "run.json").read_text())["cases"]
+    assert second["measured"] == second["reference"]
+    assert first["measured"] != first["reference"]
+    assert first["settings"]["dtype"] == first["counts"]["dtype"] == "float32"
+    half = latency.count(peers[0], 336)
+    assert first["counts"]["decoder_bytes"] == 2 * half["decoder_bytes"]
+    assert first["counts"]["prefill_flops"] == half["prefill_flops"]
+    text = (tmp_path / "run.md").read_text()
+    assert "float32; 2 tokens" in text
+    assert f"Ratios: to {peers[1].name}," in text
+
+
+def test_an_interrupted_run_leaves_a_report_of_what_is_finished(tmp_path, monkeypatch):
+    peers = tuple(shrink(named(name)) for name in ("FlashSloth-3.2B", "PaliGemma-3B-224"))
+    count = latency.count
+    monkeypatch.setattr(
+        latency, "count", lambda peer, *rest: count(peer, *rest) if peer is peers[0] else pytest.fail("interrupted")
+    )
+    options = ["--device", "cpu", "--images", "336", "--batch-sizes", "1", "--rounds", "1", "--new-tokens", "2"]
+    with pytest.raises(pytest.fail.Exception, match="interrupted"):
+        latency.main(["--output", str(tmp_path / "run"), *options], peers)
+    assert [case["model"] for case in json.loads((tmp_path / "run.json").read_text())["cases"]] == [peers[0].name]
+    assert "### 336×336, batch 1\n\n| model" in (tmp_path / "run.md").read_text()
+
+
+@pytest.mark.parametrize(("peer", "tokens"), [(p, 64 if "256" in p.name else 36) for p in PEERS if "-B/" in p.name])
+def test_the_small_flashsloths_have_their_tokens_and_the_heads_that_init_chooses(peer, tokens):
+    config = peer.build_config()
+    assert config.image_seq_length == tokens
+    heads = {"qwen3": 16, "lfm2": 16, "llama": 8}  # SmolLM2 has 9, which do not divide the tower's width
+    assert config.num_query_heads == heads[config.text_config.model_type]
 
 
 def test_a_model_that_does_not_fit_is_skipped_with_the_reason(tmp_path, monkeypatch):
