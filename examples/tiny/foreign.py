@@ -47,10 +47,7 @@ class ForeignImages:
             image.thumbnail((900, 900))
             self._loaded[file] = image
         image = self._loaded[file]
-        share = rng.uniform(0.35, 1)
-        width, height = round(share * image.width), round(share * image.height)
-        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-        image = image.resize(size, Image.Resampling.BILINEAR, (left, top, left + width, top + height), reducing_gap=2.0)
+        image = _part(image, size, rng)
         if rng.random() < 0.5:
             image = ImageOps.mirror(image)
         if rng.random() < 0.1:
@@ -70,6 +67,19 @@ class ForeignImages:
             canvas.text((0.06 * size[0], top), " ".join(words), font=font, fill=ink)
             top += height * (1.4 if rng.random() < 0.9 else 2.8)
         return image
+
+
+def _part(photograph: Image.Image, size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """A part of a photograph, not of its sky or another plain area if there is more to see."""
+    for _ in range(5):
+        share = rng.uniform(0.35, 1)
+        width, height = round(share * photograph.width), round(share * photograph.height)
+        left, top = rng.randint(0, photograph.width - width), rng.randint(0, photograph.height - height)
+        edges = left, top, left + width, top + height
+        part = photograph.resize(size, Image.Resampling.BILINEAR, edges, reducing_gap=2.0)
+        if np.asarray(part.convert("L").resize((32, 32)), np.float32).std() > 20:
+            break
+    return part
 
 
 def _chart(rng: random.Random, size: tuple[int, int]) -> Image.Image:

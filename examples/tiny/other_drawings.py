@@ -37,9 +37,18 @@ GROUNDS = {  # and the colours that cannot be told from them
     "dots": ("white", "grey"),
     "sky": ("white", "blue", "grey"),
 }
-_SKY = '<linearGradient id="g" x2="0" y2="1"><stop offset="0" stop-color="#a5d8ff"/><stop offset="1" stop-color="#fff"/></linearGradient>'
-_DOTS = '<pattern id="g" width="18" height="18" patternUnits="userSpaceOnUse"><rect width="18" height="18" fill="#fff"/><circle cx="5" cy="5" r="1.5" fill="#ced4da"/></pattern>'
-_PAPER = '<pattern id="g" width="24" height="24" patternUnits="userSpaceOnUse"><rect width="24" height="24" fill="#fffef8"/><path d="M0 .5H24M.5 0V24" stroke="#d0ebff"/></pattern>'
+_SKY = (
+    '<linearGradient id="g" x2="0" y2="1"><stop offset="0" stop-color="#a5d8ff"/>'
+    '<stop offset="1" stop-color="#fff"/></linearGradient>'
+)
+_DOTS = (
+    '<pattern id="g" width="18" height="18" patternUnits="userSpaceOnUse"><rect width="18" height="18" fill="#fff"/>'
+    '<circle cx="5" cy="5" r="1.5" fill="#ced4da"/></pattern>'
+)
+_PAPER = (
+    '<pattern id="g" width="24" height="24" patternUnits="userSpaceOnUse"><rect width="24" height="24" fill="#fffef8"/>'
+    '<path d="M0 .5H24M.5 0V24" stroke="#d0ebff"/></pattern>'
+)
 DEFINITIONS = {"sky": _SKY, "dots": _DOTS, "paper": _PAPER}
 
 

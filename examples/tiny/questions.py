@@ -103,9 +103,9 @@ def phrase_of(thing: Thing) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """Describe a scene: its things in reading order, each with its place."""
+    """Describe a scene: its things in reading order, each with its place; "nothing" if it has none."""
     ordered = sorted(scene.things, key=lambda thing: (_row(thing), thing.box.centre[0]))
-    return ", ".join(f"{phrase_of(thing)} {place_of(thing)}" for thing in ordered)
+    return ", ".join(f"{phrase_of(thing)} {place_of(thing)}" for thing in ordered) or "nothing"
 
 
 def _row(thing: Thing) -> int:
@@ -231,26 +231,29 @@ def _properties(scene: Scene, references: References, rng: random.Random) -> Ite
 
 def _places(scene: Scene, references: References, rng: random.Random) -> Iterator[Question]:
     """Questions about what is where."""
-    if not all(map(is_clearly_placed, scene.things)):
-        clear = [number for number, thing in enumerate(scene.things) if is_clearly_placed(thing)]
-    else:
-        clear = list(range(len(scene.things)))
-        by_place: dict[str, list[Thing]] = {}
-        for thing in scene.things:
-            by_place.setdefault(place_of(thing), []).append(thing)
-        for place, found in by_place.items():
-            if len(found) == 1:
-                kind = "thing" if found[0].name in THINGS else "place"
-                yield Question(kind, word("place", rng, at(place, rng)), phrase_of(found[0]))
-                if found[0].name in SHAPES:
-                    yield Question("shape", word("shape at place", rng, at(place, rng)), found[0].name)
-        corner = f"{rng.choice(('top', 'bottom'))} {rng.choice(('left', 'right'))}"
-        if corner not in by_place and rng.random() < 0.3:
-            yield Question("place", word("place", rng, at(corner, rng)), "nothing")
+    clear = [number for number, thing in enumerate(scene.things) if is_clearly_placed(thing)]
+    if len(clear) == len(scene.things):
+        yield from _contents_of_places(scene, rng)
     for number in clear:
         if references[number]:
             name = rng.choice(references[number])
             yield Question("where", word("where", rng, name), place_of(scene.things[number]))
+
+
+def _contents_of_places(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    """Questions about what is at a place, which holds one thing or nothing."""
+    by_place: dict[str, list[Thing]] = {}
+    for thing in scene.things:
+        by_place.setdefault(place_of(thing), []).append(thing)
+    for place, found in by_place.items():
+        if len(found) == 1:
+            kind = "thing" if found[0].name in THINGS else "place"
+            yield Question(kind, word("place", rng, at(place, rng)), phrase_of(found[0]))
+            if found[0].name in SHAPES:
+                yield Question("shape", word("shape at place", rng, at(place, rng)), found[0].name)
+    corner = f"{rng.choice(('top', 'bottom'))} {rng.choice(('left', 'right'))}"
+    if corner not in by_place and rng.random() < 0.3:
+        yield Question("place", word("place", rng, at(corner, rng)), "nothing")
 
 
 def _positions(scene: Scene, references: References, rng: random.Random) -> Iterator[Question]:

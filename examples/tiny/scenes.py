@@ -6,17 +6,18 @@ Split and index determine a scene:
     scene = scene_at("train", 7, art)
     image, masks = draw(scene, art)
 
-Nothing here depends on the questions (`questions.py`) or on the size of a tile: a scene's canvas has an aspect ratio from
-1:3 to 3:1, and the image processor squashes it.
+Nothing here depends on the questions (`questions.py`) or on the size of a tile: a scene's canvas has an aspect ratio
+from 1:3 to 3:1, and the image processor squashes it.
 """
 
 import io
+import itertools
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +45,14 @@ UPPER, LOWER, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz
 CHARACTERS = UPPER + LOWER + DIGITS
 MAX_CHARACTERS = 8
 GROUNDS = ("plain", "gradient", "stripes", "checks", "grid", "lines", "noise", "blur")
+SIGN_MARGIN = 1.35  # height of a sign, as a multiple of its text's
 MIN_CONTRAST = 130.0  # distance of a paint from the ground, in weighted RGB units from 0 to about 760
 _MATPLOTLIB_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _BUNDLED_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "STIXGeneralBol")
-_SYLLABLES = tuple(
-    ["ba", "be", "bo", "ca", "co", "da", "de", "di", "fa", "fi", "ga", "go", "ha", "he", "in", "ka", "ki", "la", "le", "lo", "ma", "me", "mi", "mo", "na", "ne", "no", "pa", "pe", "po", "ra", "re", "ri", "ro", "sa", "se", "so", "ta", "te", "ti", "to", "un", "va", "ve", "vi", "wa", "za", "st", "ch", "sh", "th", "er", "en", "ar", "or", "an", "on", "al", "el"]
+_SYLLABLES = re.findall(
+    "..",
+    "babebocacodadedifafigagohaheinkakilalelomamemimonanenopapeporarerirosasesotatetitounvavevi"
+    "wazastchshtherenaroranonalel",
 )
 
 
@@ -148,6 +152,9 @@ class Layout:
         quality: Probability of each of several flaws: JPEG, blur, noise, coarse edges.
         art_changes: Probability of each of several changes of emoji art.
         drawn: Smallest and largest canvas: geometric mean of its sides, in pixels.
+        text_height: Smallest height of a text, as a fraction of the canvas's; a character is at least half as wide, as
+            a fraction of its width.
+        share_empty: Share of the scenes that have nothing in them.
     """
 
     num_things: tuple[int, int] = (1, 6)
@@ -159,6 +166,8 @@ class Layout:
     quality: float = 0.12
     art_changes: float = 0.1
     drawn: tuple[float, float] = (144.0, 320.0)
+    text_height: float = 0.13
+    share_empty: float = 0.015
 
 
 class Art:
@@ -193,10 +202,14 @@ def sample_scene(rng: random.Random, art: Art, layout: Layout) -> Scene:
     """Sample a scene."""
     size = _sample_size(rng, layout)
     ground, colours = _sample_ground(rng)
-    boxes = _grid_boxes(rng, layout) if layout.cells else _free_boxes(rng, size, layout)
+    if layout.cells:
+        boxes = _grid_boxes(rng, layout)
+    else:
+        boxes = [] if rng.random() < layout.share_empty else _free_boxes(rng, size, layout)
     things: list[Thing] = []
     for box in boxes:
-        things.append(_sample_thing(rng, box, size, colours, things, art, layout))
+        if not any(thing.text and thing.box.overlap(box) for thing in things):  # text is never covered
+            things.append(_sample_thing(rng, box, size, colours, things, art, layout))
     return Scene(tuple(things), size, ground, colours, rng.randrange(2**31))
 
 
@@ -280,7 +293,11 @@ def _sample_thing(
     seed = rng.randrange(2**31)
     kind = rng.random()
     if kind < layout.share_texts and (layout.cells or not any(thing.text for thing in earlier) or rng.random() < 0.3):
-        return _sample_text(rng, box, size, grounds, earlier, layout, seed)
+        text, is_sign = sample_string(rng, 2 if layout.cells else MAX_CHARACTERS), rng.random() < 0.45
+        smallest = layout.text_height * (SIGN_MARGIN if is_sign else 1)
+        room = box if layout.cells else _text_box(rng, box, size, len(text), earlier, smallest)
+        if room is not None:
+            return _sample_text(rng, room, text, is_sign, grounds, seed)
     if kind > 1 - layout.share_shapes or not art.drawings:
         shape, colour = _sample_pair(rng, earlier)
         colour, paint = _sample_paint(rng, grounds, colour)
@@ -327,22 +344,20 @@ def sample_string(rng: random.Random, max_length: int = MAX_CHARACTERS) -> str:
             text += rng.choice(_SYLLABLES)
         text = text[:length].upper()
     case = rng.random()
+    if length == 1 or set(text) <= set("COSUVWXZ"):  # could be either case
+        return text
     return text if case < 0.6 else text.lower() if case < 0.8 else text.capitalize()
 
 
 def _sample_text(
     rng: random.Random,
     box: Box,
-    size: tuple[int, int],
+    text: str,
+    is_sign: bool,
     grounds: Sequence[tuple[int, int, int]],
-    earlier: Sequence[Thing],
-    layout: Layout,
     seed: int,
 ) -> Thing:
-    text = sample_string(rng, 2 if layout.cells else MAX_CHARACTERS)
-    if not layout.cells:
-        box = _widen(rng, box, size, len(text), earlier)
-    if rng.random() < 0.45:
+    if is_sign:
         colour, paint = _sample_paint(rng, grounds)
         return Thing("sign", colour, paint, box, text, grounds[0], seed)
     wanted = "black" if rng.random() < 0.5 else "white" if rng.random() < 0.3 else ""
@@ -350,17 +365,22 @@ def _sample_text(
     return Thing("number" if text.isdigit() else "word", colour, paint, box, text, grounds[0], seed)
 
 
-def _widen(rng: random.Random, box: Box, size: tuple[int, int], length: int, earlier: Sequence[Thing]) -> Box:
-    """Give a text's box the shape of its text, within the canvas and without covering what is there."""
-    height = (box.bottom - box.top) * rng.uniform(0.5, 0.9)
+def _text_box(
+    rng: random.Random, box: Box, size: tuple[int, int], length: int, earlier: Sequence[Thing], smallest: float
+) -> Box | None:
+    """Give a box the shape of a text that can be read, without covering what is there; None if there is no room."""
+    height = max(smallest, (box.bottom - box.top) * rng.uniform(0.5, 0.9))
     width = min(0.97, height * size[1] / size[0] * (0.75 * length + 0.6))
-    for shrink in (1.0, 0.8, 0.6, 0.45):
-        left = min(max(0.015, box.centre[0] - shrink * width / 2), 0.985 - shrink * width)
-        top = min(max(0.015, box.centre[1] - height / 2), 0.985 - height)
-        wide = Box(left, top, left + shrink * width, top + height)
+    narrowest = min(0.97, 0.5 * smallest * (length + 0.5))
+    places = [box.centre, *((rng.random(), rng.random()) for _ in range(8))]
+    for (x, y), shrink in itertools.product(places, (1.0, 0.75, 0.5)):
+        part, high = max(narrowest, shrink * width), max(smallest, shrink * height)
+        left = min(max(0.015, x - part / 2), 0.985 - part)
+        top = min(max(0.015, y - high / 2), 0.985 - high)
+        wide = Box(left, top, left + part, top + high)
         if all(wide.overlap(thing.box) == 0 for thing in earlier):
             return wide
-    return wide
+    return None
 
 
 # Drawing
@@ -693,7 +713,7 @@ def character_boxes(thing: Thing, size: tuple[int, int], art: Art) -> list[Box]:
     lengths = [font.getlength(thing.text[:end]) for end in range(len(thing.text) + 1)]
     edges = [area[0] + ink.left + (ink.right - ink.left) * length / max(1.0, lengths[-1]) for length in lengths]
     top, bottom = ((area[1] + edge) / size[1] for edge in (ink.top, ink.bottom))
-    return [Box(left / size[0], top, right / size[0], bottom) for left, right in pairwise(edges)]
+    return [Box(left / size[0], top, right / size[0], bottom) for left, right in itertools.pairwise(edges)]
 
 
 def _spoil(canvas: Image.Image, rng: random.Random, chance: float) -> Image.Image:

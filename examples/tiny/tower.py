@@ -1,7 +1,8 @@
 """Pretraining of the tiny vision tower to predict the content of every patch.
 
-It replaces SigLIP's pretraining of the released checkpoints. Every patch of a thing predicts the thing's name and colour
-and where its middle is; every patch of a text predicts the character that it shows and which one of the text that is.
+It replaces SigLIP's pretraining of the released checkpoints. Every patch of a thing predicts the thing's name and
+colour and where its middle is; every patch of a text predicts the character that it shows and which one of the text
+that is.
 """
 
 import logging
@@ -269,7 +270,7 @@ class TowerForPatches(nn.Module):
             logits of its patches, then name, colour, character and its number by each patch.
         """
         logits = self.head(self.norm(self.encode(pixel_values, corner[0]))).float().flatten(0, 1)
-        batch, num_patches = owners.shape
+        batch = len(owners)
         group = (torch.arange(batch, device=owners.device)[:, None] * (MAX_THINGS + 1) + owners).flatten()
         sizes = torch.zeros(batch * (MAX_THINGS + 1), device=logits.device).index_add(
             0, group, logits.new_ones(group.shape)
