@@ -168,7 +168,7 @@ class ConversationDataset(Dataset):
             plans = [self._plan(self.start + row) for row in rows]
             self._sorted = block, sorted(plans, key=lambda plan: len("".join(q.text + q.answer for q in plan[1])))
         images, asked = self._sorted[1][place]
-        number = (self.start + index) // self.batch
+        number = self.start + index // self.batch
         is_split = random.Random(f"split:{number}").random() < self.mix.share_split
         return {"messages": as_messages([self._show(image) for image in images], asked), "do_image_splitting": is_split}
 

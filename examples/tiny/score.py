@@ -8,11 +8,12 @@ of emoji art, two of which are never trained on; words in fonts that are never t
 """
 
 import argparse
+import itertools
 import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from other_drawings import draw_svg
 from PIL import Image
 from questions import REFUSAL, Question, find_kind, questions, questions_on_two
 from scenes import THINGS, Art, Box, Layout, Scene, Thing, draw, sample_string, scene_at
+from transformers import BatchFeature
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.cli.devices import working_dtype
@@ -74,19 +76,26 @@ def one_of_each_kind(asked: Sequence[Question], rng: random.Random) -> list[Ques
     return [rng.choice(find_kind(asked, kind)) for kind in kinds]
 
 
-def scene_items(number: int, art: Art, split: str = SPLIT) -> Iterator[Item]:
-    """Questions about scenes: alone, after one and two others, and in five tiles."""
+def scene_items(number: int, art: Art | None = None, split: str = SPLIT) -> Iterator[Item]:
+    """Questions about scenes, one of every kind about each; without art, about shapes and text."""
     for index in range(number):
         rng = random.Random(f"{split} questions:{index}")
         scene = scene_at(split, index, art)
-        images = (draw(scene, art),)
-        chosen = one_of_each_kind(questions(scene, rng), rng)
-        for place, (kind, text, answer) in enumerate(chosen):
-            others = [(q.text, q.answer) for q in chosen[place + 1 :] + chosen[:place] if q.kind != "describe"]
-            yield Item("scenes", kind, images, text, answer)
-            yield Item("as second question", kind, images, text, answer, tuple(others[:1]))
-            yield Item("as third question", kind, images, text, answer, tuple(others[:2]))
-            yield Item("five tiles", kind, images, text, answer, is_split=True)
+        image = draw(scene, art)
+        for kind, text, answer in one_of_each_kind(questions(scene, rng), rng):
+            yield Item("scenes", kind, (image,), text, answer)
+
+
+def other_ways(items: Sequence[Item]) -> Iterator[Item]:
+    """The questions of `scene_items` after one and two others about the same scene, and in five tiles."""
+    for _, group in itertools.groupby(items, key=lambda item: id(item.images[0])):
+        asked = list(group)
+        for place, item in enumerate(asked):
+            others = [other for other in asked[place + 1 :] + asked[:place] if other.kind != "describe"]
+            before = tuple((other.question, other.answer) for other in others)
+            yield replace(item, suite="as second question", before=before[:1])
+            yield replace(item, suite="as third question", before=before[:2])
+            yield replace(item, suite="five tiles", is_split=True)
 
 
 def small_items(number: int, art: Art, split: str = SPLIT) -> Iterator[Item]:
@@ -132,7 +141,8 @@ def naming_items(folder: Path) -> Iterator[Item]:
                 thing = Thing(name, "", (0, 0, 0), Box(0.2, 0.2, 0.8, 0.8), "", (255, 255, 255), number)
                 scene = Scene((thing,), (256, 256), "plain", WHITE, 0)
                 layout = Layout(quality=0.0, art_changes=0.0)
-                yield Item("naming", style, (draw(scene, art, layout),), "What is this?", name)
+                suite = "naming" if style in STYLES else f"naming, {style}"
+                yield Item(suite, style, (draw(scene, art, layout),), "What is this?", name)
 
 
 def word_items(number: int, folder: Path, split: str = SPLIT) -> Iterator[Item]:
@@ -163,11 +173,8 @@ def foreign_items(number: int, folder: Path, art: Art) -> Iterator[Item]:
             yield Item("foreign", kind, (foreign.sample(rng, kind),), rng.choice(wordings), REFUSAL)
 
 
-@torch.inference_mode()
-def answer(
-    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, batch: Sequence[Item], **kwargs: Any
-) -> list[str]:
-    """Answer questions by greedy decoding; all of a batch are split into tiles, or none."""
+def build_inputs(processor: FlashSlothProcessor, batch: Sequence[Item]) -> BatchFeature:
+    """Build the prompts of questions, with the conversations before them; all are split into tiles, or none."""
     conversations = []
     for item in batch:
         messages: list[dict] = []
@@ -177,8 +184,22 @@ def answer(
             if reply is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
         conversations.append(messages)
-    inputs = processor.encode_conversations(conversations, padding=True, do_image_splitting=batch[0].is_split)
-    inputs = inputs.to(model.device)
+    return processor.encode_conversations(conversations, padding=True, do_image_splitting=batch[0].is_split)
+
+
+@torch.inference_mode()
+def answer(
+    model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, batch: Sequence[Item], **kwargs: Any
+) -> list[str]:
+    """Answer questions by greedy decoding.
+
+    Args:
+        model: The model, in evaluation mode.
+        processor: Its processor.
+        batch: The questions; all are split into tiles, or none.
+        **kwargs: Arguments of `generate`.
+    """
+    inputs = build_inputs(processor, batch).to(model.device)
     generated = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, **kwargs)
     return processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])
 
@@ -207,8 +228,10 @@ def evaluate(
 def all_items(number: int, folder: Path, split: str = SPLIT) -> list[Item]:
     """All suites; `number` is the number of scenes."""
     art = Art(folder)
+    scenes = list(scene_items(number, art, split))
     return [
-        *scene_items(number, art, split),
+        *scenes,
+        *other_ways(scenes),
         *small_items(number, art, split),
         *pair_items(number, art, split),
         *drawing_items(2 * number, split),
@@ -229,8 +252,10 @@ def as_counts(result: dict[str, dict[str, Counts]]) -> dict[str, dict[str, dict[
 def curve_items(number: int, folder: Path) -> list[Item]:
     """A few questions of the suites that show progress, for learning curves; `number` is the number of scenes."""
     art = Art(folder)
+    scenes = list(scene_items(number, art, "evaluation"))
     items = [
-        *(item for item in scene_items(number, art, "evaluation") if item.suite in ("scenes", "five tiles")),
+        *scenes,
+        *(replace(item, suite="five tiles", is_split=True) for item in scenes),
         *pair_items(number // 2, art, "evaluation"),
         *drawing_items(number, "evaluation"),
         *word_items(number, folder, "evaluation"),
