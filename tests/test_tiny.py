@@ -25,7 +25,7 @@ from other_drawings import draw_svg
 from PIL import Image, ImageDraw
 from questions import KINDS, REFUSAL, WORDINGS, describe, place_of, questions, questions_on_two
 from scenes import COLOURS, SHAPES, Art, Box, Layout, Scene, Thing, character_boxes, draw, draw_with_masks, scene_at
-from score import Item, evaluate, other_ways, scene_items
+from score import Item, evaluate, other_ways, scene_items, write_page
 from tower import IGNORED, NAMES, crop, find_patch_targets
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -239,6 +239,15 @@ def test_right_answers_are_counted_by_suite_and_kind():
     result = evaluate(items, lambda batch: ["1"] * len(batch))
     shares = {suite: {kind: (c.right, c.asked) for kind, c in kinds.items()} for suite, kinds in result.items()}
     assert shares == {"a": {"x": (1, 1), "y": (0, 1), "all": (1, 2)}, "b": {"x": (1, 1), "all": (1, 1)}}
+
+
+def test_the_page_shows_right_and_wrong_answers(tmp_path):
+    items = [item for item in scene_items(3) if item.kind != "describe"]
+    texts = [item.answer if place % 2 else "something else" for place, item in enumerate(items)]
+    write_page(items, texts, tmp_path / "answers.md")
+    page = (tmp_path / "answers.md").read_text()
+    assert page.count("the same") == page.count("**something else**") == 4
+    assert Image.open(tmp_path / "answers" / "scenes.webp").height == 144
 
 
 # ---- what is learned -------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import itertools
 import json
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 SPLIT = "untouched"  # not used in training or for learning curves, which use "evaluation"
 MAX_ANSWER_TOKENS = 96
+NUM_SHOWN = 4  # right and wrong answers of a suite, on the page
+STRIP_HEIGHT, STRIP_GAP = 144, 4  # pixels
+PAGE_NOTE = (
+    "Chosen at random by `examples/tiny/score.py`; wrong answers are bold. After an arrow comes the next question."
+)
 WHITE = ((255, 255, 255), (255, 255, 255))
 
 
@@ -66,7 +72,6 @@ class Counts:
 
     asked: int = 0
     right: int = 0
-    wrong: list[dict[str, str]] = field(default_factory=list)
 
 
 def one_of_each_kind(asked: Sequence[Question], rng: random.Random) -> list[Question]:
@@ -204,25 +209,47 @@ def answer(
     return processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])
 
 
-def evaluate(
-    items: Sequence[Item], reply: Callable[[Sequence[Item]], list[str]], batch_size: int = 64
-) -> dict[str, dict[str, Counts]]:
+def ask(items: Sequence[Item], reply: Callable[[Sequence[Item]], list[str]], batch_size: int = 64) -> list[str]:
+    """Answer questions in batches of the same shape.
+
+    Args:
+        items: The questions.
+        reply: Answers a batch; all of a batch are split into tiles, or none.
+        batch_size: Number of questions in a batch.
+
+    Returns:
+        The answers, in the order of `items`.
+    """
+
+    def shape(place: int) -> tuple[bool, int, int]:
+        item = items[place]
+        return item.is_split, len(item.images), len(item.before)
+
+    found = [""] * len(items)
+    for (is_split, *_), group in itertools.groupby(sorted(range(len(items)), key=shape), key=shape):
+        places = list(group)
+        size = max(1, batch_size // 4) if is_split else batch_size
+        for start in range(0, len(places), size):
+            batch = places[start : start + size]
+            for place, text in zip(batch, reply([items[place] for place in batch]), strict=True):
+                found[place] = text
+    return found
+
+
+def count_right(items: Sequence[Item], texts: Sequence[str]) -> dict[str, dict[str, Counts]]:
     """Count right answers by suite and kind; "all" counts a suite."""
     result: dict[str, dict[str, Counts]] = {}
-    ordered = sorted(items, key=lambda item: (item.is_split, len(item.before), len(item.images)))
-    for start in range(0, len(ordered), batch_size):
-        block = ordered[start : start + batch_size]
-        for is_split in (False, True):
-            batch = [item for item in block if item.is_split == is_split]
-            for item, text in zip(batch, reply(batch) if batch else [], strict=True):
-                for kind in (item.kind, "all"):
-                    counts = result.setdefault(item.suite, {}).setdefault(kind, Counts())
-                    counts.asked += 1
-                    counts.right += text == item.answer
-                if text != item.answer:
-                    wrong = {"question": item.question, "expected": item.answer, "found": text}
-                    result[item.suite][item.kind].wrong.append(wrong)
+    for item, text in zip(items, texts, strict=True):
+        for kind in (item.kind, "all"):
+            counts = result.setdefault(item.suite, {}).setdefault(kind, Counts())
+            counts.asked += 1
+            counts.right += text == item.answer
     return result
+
+
+def evaluate(items: Sequence[Item], reply: Callable[[Sequence[Item]], list[str]]) -> dict[str, dict[str, Counts]]:
+    """Answer questions and count the right answers; see `ask` and `count_right`."""
+    return count_right(items, ask(items, reply))
 
 
 def all_items(number: int, folder: Path, split: str = SPLIT) -> list[Item]:
@@ -273,6 +300,50 @@ def as_table(result: dict[str, dict[str, Counts]]) -> str:
     return "\n".join(rows)
 
 
+def write_page(items: Sequence[Item], texts: Sequence[str], page: Path) -> None:
+    """Write a Markdown page with some right and wrong answers of every suite; its images go into a folder of its name.
+
+    Args:
+        items: The questions.
+        texts: Their answers.
+        page: The page's file.
+    """
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["# Right and wrong answers of the small checkpoint", "", PAGE_NOTE]
+    for suite in dict.fromkeys(item.suite for item in items):
+        pairs = [(item, text) for item, text in zip(items, texts, strict=True) if item.suite == suite]
+        shown = []
+        for is_right in (True, False):
+            found = [(item, text) for item, text in pairs if (text == item.answer) == is_right]
+            shown += random.Random(suite).sample(found, min(NUM_SHOWN, len(found)))
+        file = folder / f"{re.sub('[^a-z]+', '_', suite)}.webp"
+        save_strip([image for item, _ in shown for image in item.images], file)
+        lines += [
+            "",
+            f"## {suite.capitalize()}",
+            "",
+            f"![Images of the questions below]({folder.name}/{file.name})",
+            "",
+        ]
+        lines += ["| question | right answer | answer |", "|---|---|---|"]
+        for item, text in shown:
+            asked = " → ".join([*(question for question, _ in item.before), item.question])
+            lines.append(f"| {asked} | {item.answer} | {'the same' if text == item.answer else f'**{text}**'} |")
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def save_strip(images: Sequence[Image.Image], file: Path) -> None:
+    """Save images side by side, equally high."""
+    scaled = [image.resize((round(STRIP_HEIGHT * image.width / image.height), STRIP_HEIGHT)) for image in images]
+    strip = Image.new("RGB", (sum(image.width + STRIP_GAP for image in scaled), STRIP_HEIGHT), "magenta")
+    left = 0
+    for image in scaled:
+        strip.paste(image, (left, 0))
+        left += image.width + STRIP_GAP
+    strip.save(file, quality=80)
+
+
 def main() -> None:
     """Evaluate a checkpoint folder or Hub id."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -282,23 +353,24 @@ def main() -> None:
     parser.add_argument("--split", default=SPLIT, help="use 'evaluation' for tuning (default: %(default)s)")
     parser.add_argument("--suites", nargs="+", help="only these suites")
     parser.add_argument("--output", type=Path, help="JSON file for the counts")
+    parser.add_argument("--page", type=Path, help="Markdown file for right and wrong answers")
     parser.add_argument("--verbose", action="store_true", help="log wrong answers")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=working_dtype("cpu")).eval()
     processor = FlashSlothProcessor.from_pretrained(args.model)
-    items = [
-        item for item in all_items(args.scenes, args.art, args.split) if item.suite in (args.suites or [item.suite])
-    ]
-    result = evaluate(items, lambda batch: answer(model, processor, batch))
+    items = all_items(args.scenes, args.art, args.split)
+    items = [item for item in items if item.suite in (args.suites or [item.suite])]
+    texts = ask(items, lambda batch: answer(model, processor, batch))
     if args.output:
-        args.output.write_text(json.dumps(as_counts(result), indent=2) + "\n", encoding="utf-8")
-    logger.info("%s", as_table(result))
+        args.output.write_text(json.dumps(as_counts(count_right(items, texts)), indent=2) + "\n", encoding="utf-8")
+    if args.page:
+        write_page(items, texts, args.page)
+    logger.info("%s", as_table(count_right(items, texts)))
     if args.verbose:
-        for suite, kinds in result.items():
-            for counts in kinds.values():
-                for wrong in counts.wrong:
-                    logger.info("%s: %s", suite, wrong)
+        for item, text in zip(items, texts, strict=True):
+            if text != item.answer:
+                logger.info("%s: %r: expected %r, found %r", item.suite, item.question, item.answer, text)
 
 
 if __name__ == "__main__":
