@@ -179,7 +179,7 @@ def asked():
         ("What does it say?", "PULL"),
         (
             "Describe the image.",
-            "green star top left, green circle top right, white sign PULL bottom left, red circle bottom right",
+            "a green star top left, a green circle top right, a white sign PULL bottom left, a red circle bottom right",
         ),
         ("What colour is the circle?", None),  # there are two
         ("Which shape is green?", None),

@@ -120,6 +120,7 @@ _MORE_SLUGS = {  # further drawings of a thing
 SLUGS: dict[str, tuple[str, ...]] = {slug.replace("-", " "): (slug,) for slug in _THING_SLUGS.split()} | _OTHER_NAMES
 SLUGS |= {name: SLUGS[name] + more for name, more in _MORE_SLUGS.items()}
 SLUGS["t-shirt"] = SLUGS.pop("t shirt")
+SLUGS["tennis racket"] = SLUGS.pop("tennis")
 SLUGS = dict(sorted(SLUGS.items()))
 
 

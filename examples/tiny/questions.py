@@ -105,7 +105,7 @@ def phrase_of(thing: Thing) -> str:
 def describe(scene: Scene) -> str:
     """Describe a scene: its things in reading order, each with its place; "nothing" if it has none."""
     ordered = sorted(scene.things, key=lambda thing: (_row(thing), thing.box.centre[0]))
-    return ", ".join(f"{phrase_of(thing)} {place_of(thing)}" for thing in ordered) or "nothing"
+    return ", ".join(f"{with_article(phrase_of(thing))} {place_of(thing)}" for thing in ordered) or "nothing"
 
 
 def _row(thing: Thing) -> int:
@@ -134,11 +134,18 @@ def count(name: str, scene: Scene) -> int:
 
 def plural(name: str) -> str:
     """The plural of a name: "boxes", "ladies", "dogs"; names that end in s but are singular are rare enough."""
-    irregular = {"mouse": "mice", "leaf": "leaves", "wolf": "wolves", "sheep": "sheep", "fish": "fish", "deer": "deer"}
+    irregular = {
+        "mouse": "mice",
+        "leaf": "leaves",
+        "wolf": "wolves",
+        "snowman": "snowmen",
+        "fish": "fish",
+        "deer": "deer",
+    }
     *before, noun = name.split(" ")
     if noun in irregular:
         noun = irregular[noun]
-    elif noun in PLURALS:
+    elif noun in PLURALS | UNCOUNTABLE:
         pass
     elif noun.endswith(("s", "x", "ch", "sh")):
         noun += "es"
@@ -151,13 +158,13 @@ def plural(name: str) -> str:
     return " ".join([*before, noun])
 
 
-PLURALS = frozenset({"cherries", "fries", "glasses", "grapes", "jeans", "scissors", "sunglasses", "tennis", "sushi"})
+PLURALS = frozenset({"cherries", "fries", "glasses", "grapes", "jeans", "scissors", "sunglasses"})
+UNCOUNTABLE = frozenset({"bread", "popcorn", "sushi"})
 
 
 def with_article(name: str) -> str:
     """A name with "a" or "an"; none before a plural."""
-    last = name.split(" ")[-1]
-    if last in PLURALS or last == "popcorn":
+    if name.split(" ")[-1] in PLURALS | UNCOUNTABLE:
         return name
     return f"{'an' if name[0] in 'aeiou' and not name.startswith(('uni', 'eu')) else 'a'} {name}"
 
