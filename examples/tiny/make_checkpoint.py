@@ -100,10 +100,10 @@ class TowerStage:
 
 TOWER_STAGES = (
     TowerStage(
-        "windows", 0.3, NUM_WINDOWS * WINDOW_SIZE * PATCH_SIZE, WINDOW_SIZE, (DENSE,), 3e-3, "constant_with_warmup"
+        "windows", 0.3125, NUM_WINDOWS * WINDOW_SIZE * PATCH_SIZE, WINDOW_SIZE, (DENSE,), 3e-3, "constant_with_warmup"
     ),
-    TowerStage("grids", 0.3, IMAGE_SIZE, 0, (FULL, FULL, FREE), 2e-3, "constant_with_warmup"),
-    TowerStage("scenes", 0.4, IMAGE_SIZE, 0, (FULL, FREE, FREE, FREE, SMALL_LAYOUT), 2e-3, "linear", (0.06, 0.15)),
+    TowerStage("grids", 0.25, IMAGE_SIZE, 0, (FULL, FULL, FREE), 2e-3, "constant_with_warmup"),
+    TowerStage("scenes", 0.4375, IMAGE_SIZE, 0, (FULL, FREE, FREE, FREE, SMALL_LAYOUT), 2e-3, "linear", (0.06, 0.15)),
 )
 MIXES = {
     "one": Mix(7, WEIGHTS, share_described=0.3, layouts=(replace(Layout(), num_things=(1, 3)), Layout())),
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint")
     parser.add_argument("--work", type=Path, help="folder for checkpoints of the stages (default: OUTPUT-work)")
     parser.add_argument("--art", type=Path, help="folder for emoji art and fonts (default: WORK/art)")
-    parser.add_argument("--tower-steps", type=int, default=5000, help=f"steps of {BATCH_SIZE} images")
+    parser.add_argument("--tower-steps", type=int, default=4800, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument(
         "--steps", type=int, nargs=2, default=(1500, 4500), help=f"steps of {BATCH_SIZE // 2} conversations"
     )
