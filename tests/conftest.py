@@ -238,3 +238,13 @@ def ask(processor):
         )
 
     return render
+
+
+@pytest.fixture
+def num_graphs():
+    """Number of graphs that a test has compiled so far."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()

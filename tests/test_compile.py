@@ -6,6 +6,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 
+pytestmark = pytest.mark.usefixtures("num_graphs")  # every test begins with no graphs
+
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 MAX_CACHE_LEN = 360  # more than any prompt below and its answer
 READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"}
@@ -57,16 +59,6 @@ def prompts(ask, images):
         ask([(images[2:3], "Is it so?")], do_image_splitting=True),
         ask([(images[3:], "And what is this?")]),
     ]
-
-
-@pytest.fixture(autouse=True)
-def num_graphs():
-    """Number of graphs that a test has compiled so far."""
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

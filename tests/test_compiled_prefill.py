@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import CompileConfig
 
+pytestmark = pytest.mark.usefixtures("num_graphs")  # every test begins with no graphs
+
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 MAX_CACHE_LEN = 400  # more than any prompt below and its answer
 SIZES = {"max_cache_len": MAX_CACHE_LEN, "prompt_lengths": (96, 256, 320), "tile_counts": (1, 5)}
@@ -16,16 +18,6 @@ def compiling(backend="eager"):
     config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     config._compile_all_devices = True  # `generate` compiles on accelerators only, if not told otherwise
     return config
-
-
-@pytest.fixture(autouse=True)
-def num_graphs():
-    """Number of graphs that a test has compiled so far."""
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
 
 
 def prefill_of(model, backend="eager", **changes):
