@@ -592,7 +592,8 @@ def _fix_size(naflex: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     positions = naflex.embeddings.resize_positional_embeddings(table, torch.tensor([[grid, grid]]), grid**2)
     state["embeddings.position_embedding.weight"] = positions[0]
     model = AutoModel.from_config(config, dtype=naflex.dtype)
-    model.load_state_dict(state, strict=False)  # without the head, which FlashSloth does not read
+    # Without the head, which FlashSloth does not read.
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
     return model
 
 
