@@ -54,6 +54,14 @@ const parameters = new URLSearchParams(location.search);
 const worker = new Worker(new URL("./worker.ts", import.meta.url), { type: "module" });
 const send = (request: Request): void => worker.postMessage(request);
 
+/** An answer that is being written; `text` is what is not shown yet. */
+interface Answer {
+  element: HTMLElement;
+  question: string;
+  text?: string;
+  attention?: Float32Array;
+}
+
 /** What the page knows. */
 const state: {
   model?: ModelInfo;
@@ -63,7 +71,7 @@ const state: {
   /** A picture that is being encoded, and what to do then. */
   waiting?: { drawing?: number; then?: () => void };
   /** The answer that is being written. */
-  answer?: { element: HTMLElement; attention?: Float32Array; question: string };
+  answer?: Answer;
   /** Attention of the question whose map is shown. */
   attention?: Float32Array;
 } = { source: "picture" };
@@ -263,11 +271,19 @@ function ask(): void {
   });
 }
 
+/** Show the answer so far, once a frame: tokens may come faster than the page is laid out, and "stop" must not wait. */
 function onPart(text: string, attention: Float32Array | undefined): void {
   const { answer } = state;
   if (!answer) return;
   answer.attention ??= attention;
-  answer.element.textContent = text;
+  if (answer.text === undefined) requestAnimationFrame(() => showText(answer));
+  answer.text = text;
+}
+
+function showText(answer: Answer): void {
+  if (answer.text === undefined) return;
+  answer.element.textContent = answer.text;
+  answer.text = undefined;
   answer.element.scrollIntoView({ block: "nearest" });
 }
 
@@ -275,6 +291,7 @@ function onAnswered(text: string, timings: Timings): void {
   const { answer } = state;
   if (!answer) return;
   state.answer = undefined;
+  showText(answer);
   if (!text) answer.element.textContent = "(no answer)";
   const { attention } = answer;
   if (attention) {
