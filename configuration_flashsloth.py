@@ -99,6 +99,8 @@ class FlashSlothConfig(PreTrainedConfig):
         query_layer_idx: Index of the decoder layer in whose input the Embedded Query module updates the query tokens.
         query_hidden_size: Width of the Embedded Query module; a multiple of its heads.
         num_query_heads: Attention heads of the Embedded Query module; `None`: as many as the decoder has.
+        encode_tile_positions: Whether the Embedded Query module can tell from which image or tile of the prompt a patch
+            comes; not in the paper. For models that are trained on several.
         query_anchor_token_id: Vocabulary id of the token whose embedding is added to every query token;
             `None`: none.
         instruction_start_ids: Id patterns after which an instruction begins. The instruction of a query block extends
@@ -141,6 +143,7 @@ class FlashSlothConfig(PreTrainedConfig):
     query_layer_idx: int = 7
     query_hidden_size: int = 576
     num_query_heads: int | None = None
+    encode_tile_positions: bool = False
     query_anchor_token_id: int | None = 764
     instruction_start_ids: list[list[int]] | None = None
     lm_head_bias: bool | None = None

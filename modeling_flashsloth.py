@@ -215,6 +215,7 @@ class QueryContext(NamedTuple):
         patch_mask: True where a query token may read a patch, `(batch, queries_per_row, tiles_per_row * num_patches)`.
         instruction_mask: True where a query token may read a token, `(batch, queries_per_row, seq_length)`.
         update_mask: True at query tokens with an image before them, `(batch, queries_per_row)`.
+        tile_positions: Places of the tiles in their samples, from 0, `(num_tiles,)`; `None`: all alike.
         record: Receives the attention weights, if the caller asked for them.
     """
 
@@ -224,11 +225,36 @@ class QueryContext(NamedTuple):
     patch_mask: torch.Tensor
     instruction_mask: torch.Tensor
     update_mask: torch.Tensor
+    tile_positions: torch.Tensor | None = None
     record: QueryRecord | None = None
 
 
+class TilePositions(nn.Module):
+    """Vectors for the places of tiles: a Fourier basis, projected by a weight that starts at zero.
+
+    In the basis, the vectors of different places are orthogonal, however near they are, and twice as many places as its
+    width have vectors of their own.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width))  # not a linear layer, which would be quantised
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Vectors `(…, width)` of places `(…)` from 0."""
+        width = self.weight.shape[1]
+        frequencies = torch.arange(1, width + 1, 2, device=positions.device) * (math.pi / width)
+        angles = positions.unsqueeze(-1) * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)[..., :width]
+        return nn.functional.linear(waves.to(self.weight.dtype), self.weight)
+
+
 class EmbeddedQuery(nn.Module):
-    """The Embedded Query module (paper, section 3.3): query tokens read their question, then the images' patches."""
+    """The Embedded Query module (paper, section 3.3): query tokens read their question, then the images' patches.
+
+    The paper's module cannot know which image or tile a patch comes from. With `encode_tile_positions`, a vector for
+    the tile's place in the prompt is added to its patches.
+    """
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__()
@@ -242,6 +268,7 @@ class EmbeddedQuery(nn.Module):
         self.text_attention = CrossAttention(hidden_size=width, value_size=width, num_heads=num_heads)
         self.image_attention = CrossAttention(hidden_size=width, value_size=vision_width, num_heads=num_heads)
         self.out_proj = nn.Linear(vision_width, hidden_size)
+        self.tile_positions = TilePositions(vision_width) if config.encode_tile_positions else None
 
     def forward(self, hidden_states: torch.Tensor, context: QueryContext) -> torch.Tensor:
         """Update the query tokens.
@@ -258,7 +285,7 @@ class EmbeddedQuery(nn.Module):
         queries = text.gather(1, positions.expand(-1, -1, text.shape[-1]))
         guided = self.read_question(queries, text, context.instruction_mask)
         # Project every tile once, then gather tiles into rows: (batch, tiles_per_row * num_patches, width)
-        patches = self.project_patches(context.patch_features)
+        patches = self.project_patches(self.mark_tiles(context.patch_features, context.tile_positions))
         keys, values = (states[context.tiles].flatten(1, 2) for states in patches)
         seen = self.image_attention(guided, keys, values, context.patch_mask)
         if context.record is not None:
@@ -282,6 +309,15 @@ class EmbeddedQuery(nn.Module):
         text = self.text_norm(text)
         keys, values = self.text_attention.k_proj(text), self.text_attention.v_proj(text)
         return self.text_attention(self.query_norm(queries), keys, values, mask)
+
+    def mark_tiles(self, patches: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Add to patches the vector of their tile's place, if the config says so.
+
+        Args:
+            patches: `(…, num_tiles, num_patches, vision_hidden_size)`.
+            positions: Places of the tiles in their samples, from 0, `(num_tiles,)`; `None` only if they are unused.
+        """
+        return patches if self.tile_positions is None else patches + self.tile_positions(positions).unsqueeze(-2)
 
     def project_patches(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys `(…, query_hidden_size)` and values `(…, vision_hidden_size)` of patches `(…, vision_hidden_size)`."""
@@ -398,6 +434,15 @@ class PromptSpans:
         if self.queries_per_row == length:  # a traced graph cannot know how many there are
             return torch.arange(length, device=self.query_mask.device).expand(batch_size, -1)
         return self.query_mask.int().argsort(dim=1, descending=True, stable=True)[:, : self.queries_per_row]
+
+    def tile_positions(self, num_tiles: int) -> torch.Tensor:
+        """Place of every tile among those of its sample, from 0, `(num_tiles,)`."""
+        first = self.first_tile.unsqueeze(1)  # of every sample, at one token or more
+        if self.num_foreign_tiles is not None:
+            first = first + self.num_foreign_tiles
+        tiles = torch.arange(num_tiles, device=first.device)
+        first = first.flatten()
+        return tiles - torch.where(first <= tiles.unsqueeze(1), first, 0).amax(dim=1)
 
     def copy_counts(
         self, attention_mask: torch.Tensor | None = None, position_ids: torch.LongTensor | None = None
@@ -633,6 +678,8 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, TilePositions):
+            init.zeros_(module.weight)  # a model that gains them answers as before
         if isinstance(module, FlashSlothModel):
             init.normal_(module.query_tokens, std=getattr(self.config.text_config, "initializer_range", None) or 0.02)
 
@@ -1022,6 +1069,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             patch_mask=is_read.repeat_interleave(patches.shape[1], dim=-1),
             instruction_mask=instruction & is_query,
             update_mask=(is_query & is_read.any(dim=-1, keepdim=True)).squeeze(-1),
+            tile_positions=spans.tile_positions(patches.shape[0]) if self.config.encode_tile_positions else None,
         )
 
     def _image_outputs(

@@ -203,6 +203,7 @@ class QuestionUpdater:
         patches, is_seen = self._read_patches(block_table, spans.image_mask[rows], [s.num_image_tokens for s in sizes])
         tiles = torch.arange(patches.shape[1], device=text.device) // self.config.image_seq_length
         patch_mask = is_seen.unsqueeze(1) & (tiles < at_queries(spans.num_tiles_before)) & is_real
+        patches = self.embedded_query.mark_tiles(patches, tiles)
         keys, values = self.embedded_query.project_patches(patches.flatten(1, 2))
         patch_mask = patch_mask.repeat_interleave(patches.shape[2], dim=-1)
         gain = self.embedded_query.out_proj(self.embedded_query.image_attention(guided, keys, values, patch_mask))

@@ -144,6 +144,7 @@ def make_config(tokenizer):
             "num_query_tokens": 3,
             "query_layer_idx": 2,
             "query_hidden_size": 24,
+            "encode_tile_positions": True,
             "query_anchor_token_id": tokenizer.convert_tokens_to_ids("."),
             "instruction_start_ids": [
                 tokenizer.encode("<image>\n", add_special_tokens=False),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.generation_flashsloth import CACHE_NAME
-from flashsloth.modeling_flashsloth import SpatialAttentionPooling
+from flashsloth.modeling_flashsloth import SpatialAttentionPooling, TilePositions
 
 
 def logits_of(model, inputs):
@@ -125,6 +125,36 @@ def test_high_definition_uses_five_tiles_in_the_same_model(model, ask, images):
     num_image_tokens = (inputs["input_ids"] == model.config.image_token_id).sum().item()
     assert num_image_tokens == 5 * model.config.image_seq_length
     assert logits_of(model, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize(("is_told", "distinct"), [(False, 1), (True, 40)])
+def test_the_module_can_be_told_which_tile_a_patch_comes_from(make_model, is_told, distinct):
+    module = make_model(encode_tile_positions=is_told).model.embedded_query
+    patches = torch.zeros(2, 40, 16, 32)  # rows, tiles, patches
+    with torch.no_grad():
+        marked = module.mark_tiles(patches, torch.arange(40))
+    assert marked.shape == patches.shape
+    assert len({tuple(patch.tolist()) for patch in marked.flatten(0, 2)}) == distinct
+
+
+def test_places_of_tiles_are_orthogonal():
+    places = TilePositions(32)
+    torch.nn.init.eye_(places.weight)
+    found = places(torch.arange(32)).detach()
+    torch.testing.assert_close(found @ found.T, 16 * torch.eye(32), atol=1e-3, rtol=0)
+    assert len({tuple(place.tolist()) for place in places(torch.arange(64)).detach().round(decimals=3)}) == 64
+
+
+def test_new_tile_positions_change_no_answer_but_learn(make_model, ask, images, tmp_path):
+    make_model(encode_tile_positions=False).save_pretrained(tmp_path)
+    old, new = (
+        FlashSlothForConditionalGeneration.from_pretrained(tmp_path, encode_tile_positions=is_told)
+        for is_told in (False, True)
+    )
+    inputs = ask([(images[:2], "What differs?")])
+    torch.testing.assert_close(new(**inputs).logits, old(**inputs).logits, rtol=0, atol=0)
+    new(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert new.model.embedded_query.tile_positions.weight.grad.abs().max() > 0
 
 
 def test_eager_and_sdpa_agree_and_reach_both_towers(make_model, ask, conversations):
