@@ -166,9 +166,12 @@ def make_model(make_config):
             make_config(family, **changes), attn_implementation=attn_implementation
         )
         with torch.no_grad():
-            for module in (model.model.embedded_query, model.model.spatial_attention_pooling, model.lm_head):
-                for parameter in module.parameters():
-                    parameter.add_(0.3 * torch.randn_like(parameter))
+            modules = (model.model.embedded_query, model.model.spatial_attention_pooling, model.lm_head)
+            named = [entry for module in modules for entry in module.named_parameters()]
+            # Places of tiles come last and stay small beside the features, so that these still decide what is read.
+            for name, parameter in sorted(named, key=lambda entry: entry[0].startswith("tile_positions")):
+                scale = 0.03 if name.startswith("tile_positions") else 0.3
+                parameter.add_(scale * torch.randn_like(parameter))
         special = [model.config.image_token_id, model.config.query_token_id]
         model.generation_config.update(suppress_tokens=special, pad_token_id=model.config.text_config.pad_token_id)
         return model.eval()
