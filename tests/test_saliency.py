@@ -41,7 +41,6 @@ def weights_by_definition(model, inputs):
         module.text_attention.v_proj(instruction),
         context.instruction_mask,
     )
-    keys = attention.k_proj(module.image_norm(module.image_proj(context.patch_features)))
     weights, first_tile = [], 0
     for row, ids in enumerate(inputs["input_ids"]):
         num_tiles = int((ids == config.image_token_id).sum()) // config.image_seq_length
@@ -51,7 +50,9 @@ def weights_by_definition(model, inputs):
             before = int((ids[: block[0]] == config.image_token_id).sum()) // config.image_seq_length
             question = torch.zeros(heads, len(block), context.tiles.shape[1] * config.num_patches)
             if before:
-                k = keys[first_tile : first_tile + before].flatten(0, 1)
+                patches = context.patch_features[first_tile : first_tile + before]
+                patches = patches + module.tile_positions(torch.arange(before)).unsqueeze(1)  # this row's tiles, from 0
+                k = attention.k_proj(module.image_norm(module.image_proj(patches))).flatten(0, 1)
                 for head, (q_head, k_head) in enumerate(
                     zip(attention.q_proj(guided[row, queries]).chunk(heads, -1), k.chunk(heads, -1), strict=True)
                 ):
