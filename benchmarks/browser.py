@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class Times(NamedTuple):
-    """Seconds of one answer; `encode` is part of `first_token` where the two cannot be separated."""
+    """Seconds of one answer; `encode` includes the image's preprocessing, `first_token` begins after it."""
 
     encode: float
     first_token: float
@@ -71,25 +72,28 @@ def time_torch(dtype: torch.dtype) -> Callable[[], Times]:
 
 
 def time_onnxruntime(folder: Path) -> Callable[[], Times]:
-    """Answers of onnxruntime in Python."""
+    """Answers of onnxruntime in Python, with the image encoded once."""
     from ask_onnx import OnnxFlashSloth
 
     model, processor = OnnxFlashSloth(folder), FlashSlothProcessor.from_pretrained(ROOT)
     content = [{"type": "image", "image": Image.open(IMAGE)}, {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
+    vision = model.vision
+
+    def generate(inputs: dict[str, np.ndarray], num_tokens: int) -> tuple[float, int]:
+        begin = time.perf_counter()
+        answers = model.generate(inputs, num_tokens)
+        return time.perf_counter() - begin, answers.shape[1]
 
     def run() -> Times:
         begin = time.perf_counter()
         inputs = {name: tensor.numpy() for name, tensor in processor.encode_conversations(messages).items()}
-        model.vision.run(None, {"pixel_values": inputs["pixel_values"]})
+        encoded = vision.run(None, {"pixel_values": inputs["pixel_values"]})
         encode = time.perf_counter() - begin
-        begin = time.perf_counter()
-        model.generate(inputs, 1)
-        first = time.perf_counter() - begin
-        begin = time.perf_counter()
-        num_tokens = int(np.shape(model.generate(inputs, 64))[1])
-        whole = time.perf_counter() - begin
-        return Times(encode, first - encode, (whole - first) / max(num_tokens - 1, 1))
+        model.vision = SimpleNamespace(run=lambda *_: encoded)
+        first, _ = generate(inputs, 1)
+        whole, num_tokens = generate(inputs, 64)
+        return Times(encode, first, (whole - first) / max(num_tokens - 1, 1))
 
     return run
 

@@ -30,15 +30,22 @@ def test_a_table_aligns_text_left_and_numbers_right():
     assert table == "| a | b | c |\n| --- | ---: | --- |\n| x | 1 | y |\n| z | 2.5 |  |"
 
 
-@pytest.mark.parametrize("name", ["counts", "latency_cpu", "latency_cpu_batch8", "latency_cpu_batch32"])
+@pytest.mark.parametrize(
+    "name", ["counts", "latency_cpu", "latency_cpu_2026", "latency_cpu_batch8", "latency_cpu_batch32"]
+)
 def test_committed_latency_tables_follow_from_their_json(name):
     report = json.loads((RESULTS / f"{name}.json").read_text())
     text = f"{report['machine']}\n\n{latency.as_markdown(report['cases'])}\n"
     assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == text
 
 
-def test_the_costs_of_towers_and_decoders_in_the_docs_are_the_counted_ones():
+def test_the_costs_of_towers_and_decoders_in_the_docs_are_the_counted_and_measured_ones():
     cases = json.loads((RESULTS / "counts.json").read_text())["cases"]
+    measured = {
+        case["model"]: [case["measured"][name] / case["reference"][name] for name in ("first_token_s", "token_s")]
+        for case in json.loads((RESULTS / "latency_cpu_2026.json").read_text())["cases"]
+        if case["side"] == 1344
+    }
     counted = {case["model"]: case["counts"] for case in cases if case["model"].startswith("FlashSloth")}
     del counted["FlashSloth-HD-3.2B"]
     assert len(counted) == 9
@@ -48,7 +55,8 @@ def test_the_costs_of_towers_and_decoders_in_the_docs_are_the_counted_ones():
         own = counted["FlashSloth-3.2B"]
         ratio = (vision + prefill) / (own["vision_flops"] + own["prefill_flops"])
         cells = [name, counts["visual_tokens"], f"{vision / 1e9:.0f}", f"{prefill / 1e9:.0f}", f"{ratio:.2f}"]
-        assert f"| {' | '.join(map(str, [*cells, f'{token / 1e9:.2f}']))} |" in text
+        cells += [f"{token / 1e9:.2f}", *(f"{ratio:.2f}" if ratio else "–" for ratio in measured.get(name, [0, 0]))]
+        assert f"| {' | '.join(map(str, cells))} |" in text
 
 
 def test_the_committed_table_of_training_costs_follows_from_its_json():
