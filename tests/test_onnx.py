@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 import torch
@@ -281,3 +282,21 @@ def test_the_shipped_checkpoint_answers_without_the_package(tmp_path, capsys):
         assert main(["ask", *arguments]) == 0
         answer = capsys.readouterr().out
         assert run_alone(tmp_path / "script.py", SCRIPT, tmp_path / "graphs", *arguments, folder=tmp_path) == answer
+
+
+@pytest.mark.slow
+def test_the_browsers_benchmark_times_an_answer_without_the_encoding(tmp_path, monkeypatch):
+    from onnxruntime import InferenceSession
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    assert main(["onnx", str(ROOT), str(tmp_path / "graphs")]) == 0
+    run_graph, encoded = InferenceSession.run, []
+
+    def counted(session, names, feed, *args):
+        encoded.extend(["pixel_values"] * ("pixel_values" in feed))
+        return run_graph(session, names, feed, *args)
+
+    monkeypatch.setattr(InferenceSession, "run", counted)
+    for run in (browser.time_torch(torch.float32), browser.time_onnxruntime(tmp_path / "graphs")):
+        assert min(run()) > 0
+    assert len(encoded) == 1  # the answers of one token and of all begin with the encoded image
