@@ -288,7 +288,6 @@ def test_the_shipped_checkpoint_answers_without_the_package(tmp_path, capsys):
 def test_the_browsers_benchmark_times_an_answer_without_the_encoding(tmp_path, monkeypatch):
     from onnxruntime import InferenceSession
 
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     assert main(["onnx", str(ROOT), str(tmp_path / "graphs")]) == 0
     run_graph, encoded = InferenceSession.run, []
 
