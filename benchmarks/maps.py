@@ -19,6 +19,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ from flashsloth.saliency_flashsloth import overlay
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 from scenes import SHAPES, Scene, Thing, draw, scene_at  # noqa: E402
-from score import IMAGE_SIZE, SPLIT, Question, build_inputs, evaluate  # noqa: E402
+from score import SPLIT, Item, answer, build_inputs, evaluate, scene_items  # noqa: E402
 
 SCENES, IMAGES, BATCH_SIZE = 180, 500, 30
 PANEL_SIDE, PANEL_GAP = 192, 8  # pixels
@@ -90,12 +91,11 @@ def maps_of(
     """For each question, the maps of its queries and of its answer, both `(height, width)`."""
     for start in range(0, len(asked), BATCH_SIZE):
         batch = asked[start : start + BATCH_SIZE]
-        images = [draw(question.scene, IMAGE_SIZE) for question in batch]
-        texts = [question.text for question in batch]
-        rows = [Question("", *row, "", False, ("", "")) for row in zip(images, texts, strict=True)]
+        images = [draw(question.scene) for question in batch]
+        rows = [Item("", "", (image,), one.text, "") for image, one in zip(images, batch, strict=True)]
         inputs = build_inputs(processor, rows)
         output = model.generate(**inputs, max_new_tokens=20, output_attentions=True, return_dict_in_generate=True)
-        sizes = [(IMAGE_SIZE, IMAGE_SIZE)] * len(batch)
+        sizes = [(image.height, image.width) for image in images]
         looked = model.heat_maps(output, inputs["input_ids"], sizes)
         answered = model.answer_maps(inputs, output.sequences, sizes)
         yield from ((maps[0], heat) for maps, heat in zip(looked.questions, answered, strict=True))
@@ -140,7 +140,7 @@ def panels(
     model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, image: Image.Image, text: str
 ) -> Image.Image:
     """An image next to its maps: of the answer to a question, of the question's queries, of pooling."""
-    inputs = build_inputs(processor, [Question("", image, text, "", False, ("", ""))])
+    inputs = build_inputs(processor, [Item("", "", (image,), text, "")])
     output = model.generate(**inputs, max_new_tokens=20, output_attentions=True, return_dict_in_generate=True)
     sizes = [(image.height, image.width)]
     looked = model.heat_maps(output, inputs["input_ids"], sizes)
@@ -155,10 +155,12 @@ def panels(
 def ablation_table(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, num_images: int) -> str:
     """Count exact answers with and without the Embedded Query module."""
     module = model.model.embedded_query
-    whole = evaluate(model, processor, num_images, with_second_turns=False)
+    asked = list(scene_items(num_images))
+    reply = partial(answer, model, processor)
+    whole = evaluate(asked, reply)["scenes"]
     with mock.patch.object(module, "forward", lambda hidden_states, *args, **kwargs: hidden_states):
-        without = evaluate(model, processor, num_images, with_second_turns=False)
-    rows = [(kind, counts["asked"], counts["right"], without[kind]["right"]) for kind, counts in whole.items()]
+        without = evaluate(asked, reply)["scenes"]
+    rows = [(kind, counts.asked, counts.right, without[kind].right) for kind, counts in whole.items()]
     return markdown_table(("kind", "questions", "right", "right without the module"), rows)
 
 

@@ -169,7 +169,7 @@ def test_switching_off_the_module_loses_some_answers(shipped):
 def test_quantized_caches_are_compared_with_exact_keys_and_values(shipped):
     pytest.importorskip("optimum.quanto", reason="quantized caches need optimum-quanto")
     model, processor = shipped
-    questions = list(quantized_cache.evaluation_set(2))
+    questions = list(quantized_cache.scene_items(2))
     table = quantized_cache.compare(model, processor, questions, ["bfloat16", "4 bits, quanto"])
     exact, rounded = (line.strip("| ").split(" | ") for line in table.splitlines()[2:])
     assert exact[2] == "100.0%"

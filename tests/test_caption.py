@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from processes import run_processes
-from scenes import describe, draw, scene_at
+from questions import describe
+from scenes import draw, scene_at
 from terminal import Terminal
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor, cli
@@ -79,7 +80,7 @@ def folder(tmp_path_factory, scenes):
     folder = tmp_path_factory.mktemp("images")
     (folder / "more").mkdir()
     for i, scene in enumerate(scenes):
-        draw(scene, 96).save(folder / ("more" if i % 2 else "") / f"{i:02}.png")
+        draw(scene).save(folder / ("more" if i % 2 else "") / f"{i:02}.png")
     whole = (folder / "00.png").read_bytes()
     (folder / "05-cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "more" / "text.jpg").write_text("no image")
@@ -172,7 +173,7 @@ def test_parquet_with_embedded_images_is_answered_with_its_own_questions(scenes,
     datasets = pytest.importorskip("datasets")
     encoded = []
     for scene in scenes[:3]:
-        draw(scene, 96).save(buffer := io.BytesIO(), format="PNG")
+        draw(scene).save(buffer := io.BytesIO(), format="PNG")
         encoded.append({"bytes": buffer.getvalue(), "path": None})
     encoded.insert(1, {"bytes": b"no image", "path": None})
     ids, questions = ["a", "b", "c", "d"], ["Describe the picture.", "What?", "Describe the image.", None]
@@ -189,7 +190,7 @@ def test_parquet_with_embedded_images_is_answered_with_its_own_questions(scenes,
 
 
 def test_broken_lines_of_a_listing_are_errors_of_their_rows_and_rotation_is_applied(scenes, tmp_path):
-    image = draw(scenes[0], 96)
+    image = draw(scenes[0])
     (exif := Image.Exif())[0x0112] = 6  # rotate by 90° clockwise
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     lines = ['{"image": "turned.png"}', "{", '{"image": "nowhere.png"}', "{}", "[1]", '{"image": "turned.png"}']
@@ -204,7 +205,7 @@ def test_a_source_with_the_same_file_names_but_other_content_is_refused(refused,
     for day, scene in zip(("monday", "tuesday"), scenes[:2], strict=True):
         (tmp_path / day / "tables").mkdir(parents=True)
         (tmp_path / day / "images").mkdir()
-        draw(scene, 96).save(file := tmp_path / day / "images" / "1.png")
+        draw(scene).save(file := tmp_path / day / "images" / "1.png")
         table = datasets.Dataset.from_dict({"image": [{"bytes": file.read_bytes(), "path": None}]})
         table.to_parquet(tmp_path / day / "tables" / "1.parquet")
     for kind in ("images", "tables"):
@@ -221,13 +222,13 @@ def test_text_that_is_not_unicode_does_not_stop_a_run(scenes, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     name = os.fsdecode(b"caf\xe9.png")
-    draw(scenes[0], 96).save(buffer := io.BytesIO(), format="PNG")
+    draw(scenes[0]).save(buffer := io.BytesIO(), format="PNG")
     (folder / name).write_bytes(buffer.getvalue())
     (row,) = run(folder, tmp_path / "answers")
     assert (row["image"], row["answer"]) == (name, describe(scenes[0]))
     half = r'"\ud83d"'
     lines = ['{"image": "%s"}', '{"image": "%s", "question": ' + half + "}", '{"image": "%s", "id": ' + half + "}"]
-    draw(scenes[0], 96).save(tmp_path / "1.png")
+    draw(scenes[0]).save(tmp_path / "1.png")
     (tmp_path / "listing.jsonl").write_text("\n".join(lines).replace("%s", "1.png"))
     rows = run(tmp_path / "listing.jsonl", tmp_path / "listed")
     assert [row.get("answer") for row in rows] == [describe(scenes[0]), None, describe(scenes[0])]
@@ -236,7 +237,7 @@ def test_text_that_is_not_unicode_does_not_stop_a_run(scenes, tmp_path):
 
 
 def test_a_placeholder_in_a_question_is_not_part_of_its_text(scenes, tmp_path):
-    draw(scenes[0], 96).save(tmp_path / "1.png")
+    draw(scenes[0]).save(tmp_path / "1.png")
     (tmp_path / "listing.jsonl").write_text(
         json.dumps({"image": "1.png", "question": "<image>\nDescribe the picture."})
     )
@@ -310,7 +311,7 @@ def test_one_of_the_processes_that_finish_at_once_claims_the_result(tmp_path):
 
 
 def test_a_question_that_is_not_a_string_is_an_error_of_its_row(scenes, tmp_path):
-    draw(scenes[0], 96).save(tmp_path / "1.png")
+    draw(scenes[0]).save(tmp_path / "1.png")
     lines = [json.dumps({"image": "1.png", "question": question}) for question in (5, ["Why?"], None)]
     (tmp_path / "listing.jsonl").write_text("\n".join(lines))
     rows = run(tmp_path / "listing.jsonl", tmp_path / "answers")

@@ -164,9 +164,9 @@ def test_the_card_has_the_given_metadata_and_the_measured_results(run, trained, 
         (result.dataset_name, result.metric_name or result.metric_type): result.metric_value
         for result in data.eval_results
     }
-    counts = json.loads((ROOT / "examples/tiny/evaluation.json").read_text())["all"]
+    counts = json.loads((ROOT / "examples/tiny/evaluation.json").read_text())["scenes"]["all"]
     assert values["mme", "mme_score"] == 1502.5
-    assert values["drawn-scenes", "exact match: all"] == counts["right"] / counts["asked"]
+    assert values["drawn-scenes", "exact match: scenes"] == counts["right"] / counts["asked"]
     metrics = {metric.partition(":")[0] for _, metric in values}
     assert metrics == {"mme_score", "exact match"}  # no standard error, nothing that is NaN
     assert not (tmp_path / "out" / "LICENSE").exists()  # ours is not the MIT licence

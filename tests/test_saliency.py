@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from scenes import SHAPES, draw, scene_at
+from scenes import SHAPES, draw, pixel_area, scene_at
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
 from flashsloth.generation_flashsloth import CACHE_NAME
@@ -335,10 +335,10 @@ def prompts(processor, images, question):
 
 
 def hottest(heat, scene):
-    """The object whose box contains the largest share of a square map."""
+    """The object whose box contains the largest share of a map."""
 
     def heat_of(thing):
-        left, top, right, bottom = (min(max(round(edge * len(heat)), 0), len(heat)) for edge in thing.box)
+        left, top, right, bottom = pixel_area(thing.box, scene.size)
         return heat[top:bottom, left:right].sum()
 
     return max(scene.things, key=heat_of)
@@ -361,9 +361,11 @@ def test_the_answer_depends_most_on_the_object_in_question(shipped, question, is
     """Measured on these 40 scenes: 36, 40 and 40. On 180 (benchmarks/maps.py): 172, 179 and 180; by chance 67 to 76."""
     model, processor = shipped
     scenes = scenes_with(is_wanted, 40)
-    inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], question)
+    inputs = prompts(processor, [draw(scene) for scene, _ in scenes], question)
     sequences = model.generate(**inputs, max_new_tokens=8)
-    assert num_hottest(model.answer_maps(inputs, sequences, [(96, 96)] * 40), scenes) >= at_least
+    assert (
+        num_hottest(model.answer_maps(inputs, sequences, [scene.size[::-1] for scene, _ in scenes]), scenes) >= at_least
+    )
 
 
 @pytest.mark.parametrize(("question", "name"), [("Read the sign.", "sign"), ("What is the number?", "number")])
@@ -371,6 +373,6 @@ def test_queries_look_at_what_they_read(shipped, question, name):
     """In scenes with both a sign and a number, so the question decides."""
     model, processor = shipped
     scenes = scenes_with(lambda thing: thing.name == name, 40, others={"sign", "number"} - {name})
-    inputs = prompts(processor, [draw(scene, 96) for scene, _ in scenes], question)
-    maps = model.heat_maps(look(model, inputs), inputs["input_ids"], [(96, 96)] * 40)
+    inputs = prompts(processor, [draw(scene) for scene, _ in scenes], question)
+    maps = model.heat_maps(look(model, inputs), inputs["input_ids"], [scene.size[::-1] for scene, _ in scenes])
     assert num_hottest([heat for (heat,) in maps.questions], scenes) >= 38

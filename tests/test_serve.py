@@ -21,7 +21,8 @@ import pytest
 from openai import BadRequestError, OpenAI
 from PIL import Image
 from processes import serve_folder
-from scenes import describe, draw, scene_at
+from questions import describe
+from scenes import draw, scene_at
 
 pytestmark = pytest.mark.slow  # starts a server
 
@@ -312,7 +313,7 @@ def test_twenty_concurrent_requests_get_their_own_answers(client):
 
     def read(index):
         buffer = io.BytesIO()
-        draw(scenes[index], 96).save(buffer, "png")
+        draw(scenes[index]).save(buffer, "png")
         question = user(data_url(buffer.getvalue()), "Read the sign.")
         return "".join(stream(client, question)).strip() if index % 2 else ask(client, question)
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from scenes import describe, draw, scene_at
+from questions import describe
+from scenes import draw, scene_at
 from transformers import pipeline
 
 import flashsloth.video_processing_flashsloth as video
@@ -319,7 +320,7 @@ def test_a_row_with_thirty_images_equals_the_row_alone(model, processor, images)
 @pytest.mark.parametrize("name", ["scenes.gif", "scenes.mp4"])
 def test_the_shipped_checkpoint_reads_every_frame_of_a_clip(tmp_path, name):
     scenes = [scene_at("untouched", i) for i in range(8)]
-    first, *others = images = [draw(scene, 192) for scene in scenes]
+    first, *others = images = [draw(scene).resize((192, 192)) for scene in scenes]
     if name.endswith("gif"):
         first.save(tmp_path / name, save_all=True, append_images=others)
     else:
