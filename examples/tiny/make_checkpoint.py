@@ -106,11 +106,11 @@ class TowerStage:
 
 TOWER_STAGES = (
     TowerStage(
-        "windows", 0.3, NUM_WINDOWS * WINDOW_SIZE * PATCH_SIZE, WINDOW_SIZE, (DENSE,), 3e-3, "constant_with_warmup"
+        "windows", 0.24, NUM_WINDOWS * WINDOW_SIZE * PATCH_SIZE, WINDOW_SIZE, (DENSE,), 3e-3, "constant_with_warmup"
     ),
-    TowerStage("grids", 0.25, IMAGE_SIZE, 0, (FULL, FULL, LINES), 2e-3, "constant_with_warmup"),
+    TowerStage("grids", 0.2, IMAGE_SIZE, 0, (FULL, FULL, LINES), 2e-3, "constant_with_warmup"),
     TowerStage(
-        "scenes", 0.45, IMAGE_SIZE, 0, (FULL, FREE, LINES, FREE, LINES, SMALL_LAYOUT), 2e-3, "linear", (0.05, 0.12)
+        "scenes", 0.56, IMAGE_SIZE, 0, (FULL, FREE, LINES, FREE, LINES, SMALL_LAYOUT), 2e-3, "linear", (0.05, 0.12)
     ),
 )
 MIXES = {
@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint")
     parser.add_argument("--work", type=Path, help="folder for checkpoints of the stages (default: OUTPUT-work)")
     parser.add_argument("--art", type=Path, help="folder for emoji art and fonts (default: WORK/art)")
-    parser.add_argument("--tower-steps", type=int, default=6400, help=f"steps of {BATCH_SIZE} images")
+    parser.add_argument("--tower-steps", type=int, default=8000, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument(
         "--steps",
         type=int,
