@@ -208,7 +208,7 @@ def test_every_kind_of_foreign_image_is_sampled(foreign):
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def asked():
     """Questions and answers, in all wordings of many runs, about a scene of four things."""
     scene = scene_of(
@@ -247,10 +247,25 @@ def asked():
         ("Is the star under the sign?", "no"),
         ("What is the colour of the shape in the upper left corner?", "green"),
         ("Is there any red circle?", "yes"),
+        ("Are there any circles?", "yes"),
+        ("Are there hearts in the picture?", "no"),
+        ("Is the star to the left or right of the red circle?", "left"),
     ],
 )
 def test_questions_have_the_only_right_answer(asked, question, answer):
     assert {found for text, found in asked if text == question} == ({answer} if answer else set())
+
+
+def test_a_thing_is_also_asked_for_by_its_category():
+    asked = {
+        (q.text, q.answer)
+        for name in ("dog", "pear", "key")
+        for seed in range(60)
+        for q in questions(scene_of(thing(name, "", (0.05, 0.05, 0.3, 0.3))), random.Random(seed))
+    }
+    assert {("What animal is this?", "dog"), ("What fruit do you see?", "pear"), ("What is this?", "key")} <= asked
+    assert ("What animal is in the top left corner?", "dog") in asked
+    assert not any(answer == "key" and {"animal", "fruit", "vehicle"} & set(text.split()) for text, answer in asked)
 
 
 def test_nothing_is_said_to_be_there_as_often_as_not():

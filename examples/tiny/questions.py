@@ -44,6 +44,10 @@ WORDINGS = {
         "What is shown here?",
         "What does the picture show?",
         "Caption this image.",
+        "Describe what you see.",
+        "Describe the scene.",
+        "What's in the picture?",
+        "Tell me what you see.",
     ),
     "colour": (
         "What colour is the {0}?",
@@ -53,6 +57,9 @@ WORDINGS = {
         "What is the colour of the {0}?",
         "What's the color of the {0}?",
         "The {0} is what color?",
+        "What is the color of the {0}?",
+        "Tell me the colour of the {0}.",
+        "Name the color of the {0}.",
     ),
     "colour alone": ("What colour is it?", "What color is it?", "What colour is this?", "What color is this?"),
     "shape of colour": (
@@ -79,7 +86,10 @@ WORDINGS = {
         "Which thing is this?",
         "What object is this?",
         "What do you call this?",
+        "What is the name of this thing?",
     ),
+    "category alone": ("What {0} is this?", "Which {0} is it?", "What {0} do you see?", "Name the {0}."),
+    "category at place": ("What {0} is {1}?", "Which {0} do you see {1}?"),
     "place": ("What is {0}?", "What's {0}?", "What do you see {0}?", "Which thing is {0}?", "Which object is {0}?"),
     "where": (
         "Where is the {0}?",
@@ -87,6 +97,8 @@ WORDINGS = {
         "Where do you see the {0}?",
         "Where is the {0} in the picture?",
         "In which part of the picture is the {0}?",
+        "Where in the image is the {0}?",
+        "What is the position of the {0}?",
     ),
     "count": (
         "How many {0} are there?",
@@ -96,12 +108,17 @@ WORDINGS = {
         "How many {0} are in the picture?",
         "How many {0} are in the image?",
         "What is the number of {0}?",
+        "How many {0}?",
+        "How many {0} does the picture have?",
+        "How many {0} does the image show?",
     ),
     "neighbour": (
         "What is {0} the {1}?",
         "What's {0} the {1}?",
         "Which thing is {0} the {1}?",
         "What do you see {0} the {1}?",
+        "Which object is {0} the {1}?",
+        "What object is {0} the {1}?",
     ),
     "relation": ("Is the {0} {1} the {2}?",),
     "is there": (
@@ -114,7 +131,11 @@ WORDINGS = {
         "Does the picture show {0}?",
         "Is {0} visible?",
         "Is {0} in the picture?",
+        "Does the image contain {0}?",
+        "Does the image show {0}?",
+        "Is there {0} in this picture?",
     ),
+    "are there": ("Are there any {0}?", "Are there {0} in the picture?", "Can you see any {0}?", "Do you see {0}?"),
     "is it": ("Is the {0} {1}?",),
     "sign": (
         "What does the sign say?",
@@ -122,6 +143,9 @@ WORDINGS = {
         "What is written on the sign?",
         "What is on the sign?",
         "What's printed on the sign?",
+        "What does the sign read?",
+        "What word is on the sign?",
+        "What text is on the sign?",
     ),
     "word": (
         "Read the word.",
@@ -130,6 +154,8 @@ WORDINGS = {
         "Which word is written here?",
         "What does the word say?",
         "What word do you see?",
+        "What is the word in the image?",
+        "What word is written in the picture?",
     ),
     "number": (
         "What is the number?",
@@ -138,6 +164,8 @@ WORDINGS = {
         "Which number is there?",
         "Which number is written here?",
         "What number do you see?",
+        "What is the number in the picture?",
+        "Which number do you see?",
     ),
     "text": (
         "Read the text.",
@@ -151,6 +179,10 @@ WORDINGS = {
         "What is the text?",
         "What text is in the image?",
         "What text do you see?",
+        "What text is shown?",
+        "What is written?",
+        "Transcribe the text.",
+        "What is written in this image?",
     ),
     "text at place": ("Read the text {0}.", "What is written {0}?", "What does the text {0} say?", "Read what is {0}."),
     "which image": (
@@ -159,8 +191,21 @@ WORDINGS = {
         "Which picture shows {0}?",
         "In which image is {0}?",
         "Which of the images has {0}?",
+        "Which image contains {0}?",
+        "Which of the two images shows {0}?",
+        "Which one has {0}?",
     ),
 }
+CATEGORIES = {
+    "animal": """
+        ant bat bear bee bird butterfly camel cat chicken cow crab crocodile deer dog dolphin dragon duck elephant fish
+        fox frog giraffe hedgehog horse koala ladybug lion lizard monkey mouse octopus owl panda parrot peacock pig
+        penguin rabbit rooster scorpion shark shrimp snail snake spider swan tiger turtle unicorn whale wolf zebra
+    """,
+    "fruit": "apple avocado banana cherries grapes lemon peach pear pineapple strawberry tangerine tomato watermelon",
+    "vehicle": "airplane ambulance bicycle bus car helicopter motorcycle rocket sailboat ship taxi tractor train",
+}
+CATEGORY_OF = {name: category for category, names in CATEGORIES.items() for name in names.split()}
 BESIDE = {  # ways to put a relation; in answers to questions, only the first one
     "left of": ("left of", "left of", "to the left of", "on the left of"),
     "right of": ("right of", "right of", "to the right of", "on the right of"),
@@ -351,10 +396,16 @@ def _properties(scene: Scene, references: References, rng: random.Random) -> Ite
     if len(shapes) == 1:
         yield Question("shape", word("shape alone", rng), shapes[0].name, about(shapes[0]))
     if len(scene.things) == 1 and not scene.things[0].text:
-        only = scene.things[0]
-        yield Question("thing", word("thing alone", rng), phrase_of(only), about(only))
-        if only.colour:
-            yield Question("colour", word("colour alone", rng), only.colour, about(only))
+        yield from _only_thing(scene.things[0], rng)
+
+
+def _only_thing(only: Thing, rng: random.Random) -> Iterator[Question]:
+    """Questions about a shape or an emoji that is alone."""
+    yield Question("thing", word("thing alone", rng), phrase_of(only), about(only))
+    if only.name in CATEGORY_OF:
+        yield Question("thing", word("category alone", rng, CATEGORY_OF[only.name]), only.name, about(only))
+    if only.colour:
+        yield Question("colour", word("colour alone", rng), only.colour, about(only))
 
 
 def _places(scene: Scene, references: References, rng: random.Random) -> Iterator[Question]:
@@ -378,6 +429,9 @@ def _contents_of_places(scene: Scene, rng: random.Random) -> Iterator[Question]:
         if len(found) == 1:
             kind = "thing" if found[0].name in THINGS else "place"
             yield Question(kind, word("place", rng, at(place, rng)), phrase_of(found[0]), about(found[0]))
+            if found[0].name in CATEGORY_OF:
+                text = word("category at place", rng, CATEGORY_OF[found[0].name], at(place, rng))
+                yield Question("thing", text, found[0].name, about(found[0]))
         if len(shapes) == 1:
             yield Question("shape", word("shape at place", rng, at(place, rng)), shapes[0].name, about(shapes[0]))
             name = f"shape {at(place, rng)}"
@@ -416,7 +470,9 @@ def _step(thing: Thing, anchor: Thing, relation: str) -> float:
 def _relation(name: str, relation: str, anchor: str, rng: random.Random) -> tuple[str, str]:
     """A question that offers two relations, or one to confirm or deny; and its answer."""
     if rng.random() < 0.4:
-        choice = "above or below" if relation in ("above", "below") else "left or right of"
+        choice = "above or below"
+        if relation.endswith("of"):
+            choice = rng.choice(("left or right of", "left or right of", "to the left or right of"))
         return word("relation", rng, name, choice, anchor), relation.removesuffix(" of")
     stated = rng.choice((relation, OPPOSITES[relation]))
     text = word("relation", rng, name, rng.choice(BESIDE[stated]), anchor)
@@ -459,15 +515,19 @@ def _existence(scene: Scene, rng: random.Random) -> Iterator[Question]:
     present = [name for thing in scene.things for name in _descriptions(thing)]
     if present:
         name = rng.choice(present)
-        text = word("is there", rng, rng.choice((with_article(name), with_article(name), f"any {name}")))
-        yield Question("is there", text, "yes", about(*named(name, scene)))
+        yield Question("is there", _is_there(name, rng), "yes", about(*named(name, scene)))
     missing = _missing(scene, rng)
-    shown = rng.choice((with_article(missing), with_article(missing), f"any {missing}"))
-    yield Question("is there", word("is there", rng, shown), "no")
+    yield Question("is there", _is_there(missing, rng), "no")
     yield _about_missing(scene, rng)
     if not any(thing.text for thing in scene.things):
         name = rng.choice(("sign", "word", "number", "text"))
         yield Question("absent", word(name, rng), f"there is no {name}")
+
+
+def _is_there(name: str, rng: random.Random) -> str:
+    if rng.random() < 0.15:
+        return word("are there", rng, plural(name))
+    return word("is there", rng, rng.choice((with_article(name), with_article(name), f"any {name}")))
 
 
 def _about_missing(scene: Scene, rng: random.Random) -> Question:
