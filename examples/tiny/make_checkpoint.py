@@ -67,6 +67,9 @@ NUM_SCALED_BY = 64  # images that determine the scale of the tower's features
 NUM_SORTED_BATCHES = 4
 # On a CPU, the backward pass of sdpa is half as fast as that of eager in bfloat16, and slightly faster in float32.
 ATTENTION = "eager" if DEVICE == "cpu" and has_bfloat16(DEVICE) else "sdpa"
+NUM_COMPILED = (
+    64  # graphs of the layers of tower and decoder, whose arguments differ; with 8, some layers run uncompiled
+)
 IMAGE_SIZE, PATCH_SIZE = 144, 12
 WINDOW_SIZE, NUM_WINDOWS = 4, 2  # patches, windows along a side of the first stage's images
 
@@ -205,6 +208,7 @@ def build_optimizer(model: torch.nn.Module, args: TrainingArguments) -> Muon:
 
 def compile_layers(part: torch.nn.Module) -> None:
     """Compile the layers of a vision tower or decoder, for training only: evaluation has caches of many lengths."""
+    torch._dynamo.config.recompile_limit = NUM_COMPILED
     for layer in part.encoder.layers if hasattr(part, "encoder") else part.layers:
         layer.forward = _when_training(layer, torch.compile(layer.forward, dynamic=True), layer.forward)
 
