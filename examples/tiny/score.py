@@ -36,7 +36,29 @@ logger = logging.getLogger(__name__)
 SPLIT = "untouched"  # not used in training or for learning curves, which use "evaluation"
 MAX_ANSWER_TOKENS = 96
 NOT_REFUSED = "known, not refused"
+WEAKEST = "weakest"
 LEAST_ASKED = 20  # questions of a kind that may be called a suite's weakest
+# What is summarised: description, suite, kind, least share (below 0: difference from all scenes; 0: no aim).
+AIMS = (
+    ("scenes that it was not trained on", "scenes", "all", 0.97),
+    ("the same, the weakest kind ({})", "scenes", WEAKEST, 0.92),
+    ('the same, "is there …?"', "scenes", "is there", 0.95),
+    ("the same, what is not there", "scenes", "absent", 0.95),
+    ("the same, asked as the second question", "as second question", "all", -0.02),
+    ("the same, asked as the third question", "as third question", "all", -0.02),
+    ("the same, in five tiles", "five tiles", "all", -0.02),
+    ("two images", "two images", "all", -0.02),
+    ("small things and texts", "small", "all", 0.0),
+    ("the same, in five tiles", "small, five tiles", "all", 0.0),
+    ("drawings of another program", "other program", "all", 0.95),
+    ("one thing, styles of emoji that it learned", "naming", "all", 0.97),
+    ("one thing, a style that it did not learn: fxemoji", "naming, fxemoji", "all", 0.8),
+    ("one thing, a style that it did not learn: openmoji", "naming, openmoji", "all", 0.5),
+    ("1 to 5 characters, fonts that it did not learn", "unseen fonts", "1 to 5", 0.9),
+    ("6 to 8 characters, fonts that it did not learn", "unseen fonts", "6 to 8", 0.75),
+    ("what it does not know, such as photographs (refused)", "foreign", "all", 0.9),
+    ("all of what it knows (not refused)", NOT_REFUSED, "all", 0.99),
+)
 NUM_SHOWN = 4  # right and wrong answers of a suite, on the page
 STRIP_HEIGHT, STRIP_GAP = 144, 4  # pixels
 PAGE_NOTE = (
@@ -311,16 +333,24 @@ def as_table(result: dict[str, dict[str, Counts]]) -> str:
 
 
 def as_summary(result: dict[str, dict[str, Counts]]) -> str:
-    """Format counts as a Markdown table with a row for every suite, and its weakest kind of many questions."""
-    rows = ["| suite | questions | exact match | weakest kind |", "|---|---:|---:|---|"]
-    for suite, kinds in result.items():
-        shares = {kind: found.right / found.asked for kind, found in kinds.items() if found.asked >= LEAST_ASKED}
-        shares.pop("all", None)
-        kind = min(shares, key=shares.get, default="")
-        weakest = f"{kind}, {shares[kind]:.1%}" if len(shares) > 1 else ""
-        counts = kinds["all"]
-        rows.append(f"| {suite} | {counts.asked} | {counts.right / counts.asked:.1%} | {weakest} |")
+    """Format counts as a Markdown table with a row for each of `AIMS`, without those of suites that were not asked."""
+    rows = ["| questions about | number | aim | exact match |", "|---|---:|---:|---:|"]
+    for name, suite, kind, aim in AIMS:
+        if kind == WEAKEST:
+            asked = [
+                kind for kind, found in result.get(suite, {}).items() if found.asked >= LEAST_ASKED and kind != "all"
+            ]
+            kind = min(asked, key=lambda kind: _share(result[suite][kind]), default="")
+        if kind in result.get(suite, {}):
+            counts = result[suite][kind]
+            least = _share(result["scenes"]["all"]) + aim if aim < 0 and "scenes" in result else aim
+            shown = f"{least:.1%}" if aim else ""
+            rows.append(f"| {name.format(kind)} | {counts.asked} | {shown} | {_share(counts):.1%} |")
     return "\n".join(rows)
+
+
+def _share(counts: Counts) -> float:
+    return counts.right / counts.asked
 
 
 def write_page(items: Sequence[Item], texts: Sequence[str], page: Path) -> None:
