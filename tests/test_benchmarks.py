@@ -1,6 +1,7 @@
 """The benchmarks measure what they claim to measure."""
 
 import json
+import re
 import weakref
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def test_the_costs_of_towers_and_decoders_in_the_docs_are_the_counted_and_measur
         cells = [name, counts["visual_tokens"], f"{vision / 1e9:.0f}", f"{prefill / 1e9:.0f}", f"{ratio:.2f}"]
         cells += [f"{token / 1e9:.2f}", *(f"{ratio:.2f}" if ratio else "–" for ratio in measured.get(name, [0, 0]))]
         assert f"| {' | '.join(map(str, cells))} |" in text
+
+
+def test_the_times_in_the_browser_in_the_docs_are_the_measured_ones():
+    measured = (RESULTS / "browser.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "browser.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:PyTorch|onnxruntime|Chromium).*$", page, flags=re.MULTILINE)
+    assert len(rows) == 4
+    assert [row for row in rows if row.replace("Chromium,", "Chromium, WebAssembly,") not in measured] == []
 
 
 def test_the_committed_table_of_training_costs_follows_from_its_json():
