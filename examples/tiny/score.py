@@ -127,8 +127,8 @@ def other_ways(items: Sequence[Item]) -> Iterator[Item]:
             yield replace(item, suite="five tiles", is_split=True)
 
 
-def small_items(number: int, art: Art, split: str = SPLIT) -> Iterator[Item]:
-    """Questions about small things and texts, in one tile and in five."""
+def small_items(number: int, art: Art | None = None, split: str = SPLIT) -> Iterator[Item]:
+    """Questions about small things and texts, in one tile and in five; without art, about shapes and texts."""
     layout = Layout(
         num_things=(3, 6), sides=(0.07, 0.16), share_texts=0.4, emoji_side=0.09, text_height=0.09, quality=0.0
     )
