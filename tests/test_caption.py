@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from processes import run_processes
 from questions import describe
-from scenes import draw, scene_at
+from scenes import Layout, draw, scene_at
 from terminal import Terminal
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor, cli
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = Path(sys.executable).parent / "flashsloth"
 
 NUM_SCENES = 26
+EASY = Layout(num_things=(1, 2), sides=(0.3, 0.5), share_shapes=1.0, share_texts=0.0, quality=0.0)
 BATCH = ["--batch-size", "2", "--loaders", "1"]
 
 
@@ -71,7 +72,7 @@ def kill_with_descendants(process):
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [scene_at("untouched", i) for i in range(NUM_SCENES)]
+    return [scene_at("untouched", i, layout=EASY) for i in range(NUM_SCENES)]
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_a_repository_is_complete_and_loads_without_the_package(run, trained, tm
     code, output, errors = run(trained, tmp_path / "out", "--license", "apache-2.0")
     assert (code, errors) == (0, "")
     assert {file.name for file in (tmp_path / "out").iterdir()} == EXPECTED
-    assert "8,049,665 parameters, bfloat16, 16.1 MB" in output
+    assert "12,423,425 parameters, bfloat16, 24.8 MB" in output
     assert all(name in output for name in STRAY)
     (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
     printed = run_alone(tmp_path / "script.py", tmp_path / "out", SHAPES, folder=tmp_path)
