@@ -309,7 +309,9 @@ def test_twenty_concurrent_requests_get_their_own_answers(client):
     layout = Layout(num_things=(1, 1), sides=(0.5, 0.7), share_shapes=0.0, share_texts=1.0, quality=0.0)
     drawn = (scene_at("test", index, layout=layout) for index in range(300))
     scenes = [
-        scene for scene in drawn if [(thing.name, len(thing.text) < 5) for thing in scene.things] == [("sign", True)]
+        scene
+        for scene in drawn
+        if [(thing.name, 1 < len(thing.text) < 5) for thing in scene.things] == [("sign", True)]
     ]
     words = [scene.things[0].text for scene in scenes]
     assert len(set(words[:20])) > 10
