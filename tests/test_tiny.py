@@ -21,10 +21,10 @@ import torch
 from conversations import END, WEIGHTS, ConversationDataset, Mix, TileCollator, build_tokenizer
 from foreign import KINDS as FOREIGN_KINDS
 from foreign import ForeignImages
-from looks import boxes_in_tile, looks_loss, looks_of, patches_of
+from looks import boxes_in_tile, looks_loss, looks_of, parts_of, patches_of
 from other_drawings import draw_svg
 from PIL import Image, ImageDraw
-from questions import KINDS, REFUSAL, WORDINGS, describe, place_of, questions, questions_on_two
+from questions import KINDS, REFUSAL, WORDINGS, Question, describe, place_of, questions, questions_on_two
 from scenes import (
     CHARACTERS,
     COLOURS,
@@ -419,22 +419,61 @@ def test_questions_are_about_the_patches_of_their_things():
     patches = patches_of([star.box], 4).view(4, 4)
     assert patches.nonzero().tolist() == [[0, 0]]
     assert patches_of([Box(0.3, 0.3, 0.31, 0.31)], 4).sum() == 1  # none is smaller than a patch
-    rows = [([((0, star),), ((1, heart),), ()], [(40, 40), (40, 40)]), ([((0, heart),)], [(40, 40)])]
+    asked = [[[(0, star.box)]], [[(1, heart.box)]], []], [[[(0, star.box)], [(0, heart.box), (0, star.box)]]]
+    rows = [(asked[0], [(40, 40), (40, 40)]), (asked[1], [(40, 40)])]
     looks = looks_of(rows, 4, 1)
-    assert looks.shape == (4, 2 * 16)
-    assert [row.nonzero().flatten().tolist() for row in looks[[0, 2]]] == [[0], []]
-    assert [row.sum().item() for row in looks.view(4, 2, 16).transpose(0, 1)[1]] == [0, 4, 0, 0]
-    assert [len(boxes_in_tile([heart], (40, 40), tile, 5)) for tile in range(5)] == [1, 0, 0, 0, 1]
-    assert looks_of(rows, 4, 5).view(4, 2, 5, 16)[3, 0].sum(-1).tolist() == [4, 0, 0, 0, 16]
+    assert looks.shape == (4, 8, 2 * 16)
+    assert [row.nonzero().tolist() for row in looks[[0, 2]]] == [[[0, 0]], []]
+    assert looks.view(4, 8, 2, 16).sum(-1)[:, :2].tolist() == [
+        [[1, 0], [0, 0]],
+        [[0, 4], [0, 0]],
+        [[0, 0], [0, 0]],
+        [[1, 0], [5, 0]],
+    ]
+    assert [len(boxes_in_tile([heart.box], (40, 40), tile, 5)) for tile in range(5)] == [1, 0, 0, 0, 1]
+    assert looks_of(rows, 4, 5).view(4, 8, 2, 5, 16)[3, 1, 0].sum(-1).tolist() == [5, 4, 0, 0, 16]
+
+
+def test_things_and_the_characters_of_an_answer_are_looked_at_apart():
+    sizes = [(40, 40)]
+    star, word = thing("star", "red", (0, 0, 0.2, 0.2)), thing("word", "black", (0, 0.5, 1, 0.8), "HOW")
+    both = ((0, star), (0, word))
+    read = parts_of(Question("read", "?", "HOW", both[1:]), sizes, Art(), True)
+    assert [len(part) for part in read] == [1, 1, 1]
+    middles = [box.centre for ((_, box),) in read]
+    assert middles == sorted(middles)
+    assert all(word.box.left <= x <= word.box.right and word.box.top <= y <= word.box.bottom for x, y in middles)
+    described = parts_of(
+        Question("describe", "?", "a red star top left, a black word HOW bottom", both), sizes, Art(), True
+    )
+    assert described == [[(0, star.box)], [(0, word.box)], *read]
+    assert parts_of(Question("left of", "?", "yes", both), sizes, Art(), True) == described[:2]
+    assert parts_of(Question("colour", "?", "black", both[1:]), sizes, Art(), True) == [[(0, word.box)]]
+    long = ((0, thing("word", "black", (0, 0.5, 1, 0.8), "ABCDEFGH")), (0, star))
+    assert len(parts_of(Question("place", "?", "a word ABCDEFGH, a red star", long), sizes, Art(), True)) == 8
+    together = [[(0, star.box), (0, word.box)]]
+    assert parts_of(Question("left of", "?", "yes", both), sizes, Art(), False) == together
+    assert parts_of(Question("describe", "?", "a red star", both), sizes, Art(), False) == []
+    assert parts_of(Question("absent", "?", "no"), sizes, Art(), True) == []
 
 
 def test_attention_to_what_is_asked_about_lowers_the_loss():
-    looks = torch.tensor([[True, False, False, False], [False] * 4])
+    looks = torch.zeros(2, 8, 4, dtype=torch.bool)
+    looks[0, 0, 0] = True
     uniform = torch.full((2, 2, 3, 4), 0.25)
     right = torch.tensor([0.97, 0.01, 0.01, 0.01]).expand(2, 2, 3, 4)
     assert looks_loss(uniform, looks) == pytest.approx(np.log(4))  # the second question is about nothing
     assert looks_loss(right, looks) < 0.05
-    assert looks_loss(uniform, looks[1:].expand(2, 4)) == 0
+    assert looks_loss(uniform, looks[1:].expand(2, -1, -1)) == 0
+
+
+def test_each_part_has_queries_of_its_own():
+    looks = torch.zeros(1, 8, 4, dtype=torch.bool)
+    looks[0, 0, 0] = looks[0, 1, 3] = True
+    first = torch.tensor([1.0, 0, 0, 0]).expand(1, 2, 3, 4)
+    assert looks_loss(first, looks) > 5  # nothing looks at the second part
+    turns = torch.eye(4)[[0, 3, 0]].expand(1, 2, 3, 4)
+    assert looks_loss(turns, looks) == 0
 
 
 def test_printed_text_is_spelled_and_words_of_questions_are_tokens():
@@ -533,7 +572,7 @@ def test_a_learning_curve_continues_across_stages(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_script_goes_on_and_its_checkpoint_loads(art_folder, tmp_path):
-    counts = {"--tower-steps": ["6"], "--steps": ["2", "2"], "--curve-scenes": ["1"], "--evaluation-scenes": ["2"]}
+    counts = {"--tower-steps": ["6"], "--steps": ["2"] * 3, "--curve-scenes": ["1"], "--evaluation-scenes": ["2"]}
     arguments = [part for name, values in counts.items() for part in (name, *values)]
     script = [sys.executable, ROOT / "examples" / "tiny" / "make_checkpoint.py", "--output", tmp_path / "tiny"]
     script += ["--art", art_folder, *arguments]
@@ -553,6 +592,6 @@ def test_a_killed_script_goes_on_and_its_checkpoint_loads(art_folder, tmp_path):
     assert trained["text_config"]["hidden_size"] == shipped["text_config"]["hidden_size"]
     result = json.loads((tmp_path / "tiny" / "evaluation.json").read_text())
     assert {"scenes", "five tiles", "two images", "other program", "naming", "naming, fxemoji"} <= set(result)
-    points = curve.read_curve(tmp_path / "tiny-work", ("captions", "conversations"))
+    points = curve.read_curve(tmp_path / "tiny-work", curve.STAGES)
     found = [(point["stage"], point["step"], point["images"]) for point in points]
-    assert found == [("captions", 2, 128), ("conversations", 2, 192)]
+    assert found == [("captions", 2, 128), ("conversations", 2, 192), ("refinement", 2, 256)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foreign import ForeignImages
-from looks import looks_of
+from looks import looks_of, parts_of
 from PIL import Image
 from questions import BESIDE, REFUSAL, WORDINGS, Question, plural, questions, questions_on_two, refusals
 from scenes import COLOURS, SHAPES, THINGS, Art, Layout, Scene, draw, scene_at
@@ -42,6 +42,7 @@ class Mix:
         share_foreign: Share of the conversations about foreign images.
         layouts: Scenes are drawn from one of these.
         split_layouts: And from one of these, if the image is split into tiles.
+        apart: Whether each query looks at another part of what its question is about; see `parts_of`.
     """
 
     num_questions: int
@@ -52,6 +53,7 @@ class Mix:
     share_foreign: float = 0.0
     layouts: tuple[Layout, ...] = (Layout(),)
     split_layouts: tuple[Layout, ...] = (Layout(), TILES_LAYOUT)
+    apart: bool = False
 
 
 WEIGHTS = {
@@ -187,8 +189,8 @@ class ConversationDataset(Dataset):
             self._sorted = block, sorted(plans, key=lambda plan: len("".join(q.text + q.answer for q in plan[1])))
         images, asked = self._sorted[1][place]
         messages = as_messages([self._show(image) for image in images], asked)
-        looks = [question.about for question in asked]
         sizes = [(1, 1) if isinstance(image, int) else image[0].size for image in images]
+        looks = [parts_of(question, sizes, self.art, self.mix.apart) for question in asked]
         return {"messages": messages, "do_image_splitting": self._is_split(block), "looks": looks, "sizes": sizes}
 
     def _is_split(self, block: int) -> bool:

@@ -22,6 +22,7 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "learning_curve.jsonl"
+STAGES = ("captions", "conversations", "refinement")
 STEPS_BETWEEN = 300  # points of a curve, a multiple of the steps between checkpoints
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     """Collect the points of a run, and plot them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="the `--work` folder of `make_checkpoint.py`")
-    parser.add_argument("--stages", nargs="+", default=("captions", "conversations"), help="(default: %(default)s)")
+    parser.add_argument("--stages", nargs="+", default=STAGES, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
     points = read_curve(args.work, args.stages)

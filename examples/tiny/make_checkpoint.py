@@ -4,7 +4,8 @@
 
 1. Fetch emoji art and fonts, and build a tokenizer.
 2. Train the vision tower to predict the content of every patch, then freeze it.
-3. Train on captions, then on conversations, some of them about two images, tiles and foreign images.
+3. Train on captions, then on conversations, some of them about two images, tiles and foreign images, then on more of
+   them with guided queries and a learning rate that falls to 0.
 
 An interrupted run resumes from its last checkpoint, at any stage. Plain `python` works, too, with one process.
 """
@@ -80,6 +81,7 @@ FULL = Layout(
 )
 FREE = Layout(share_shapes=0.35, share_texts=0.3)
 LINES = Layout(lines=(2, 5), share_wide=0.3, quality=0.05)
+LARGE = Layout(num_things=(1, 1), sides=(0.25, 0.8), share_shapes=0.2, share_texts=0.45)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,14 @@ MIXES = {
         split_layouts=(Layout(), SMALL_LAYOUT, TILES_LAYOUT),
     ),
 }
+MIXES["refinement"] = replace(
+    MIXES["conversations"],
+    weights=WEIGHTS
+    | {"thing": 3.0, "count": 3.0, "left of": 3.0, "above": 2.5, "read": 4.0, "is there": 2.2, "absent": 1.3},
+    share_described=0.3,
+    layouts=(Layout(), Layout(), SMALL_LAYOUT, LARGE),
+    apart=True,
+)
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
@@ -331,11 +341,10 @@ def train_in_stages(
             compile_layers(part)
     for name, num_steps in steps.items():
         batch_size = BATCH_SIZE if name == "captions" else BATCH_SIZE // 2
-        decay: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
-        if name == list(steps)[-1]:
-            options = {"num_decay_steps": round(0.5 * num_steps), "decay_type": "linear"}
-            decay = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": options}
-        args = training_arguments(work / name, num_steps, batch_size=batch_size, learning_rate=2e-3, **decay)
+        schedule = "linear" if name == list(steps)[-1] else "constant_with_warmup"
+        args = training_arguments(
+            work / name, num_steps, batch_size=batch_size, learning_rate=2e-3, lr_scheduler_type=schedule
+        )
         length = num_steps * batch_size
         rows = ConversationDataset(start, length, MIXES[name], art, foreign, batch=batch_size, block=NUM_SORTED_BATCHES)
         trainer = LooksTrainer(
@@ -366,9 +375,9 @@ def main() -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        nargs=2,
-        default=(900, 4500),
-        help=f"steps of {BATCH_SIZE} captions, and of {BATCH_SIZE // 2} conversations",
+        nargs=3,
+        default=(900, 1500, 3500),
+        help=f"steps of {BATCH_SIZE} captions, of {BATCH_SIZE // 2} conversations, and of their refinement",
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers: faster, needs a C++ compiler")
     parser.add_argument("--curve-scenes", type=int, default=20, help="scenes for every point of the learning curve")

@@ -254,8 +254,13 @@ def phrase_of(thing: Thing) -> str:
 
 def describe(scene: Scene) -> str:
     """Describe a scene: its things in reading order, each with its place; "nothing" if it has none."""
-    ordered = sorted(scene.things, key=lambda thing: (_row(thing), thing.box.centre[0]))
+    ordered = in_reading_order(scene)
     return ", ".join(f"{with_article(phrase_of(thing))} {place_of(thing)}" for thing in ordered) or "nothing"
+
+
+def in_reading_order(scene: Scene) -> list[Thing]:
+    """The things of a scene, row by row and from left to right."""
+    return sorted(scene.things, key=lambda thing: (_row(thing), thing.box.centre[0]))
 
 
 def _row(thing: Thing) -> int:
@@ -273,12 +278,13 @@ def names_of(thing: Thing, scene: Scene) -> list[str]:
 
 
 def named(name: str, scene: Scene) -> list[Thing]:
-    """The things of a scene that a name fits: "circle", "red circle", "red shape", "shape", "thing", "text", "dog"."""
+    """The things that a name fits, in reading order: "circle", "red circle", "red shape", "shape", "thing", "dog"."""
     *adjectives, noun = name.split(" ") if name not in THINGS else (name,)
     colour = adjectives[0] if adjectives else ""
-    classes = {"thing": scene.things, "shape": [thing for thing in scene.things if thing.name in SHAPES]}
-    classes["text"] = [thing for thing in scene.things if thing.text]
-    found = classes.get(noun, [thing for thing in scene.things if thing.name == noun])
+    things = in_reading_order(scene)
+    classes = {"thing": things, "shape": [thing for thing in things if thing.name in SHAPES]}
+    classes["text"] = [thing for thing in things if thing.text]
+    found = classes.get(noun, [thing for thing in things if thing.name == noun])
     return [thing for thing in found if colour in ("", thing.colour)]
 
 
@@ -364,7 +370,7 @@ def questions(scene: Scene, rng: random.Random, *, clear: bool = True) -> list[Q
     references = {number: names_of(thing, scene) for number, thing in enumerate(scene.things)}
     asked: list[Question] = []
     if not clear or all(map(is_clearly_placed, scene.things)):
-        asked.append(Question("describe", word("describe", rng), describe(scene)))
+        asked.append(Question("describe", word("describe", rng), describe(scene), about(*in_reading_order(scene))))
     for make in (_properties, _places, _positions):
         asked += make(scene, references, rng)
     asked += _texts(scene, rng)
