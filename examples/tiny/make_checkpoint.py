@@ -44,6 +44,7 @@ from muon_optimizer import Muon
 from safetensors.torch import load_file, save_file
 from scenes import Art, Layout
 from score import Item, all_items, answer, as_counts, as_table, curve_items, evaluate
+from torch.utils.data import ConcatDataset
 from tower import PatchDataset, TowerForPatches, TowerTrainer, feature_deviation, scale_features
 from transformers import (
     GenerationConfig,
@@ -118,26 +119,31 @@ TOWER_STAGES = (
         "scenes", 0.56, IMAGE_SIZE, 0, (FULL, FREE, LINES, FREE, LINES, SMALL_LAYOUT), 2e-3, "linear", (0.05, 0.12)
     ),
 )
-MIXES = {
-    "captions": Mix(0, WEIGHTS, layouts=(replace(Layout(), num_things=(1, 3)), Layout())),
-    "conversations": Mix(
-        7,
-        WEIGHTS,
-        share_two=0.2,
-        share_split=0.12,
-        share_foreign=0.06,
-        layouts=(Layout(), Layout(), SMALL_LAYOUT),
-        split_layouts=(Layout(), SMALL_LAYOUT, TILES_LAYOUT),
-    ),
-}
-MIXES["refinement"] = replace(
-    MIXES["conversations"],
-    weights=WEIGHTS
-    | {"thing": 3.0, "count": 3.0, "left of": 3.0, "above": 2.5, "read": 4.0, "is there": 2.2, "absent": 1.3},
+CONVERSATIONS = Mix(
+    7,
+    WEIGHTS,
+    share_two=0.2,
+    share_split=0.12,
+    share_foreign=0.06,
+    layouts=(Layout(), Layout(), SMALL_LAYOUT),
+    split_layouts=(Layout(), SMALL_LAYOUT, TILES_LAYOUT),
+)
+HARD = {"thing": 3.0, "count": 3.0, "left of": 3.0, "above": 2.5, "read": 4.0, "is there": 2.2, "absent": 1.3}
+REFINEMENT = replace(
+    CONVERSATIONS,
+    weights=WEIGHTS | HARD,
     share_described=0.3,
     layouts=(Layout(), Layout(), SMALL_LAYOUT, LARGE),
     apart=True,
 )
+MIXES = {  # of every stage, for equal parts of its steps
+    "captions": (Mix(0, WEIGHTS, layouts=(replace(Layout(), num_things=(1, 3)), Layout())),),
+    "conversations": (CONVERSATIONS,),
+    "refinement": (
+        REFINEMENT,
+        replace(REFINEMENT, weights=REFINEMENT.weights | {"is there": 2.4, "absent": 2.2}, share_two=0.35),
+    ),
+}
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
@@ -345,19 +351,23 @@ def train_in_stages(
         args = training_arguments(
             work / name, num_steps, batch_size=batch_size, learning_rate=2e-3, lr_scheduler_type=schedule
         )
-        length = num_steps * batch_size
-        rows = ConversationDataset(start, length, MIXES[name], art, foreign, batch=batch_size, block=NUM_SORTED_BATCHES)
+        rows = []
+        for mix in MIXES[name]:
+            length = num_steps // len(MIXES[name]) * batch_size
+            rows.append(
+                ConversationDataset(start, length, mix, art, foreign, batch=batch_size, block=NUM_SORTED_BATCHES)
+            )
+            start += length
         trainer = LooksTrainer(
             model,
             args,
-            train_dataset=rows,
+            train_dataset=ConcatDataset(rows),
             data_collator=TileCollator(processor, IMAGE_SIZE // PATCH_SIZE),
             processing_class=processor,
             callbacks=[LearningCurve(processor, items)],
             optimizers=(build_optimizer(model, args), None),
         )
         trainer.train(resume_from_checkpoint=_last_checkpoint(work / name))
-        start += length
     return trainer
 
 
