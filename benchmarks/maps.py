@@ -43,7 +43,7 @@ PANEL_SIDE, PANEL_GAP = 192, 8  # pixels
 # A question, the object's attribute that it names, and the names of the objects that it may be about, as long as no
 # other shape shares the attribute.
 QUESTIONS = (
-    ("How many shapes are {}?", "colour", SHAPES),
+    ("How many {} shapes are there?", "colour", SHAPES),
     ("Which shape is {}?", "colour", SHAPES),
     ("What colour is the {}?", "name", SHAPES),
     ("What colour is the {}?", "name", ("sign",)),

@@ -352,7 +352,7 @@ def num_hottest(maps, scenes):
 @pytest.mark.parametrize(
     ("question", "is_wanted", "at_least"),
     [
-        ("How many shapes are red?", lambda thing: thing.colour == "red" and thing.name in SHAPES, 33),
+        ("How many red shapes are there?", lambda thing: thing.colour == "red" and thing.name in SHAPES, 33),
         ("What colour is the star?", lambda thing: thing.name == "star", 38),
         ("What colour is the sign?", lambda thing: thing.name == "sign", 38),
     ],
