@@ -115,7 +115,7 @@ def test_its_metadata_has_the_measured_figures():
     expected = read_results(EVALUATION)
     for result in expected:
         result.metric_value = round(result.metric_value, 4)
-    assert len(expected) == 13
+    assert len(expected) == 14
     assert ModelCard(README).data.eval_results == expected
 
 

@@ -84,12 +84,13 @@ def plot(points: list[dict[str, Any]], file: Path) -> None:
     for suite in points[0]["right"]:
         shares = [100 * point["right"][suite][0] / point["right"][suite][1] for point in points]
         axes.plot(seen, shares, label=suite, linewidth=1.5)
-    for before, after in itertools.pairwise(points):
-        if before["stage"] != after["stage"]:
-            axes.axvline(before["images"] / 1000, color="0.7", linestyle="dotted")
-            for name, side in ((before["stage"], "right"), (after["stage"], "left")):
-                axes.text(before["images"] / 1000, 2, f" {name} ", ha=side, color="0.4")
-    axes.set_ylim(0, 101)
+    start = 0.0
+    for stage, group in itertools.groupby(points, key=lambda point: point["stage"]):
+        end = max(point["images"] for point in group) / 1000
+        axes.axvline(end, color="0.7", linestyle="dotted")
+        axes.text((start + end) / 2, 102, stage, ha="center", color="0.4")
+        start = end
+    axes.set(xlim=(0, start), ylim=(0, 101))
     axes.legend(loc="lower right", ncols=2, fontsize="small")
     figure.savefig(file, dpi=100)
 
