@@ -348,31 +348,32 @@ def num_hottest(maps, scenes):
     return sum(hottest(heat, scene) == thing for heat, (scene, thing) in zip(maps, scenes, strict=True))
 
 
+def is_red_shape(thing):
+    return thing.colour == "red" and thing.name in SHAPES
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("question", "is_wanted", "at_least"),
+    ("question", "is_wanted", "others"),
     [
-        ("How many red shapes are there?", lambda thing: thing.colour == "red" and thing.name in SHAPES, 33),
-        ("What colour is the star?", lambda thing: thing.name == "star", 38),
-        ("What colour is the sign?", lambda thing: thing.name == "sign", 38),
+        ("How many red shapes are there?", is_red_shape, ()),
+        ("Which shape is red?", is_red_shape, ()),
+        ("What colour is the star?", lambda thing: thing.name == "star", ()),
+        ("What colour is the sign?", lambda thing: thing.name == "sign", ()),
+        ("Read the sign.", lambda thing: thing.name == "sign", ("number",)),
+        ("What is the number?", lambda thing: thing.name == "number", ("sign",)),
     ],
 )
-def test_the_answer_depends_most_on_the_object_in_question(shipped, question, is_wanted, at_least):
-    """Measured on these 40 scenes: 36, 40 and 40. On 180 (benchmarks/maps.py): 172, 179 and 180; by chance 67 to 76."""
-    model, processor = shipped
-    scenes = scenes_with(is_wanted, 40)
-    inputs = prompts(processor, [draw(scene) for scene, _ in scenes], question)
-    sequences = model.generate(**inputs, max_new_tokens=8)
-    assert (
-        num_hottest(model.answer_maps(inputs, sequences, [scene.size[::-1] for scene, _ in scenes]), scenes) >= at_least
-    )
+def test_queries_and_answer_depend_most_on_the_object_in_question(shipped, question, is_wanted, others):
+    """Measured on these 40 scenes: 39 or 40 for the queries, 37 to 40 for the answer. By chance, a third of 180 scenes.
 
-
-@pytest.mark.parametrize(("question", "name"), [("Read the sign.", "sign"), ("What is the number?", "number")])
-def test_queries_look_at_what_they_read(shipped, question, name):
-    """In scenes with both a sign and a number, so the question decides."""
+    A sign is read beside a number, and a number beside a sign, so that the question decides.
+    """
     model, processor = shipped
-    scenes = scenes_with(lambda thing: thing.name == name, 40, others={"sign", "number"} - {name})
+    scenes = scenes_with(is_wanted, 40, others=set(others))
     inputs = prompts(processor, [draw(scene) for scene, _ in scenes], question)
-    maps = model.heat_maps(look(model, inputs), inputs["input_ids"], [scene.size[::-1] for scene, _ in scenes])
-    assert num_hottest([heat for (heat,) in maps.questions], scenes) >= 38
+    sizes = [scene.size[::-1] for scene, _ in scenes]
+    looked = model.heat_maps(look(model, inputs), inputs["input_ids"], sizes)
+    assert num_hottest([heat for (heat,) in looked.questions], scenes) >= 37
+    sequences = model.generate(**inputs, max_new_tokens=12)
+    assert num_hottest(model.answer_maps(inputs, sequences, sizes), scenes) >= 34
