@@ -1,8 +1,8 @@
 """Whether the maps of docs/inference.md show the object of a question, and what the Embedded Query module contributes.
 
-    python benchmarks/maps.py --output benchmarks/results/maps.md --image docs/saliency.png
+    python benchmarks/maps.py --art ART --output benchmarks/results/maps.md --image docs/saliency.png
 
-The small checkpoint answers questions about one object in scenes of two to four objects, which are drawn by
+The small checkpoint answers questions about one object in scenes of several objects, which are drawn by
 `examples/tiny` and were not used in training.
 
 - An object has the largest share of a map if the map's sum over its box is larger than over any other object's box.
@@ -11,14 +11,15 @@ The small checkpoint answers questions about one object in scenes of two to four
   such an object.
 - The image shows `examples/scene.png` with three maps for "Read the sign.": the patches that the answer depends on,
   those that the queries attended to, and the weights of the pooling.
-- With the Embedded Query module switched off, queries pass through it unchanged; the questions are those of
-  `examples/tiny/score.py`, each asked alone.
+- With the Embedded Query module switched off, queries pass through it unchanged. The questions are those of
+  `examples/tiny/score.py` about scenes, and about small things and texts, each asked alone.
 """
 
 import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -34,15 +35,15 @@ from flashsloth.saliency_flashsloth import overlay
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
-from scenes import SHAPES, Scene, Thing, draw, scene_at  # noqa: E402
-from score import IMAGE_SIZE, SPLIT, Question, build_inputs, evaluate  # noqa: E402
+from scenes import SHAPES, Art, Scene, Thing, draw, scene_at  # noqa: E402
+from score import SPLIT, Item, answer, build_inputs, evaluate, scene_items, small_items  # noqa: E402
 
-SCENES, IMAGES, BATCH_SIZE = 180, 500, 30
+SCENES, IMAGES, BATCH_SIZE = 180, 200, 30
 PANEL_SIDE, PANEL_GAP = 192, 8  # pixels
 # A question, the object's attribute that it names, and the names of the objects that it may be about, as long as no
 # other shape shares the attribute.
 QUESTIONS = (
-    ("How many shapes are {}?", "colour", SHAPES),
+    ("How many {} shapes are there?", "colour", SHAPES),
     ("Which shape is {}?", "colour", SHAPES),
     ("What colour is the {}?", "name", SHAPES),
     ("What colour is the {}?", "name", ("sign",)),
@@ -90,12 +91,11 @@ def maps_of(
     """For each question, the maps of its queries and of its answer, both `(height, width)`."""
     for start in range(0, len(asked), BATCH_SIZE):
         batch = asked[start : start + BATCH_SIZE]
-        images = [draw(question.scene, IMAGE_SIZE) for question in batch]
-        texts = [question.text for question in batch]
-        rows = [Question("", *row, "", False, ("", "")) for row in zip(images, texts, strict=True)]
+        images = [draw(question.scene) for question in batch]
+        rows = [Item("", "", (image,), one.text, "") for image, one in zip(images, batch, strict=True)]
         inputs = build_inputs(processor, rows)
         output = model.generate(**inputs, max_new_tokens=20, output_attentions=True, return_dict_in_generate=True)
-        sizes = [(IMAGE_SIZE, IMAGE_SIZE)] * len(batch)
+        sizes = [(image.height, image.width) for image in images]
         looked = model.heat_maps(output, inputs["input_ids"], sizes)
         answered = model.answer_maps(inputs, output.sequences, sizes)
         yield from ((maps[0], heat) for maps, heat in zip(looked.questions, answered, strict=True))
@@ -140,7 +140,7 @@ def panels(
     model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, image: Image.Image, text: str
 ) -> Image.Image:
     """An image next to its maps: of the answer to a question, of the question's queries, of pooling."""
-    inputs = build_inputs(processor, [Question("", image, text, "", False, ("", ""))])
+    inputs = build_inputs(processor, [Item("", "", (image,), text, "")])
     output = model.generate(**inputs, max_new_tokens=20, output_attentions=True, return_dict_in_generate=True)
     sizes = [(image.height, image.width)]
     looked = model.heat_maps(output, inputs["input_ids"], sizes)
@@ -152,14 +152,19 @@ def panels(
     return strip
 
 
-def ablation_table(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, num_images: int) -> str:
+def ablation_table(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, asked: list[Item]) -> str:
     """Count exact answers with and without the Embedded Query module."""
     module = model.model.embedded_query
-    whole = evaluate(model, processor, num_images, with_second_turns=False)
+    reply = partial(answer, model, processor)
+    whole = evaluate(asked, reply)
     with mock.patch.object(module, "forward", lambda hidden_states, *args, **kwargs: hidden_states):
-        without = evaluate(model, processor, num_images, with_second_turns=False)
-    rows = [(kind, counts["asked"], counts["right"], without[kind]["right"]) for kind, counts in whole.items()]
-    return markdown_table(("kind", "questions", "right", "right without the module"), rows)
+        without = evaluate(asked, reply)
+    rows = [
+        (suite, kind, counts.asked, counts.right, without[suite][kind].right)
+        for suite in dict.fromkeys(item.suite for item in asked)
+        for kind, counts in whole[suite].items()
+    ]
+    return markdown_table(("suite", "kind", "questions", "right", "right without the module"), rows)
 
 
 def main() -> None:
@@ -168,7 +173,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT), help="folder of a tiny checkpoint (default: the shipped one)")
     parser.add_argument("--image", type=Path, help="image file to write")
     parser.add_argument("--scenes", type=int, default=SCENES, help="scenes for each question")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images, with about seven questions each")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images of each suite without the module")
+    parser.add_argument("--art", type=Path, help="folder written by examples/tiny/art.py, for scenes with emoji")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -176,6 +182,8 @@ def main() -> None:
     if args.image:
         panels(model, processor, Image.open(ROOT / "examples" / "scene.png"), "Read the sign.").save(args.image)
     hits, held = maps_tables(model, processor, args.scenes)
+    art = Art(args.art) if args.art else None
+    asked = [*scene_items(args.images, art), *(one for one in small_items(args.images, art) if not one.is_split)]
     write_report(
         args.output,
         f"{describe_machine(dtype='float32')}; made by benchmarks/maps.py.",
@@ -184,7 +192,7 @@ def main() -> None:
         "## What has the largest share of the queries' map",
         held,
         f"## Exact answers, {args.images} images",
-        ablation_table(model, processor, args.images),
+        ablation_table(model, processor, asked),
     )
 
 

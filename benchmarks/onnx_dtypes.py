@@ -22,7 +22,7 @@ from flashsloth.cli.onnx import convert_graphs, export_onnx
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "tiny")]
 from ask_onnx import OnnxFlashSloth  # noqa: E402
-from score import MAX_ANSWER_TOKENS, Question, build_inputs, evaluation_set  # noqa: E402
+from score import MAX_ANSWER_TOKENS, Item, build_inputs, scene_items  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Answers(NamedTuple):
 def compare(num_images: int, dtypes: Sequence[str]) -> Iterator[Answers]:
     """Export the checkpoint, and answer the questions in every data type."""
     processor = FlashSlothProcessor.from_pretrained(ROOT)
-    asked = list(evaluation_set(num_images))
+    asked = list(scene_items(num_images))
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / ONNX_DTYPES[0]
         model = FlashSlothForConditionalGeneration.from_pretrained(ROOT)
@@ -58,7 +58,7 @@ def compare(num_images: int, dtypes: Sequence[str]) -> Iterator[Answers]:
             yield Answers(dtype, texts, num_bytes)
 
 
-def answer(model: OnnxFlashSloth, processor: FlashSlothProcessor, asked: list[Question]) -> list[str]:
+def answer(model: OnnxFlashSloth, processor: FlashSlothProcessor, asked: list[Item]) -> list[str]:
     """Answer questions, each about its own image."""
     texts = []
     for start in range(0, len(asked), BATCH_SIZE):
@@ -103,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = list(compare(args.images, [ONNX_DTYPES[0], *(dtype for dtype in args.dtypes if dtype != ONNX_DTYPES[0])]))
-    expected = [question.answer for question in evaluation_set(args.images)]
+    expected = [question.answer for question in scene_items(args.images)]
     write_report(
         args.output,
         f"{describe_machine(dtype='ONNX')}; made by benchmarks/onnx_dtypes.py.",

@@ -38,8 +38,8 @@ from flashsloth.training.lora import LORA_TARGET_MODULES, UNQUANTIZED_MODULES
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "tiny"), str(ROOT / "tests")]
+import score  # noqa: E402
 from golden_checkpoint import CASES, GOLDEN, read_case, write_golden_checkpoint  # noqa: E402
-from score import evaluate  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +88,14 @@ def compare_answers(num_images: int) -> Iterator[Answers]:
     names = [name for name, _ in plain.named_parameters()]
     layers = [name for name in names if re.fullmatch(LORA_TARGET_MODULES, name.rpartition(".")[0])]
     processor = FlashSlothProcessor.from_pretrained(ROOT)
+    asked = list(score.scene_items(num_images))
     for name, recipe in RECIPES.items():
         model = load(ROOT, recipe)
         sizes = {parameter: bytes_of(tensor) for parameter, tensor in model.named_parameters()}
         layer_bytes = sum(sizes[parameter] for parameter in layers)
-        counts = evaluate(model, processor, num_images, with_second_turns=False)["all"]
+        counts = score.evaluate(asked, partial(score.answer, model, processor))["scenes"]["all"]
         difference = golden_difference(recipe)
-        yield Answers(name, counts["right"], counts["asked"], sum(sizes.values()), layer_bytes, difference)
+        yield Answers(name, counts.right, counts.asked, sum(sizes.values()), layer_bytes, difference)
 
 
 def load(folder: Path, recipe: Any) -> FlashSlothForConditionalGeneration:

@@ -24,7 +24,7 @@ from flashsloth.generation_flashsloth import CACHE_NAME
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
-from score import Question, answer, build_inputs, evaluation_set  # noqa: E402
+from score import Item, answer, build_inputs, scene_items  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def prompt_bytes(model: FlashSlothForConditionalGeneration, inputs: dict[str, to
 def compare(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
-    questions: list[Question],
+    questions: list[Item],
     caches: Iterable[str] = CACHES,
 ) -> str:
     """Answer questions, one at a time, with every cache.
@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=torch.bfloat16).eval()
-    questions = list(evaluation_set(args.images))
+    questions = list(scene_items(args.images))
     table = compare(model, FlashSlothProcessor.from_pretrained(ROOT), questions)
     title = f"{describe_machine()}; {len(questions)} questions; made by benchmarks/quantized_cache.py."
     write_report(args.output, title, table)

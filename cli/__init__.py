@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 PROGRAM = "flashsloth"
 SHIPPED_CHECKPOINT = Path(__file__).parents[1]
 SHIPPED_CHECKPOINT_NOTE = (
-    "This is the small demonstration checkpoint. It describes drawn scenes of coloured shapes and reads signs with a "
-    "word or a number; it does not know photographs."
+    "This is the small demonstration checkpoint. It knows drawn shapes, emoji, and printed words and numbers; it does "
+    "not know photographs."
 )
 STDIN = "-"
 DEFAULT_MAX_NEW_TOKENS = 512

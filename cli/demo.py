@@ -44,8 +44,9 @@ that the **queries** after the question attended to (attention of the Embedded Q
 """
 EXAMPLES = [
     ("scene.png", "Read the sign."),
+    ("scene.png", "What is in the top right corner?"),
+    ("scene.png", "Is there a dog?"),
     ("shapes.png", "Describe the picture."),
-    ("shapes.png", "Where is the star?"),
 ]
 STYLE = """
 .gradio-container { max-width: 1200px !important; margin: auto !important; }

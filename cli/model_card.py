@@ -221,10 +221,11 @@ def read_results(file: Path) -> list[EvalResult]:
     """Read evaluation results written by `examples/tiny/score.py` or lmms-eval.
 
     Args:
-        file: A JSON file with the counts `asked` and `right` of every kind of question, or with lmms-eval's `results`.
+        file: A JSON file with the counts `asked` and `right` of every suite and kind of question, or with lmms-eval's
+            `results`.
 
     Returns:
-        One result per kind of question, or per task and metric.
+        One result per suite, or per task and metric.
 
     Raises:
         ValueError: If the file has neither form.
@@ -240,12 +241,13 @@ def read_results(file: Path) -> list[EvalResult]:
             ]
         else:
             results = [
-                (DRAWN_SCENES, DRAWN_SCENES, "exact_match", f"exact match: {kind}", counts["right"] / counts["asked"])
-                for kind, counts in content.items()
+                (DRAWN_SCENES, DRAWN_SCENES, "exact_match", f"exact match: {suite}", right / asked)
+                for suite, kinds in content.items()
+                for right, asked in [(kinds["all"]["right"], kinds["all"]["asked"])]
             ]
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{file} should hold lmms-eval's `results`, or `asked` and `right` of every kind of question."
+            f"{file} should hold lmms-eval's `results`, or `asked` and `right` of every suite and kind of question."
         ) from error
     fields = ("dataset_type", "dataset_name", "metric_type", "metric_name", "metric_value")
     return [EvalResult(task_type=TASK, **dict(zip(fields, result, strict=True))) for result in results]

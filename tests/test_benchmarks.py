@@ -162,15 +162,19 @@ def test_maps_are_compared_with_the_objects_of_a_scene(shipped):
         assert maps.most_of(heat, scene) is thing
     hits, held = maps.maps_tables(*shipped, num_scenes=2)
     assert [line.count("|") for line in (hits + "\n" + held).splitlines()] == [5] * 18
-    assert hits.splitlines()[-1].startswith("| What is the number? | 1 | ")  # two scenes of two things
-    strip = maps.panels(*shipped, maps.draw(scene, 96), "What is the number?")
+    assert all(0 <= int(row.split("|")[3]) <= 2 for row in hits.splitlines()[2:])
+    strip = maps.panels(*shipped, maps.draw(scene), "What is the number?")
     assert strip.size == (4 * 192 + 3 * 8, 192)
 
 
 @pytest.mark.slow
 def test_switching_off_the_module_loses_some_answers(shipped):
-    rows = maps.ablation_table(*shipped, num_images=12).splitlines()[2:]
-    asked, right, without = (int(part) for part in rows[-1].strip("| ").split(" | ")[1:])
+    rows = [
+        row.strip("| ").split(" | ") for row in maps.ablation_table(*shipped, list(maps.scene_items(12))).splitlines()
+    ]
+    ((asked, right, without),) = (
+        map(int, counts) for suite, kind, *counts in rows if (suite, kind) == ("scenes", "all")
+    )
     assert asked >= right > without > 0
 
 
@@ -178,7 +182,7 @@ def test_switching_off_the_module_loses_some_answers(shipped):
 def test_quantized_caches_are_compared_with_exact_keys_and_values(shipped):
     pytest.importorskip("optimum.quanto", reason="quantized caches need optimum-quanto")
     model, processor = shipped
-    questions = list(quantized_cache.evaluation_set(2))
+    questions = list(quantized_cache.scene_items(2))
     table = quantized_cache.compare(model, processor, questions, ["bfloat16", "4 bits, quanto"])
     exact, rounded = (line.strip("| ").split(" | ") for line in table.splitlines()[2:])
     assert exact[2] == "100.0%"

@@ -1,5 +1,6 @@
 """lmms-eval evaluates FlashSloth: through its command line on a local task, and through the adapter itself."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Image
 from scenes import draw, scene_at
-from score import answer, evaluation_set
+from score import answer, scene_items
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -36,8 +37,11 @@ def shown_command(name):
 @pytest.fixture(scope="module")
 def asked():
     """Questions of every kind about drawn scenes. The expected answer of every fourth is wrong."""
-    questions = list(evaluation_set(NUM_IMAGES))
-    return [question._replace(answer="wrong") if i % 4 == 0 else question for i, question in enumerate(questions)]
+    questions = list(scene_items(NUM_IMAGES))
+    return [
+        dataclasses.replace(question, answer="wrong") if i % 4 == 0 else question
+        for i, question in enumerate(questions)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def folder(tmp_path_factory, asked):
     (folder / "my-task").mkdir()
     yaml = re.search(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)[1]
     (folder / "my-task" / "questions.yaml").write_text(yaml)
-    rows = [{"image": row.image, "question": row.text, "answer": row.answer} for row in asked]
+    rows = [{"image": row.images[0], "question": row.question, "answer": row.answer} for row in asked]
     Dataset.from_list(rows).cast_column("image", Image()).to_parquet(folder / "my-task" / "questions.parquet")
     return folder
 
@@ -149,13 +153,13 @@ def text(words):
 
 
 def image(number):
-    return {"type": "image", "url": draw(scene_at("evaluation", number), 96)}
+    return {"type": "image", "url": draw(scene_at("evaluation", number))}
 
 
 @pytest.fixture
 def mixed(adapter, tmp_path):
     """Requests with an image, without, with several, with a video, and with other generation arguments."""
-    frames = [draw(scene_at("evaluation", number), 96) for number in range(20, 32)]
+    frames = [draw(scene_at("evaluation", number)) for number in range(20, 32)]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
     contents = [
         [image(0), text("What do you see at the top left?")],
@@ -191,12 +195,9 @@ def test_a_video_is_read_as_a_bounded_number_of_images(adapter, mixed):
 def test_hd_reads_five_tiles(adapter, asked):
     model = importlib.import_module("flashsloth.evaluation.model")
     hd = model.FlashSlothForEvaluation(str(ROOT), 8, device="cpu", dtype="float32", do_image_splitting=True)
-    adapter.processor.image_processor.do_image_splitting = True
-    try:
-        expected = answer(adapter.model, adapter.processor, asked[:8])
-    finally:
-        adapter.processor.image_processor.do_image_splitting = False
-    shown = [[{"type": "image", "url": row.image}, text(row.text)] for row in asked[:8]]
+    split = [dataclasses.replace(question, is_split=True) for question in asked[:8]]
+    expected = answer(adapter.model, adapter.processor, split)
+    shown = [[{"type": "image", "url": row.images[0]}, text(row.question)] for row in split]
     found = list(hd.generate_until([request(hd, i, content, max_new_tokens=64) for i, content in enumerate(shown)]))
     assert found == expected
     assert found != answer(adapter.model, adapter.processor, asked[:8])

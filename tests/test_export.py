@@ -113,7 +113,7 @@ def test_a_repository_is_complete_and_loads_without_the_package(run, trained, tm
     code, output, errors = run(trained, tmp_path / "out", "--license", "apache-2.0")
     assert (code, errors) == (0, "")
     assert {file.name for file in (tmp_path / "out").iterdir()} == EXPECTED
-    assert "8,049,665 parameters, bfloat16, 16.1 MB" in output
+    assert "12,423,425 parameters, bfloat16, 24.8 MB" in output
     assert all(name in output for name in STRAY)
     (tmp_path / "script.py").write_text(WITHOUT_PACKAGE)
     printed = run_alone(tmp_path / "script.py", tmp_path / "out", SHAPES, folder=tmp_path)
@@ -164,9 +164,9 @@ def test_the_card_has_the_given_metadata_and_the_measured_results(run, trained, 
         (result.dataset_name, result.metric_name or result.metric_type): result.metric_value
         for result in data.eval_results
     }
-    counts = json.loads((ROOT / "examples/tiny/evaluation.json").read_text())["all"]
+    counts = json.loads((ROOT / "examples/tiny/evaluation.json").read_text())["scenes"]["all"]
     assert values["mme", "mme_score"] == 1502.5
-    assert values["drawn-scenes", "exact match: all"] == counts["right"] / counts["asked"]
+    assert values["drawn-scenes", "exact match: scenes"] == counts["right"] / counts["asked"]
     metrics = {metric.partition(":")[0] for _, metric in values}
     assert metrics == {"mme_score", "exact match"}  # no standard error, nothing that is NaN
     assert not (tmp_path / "out" / "LICENSE").exists()  # ours is not the MIT licence

@@ -3,6 +3,7 @@
 python tests/web_reference.py web/reference
 """
 
+import itertools
 import json
 import random
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from score import MAX_ANSWER_TOKENS, evaluation_set
+from score import MAX_ANSWER_TOKENS, scene_items
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
@@ -194,14 +195,12 @@ def answer_questions(
     """The first questions of the evaluation, each asked alone."""
     rows: list[dict] = []
     known: list[Image.Image] = []
-    for question in evaluation_set(num_questions):
-        if len(rows) == num_questions:
-            break
-        if not known or question.image is not known[-1]:
-            known.append(question.image)
-            question.image.save(folder / f"scene_{len(known)}.png")
-        text, _ = answer(model, processor, question.image, [question.text])
-        rows.append({"file": f"scene_{len(known)}.png", "question": question.text, "answer": text})
+    for item in itertools.islice(scene_items(num_questions), num_questions):
+        if not known or item.images[0] is not known[-1]:
+            known.append(item.images[0])
+            known[-1].save(folder / f"scene_{len(known)}.png")
+        text, _ = answer(model, processor, known[-1], [item.question])
+        rows.append({"file": f"scene_{len(known)}.png", "question": item.question, "answer": text})
     return rows
 
 
@@ -209,12 +208,11 @@ def chat(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcess
     """Conversations of three questions about one image."""
     rows = []
     by_file: dict[str, list[str]] = {}
-    questions = evaluation_set(NUM_CHATS)
     images: list[Image.Image] = []
-    for question in questions:
-        if not images or question.image is not images[-1]:
-            images.append(question.image)
-        by_file.setdefault(f"scene_{len(images)}.png", []).append(question.text)
+    for item in scene_items(NUM_CHATS):
+        if not images or item.images[0] is not images[-1]:
+            images.append(item.images[0])
+        by_file.setdefault(f"scene_{len(images)}.png", []).append(item.question)
     for (file, texts), image in zip(by_file.items(), images, strict=True):
         turns, said = [], []
         for text in random.Random(file).sample(texts, 3):
@@ -228,9 +226,9 @@ def chat(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcess
 
 def answer_about_tiles(model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor) -> dict:
     """An answer about an image in five tiles."""
-    question = next(evaluation_set(1))
-    text, attention = answer(model, processor, question.image, [question.text], do_image_splitting=True)
-    return {"file": "scene_1.png", "question": question.text, "answer": text, "attention": attention.tolist()}
+    item = next(scene_items(1))
+    text, attention = answer(model, processor, item.images[0], [item.question], do_image_splitting=True)
+    return {"file": "scene_1.png", "question": item.question, "answer": text, "attention": attention.tolist()}
 
 
 if __name__ == "__main__":

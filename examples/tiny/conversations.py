@@ -1,109 +1,123 @@
 """Tokenizer, processor and training conversations of the tiny checkpoint."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
-from scenes import Scene, Thing, draw, names_of, questions, scene_at
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from foreign import ForeignImages
+from looks import looks_of, parts_of
+from PIL import Image
+from questions import BESIDE, REFUSAL, WORDINGS, Question, plural, questions, questions_on_two, refusals
+from scenes import COLOURS, SHAPES, THINGS, Art, Layout, Scene, draw, scene_at
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchFeature, PreTrainedTokenizerFast
 
 from flashsloth import FlashSlothConfig, FlashSlothImageProcessor, FlashSlothProcessor
+from flashsloth.image_processing_flashsloth import NUM_HD_TILES
 from flashsloth.processing_flashsloth import build_chat_template
+from flashsloth.training import FlashSlothDataCollator
 
 PAD, END, IMAGE, QUERY, USER, ASSISTANT = "<|endoftext|>", "</s>", "<image>", "<learnable>", "USER:", "ASSISTANT:"
-VOCABULARY_SIZE = 512
-NUM_TOKENIZER_SCENES = 2000
-WHERE = "Where is the {0}?"
-SIDES = ("Is the {0} {1}?", "Does the {0} stand {1}?")
+NUM_TOKENIZER_SCENES = 3000
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
+SMALL_LAYOUT = Layout(num_things=(2, 6), sides=(0.1, 0.32), share_texts=0.3)
+TILES_LAYOUT = Layout(
+    num_things=(2, 6), sides=(0.07, 0.3), share_texts=0.35, emoji_side=0.09, text_height=0.09
+)  # small things and texts, for images that are split into tiles
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Which questions a training conversation contains.
-
-    A description more often comes last than first, so that most questions have to be answered from the image and not
-    from an earlier answer.
+    """What is asked about.
 
     Attributes:
-        num_questions: Number of questions that are drawn; repetitions are dropped.
-        weights: Relative frequency of each kind of question, by default 1. Yes-or-no questions of a kind count as a
-            separate kind if `weights` has an entry for them. "where" and "side" are asked only in training, if
-            `weights` has them: a model that knows whether the star is left or right soon learns whether it is left or
-            right of the circle.
-        described_first: Share of the conversations that begin with a description.
-        described_last: Share of the conversations that end with a description.
-        num_wordings: Number of wordings of every question to choose from.
-        num_scenes: Number of candidate scenes; the first one with two objects in a row is used.
+        num_questions: Number of questions that are drawn about an image; repetitions are dropped.
+        weights: Relative frequency of each kind of question, by default 1.
+        share_described: Share of the conversations with a description; half of these begin with it, others end with it.
+        share_two: Share of the conversations about two images.
+        share_split: Share of the batches whose images are split into tiles.
+        share_foreign: Share of the conversations about foreign images.
+        layouts: Scenes are drawn from one of these.
+        split_layouts: And from one of these, if the image is split into tiles.
+        apart: Whether each query looks at another part of what its question is about; see `parts_of`.
     """
 
     num_questions: int
     weights: Mapping[str, float]
-    described_first: float
-    described_last: float
-    num_wordings: int = 1
-    num_scenes: int = 1
+    share_described: float = 0.25
+    share_two: float = 0.0
+    share_split: float = 0.0
+    share_foreign: float = 0.0
+    layouts: tuple[Layout, ...] = (Layout(),)
+    split_layouts: tuple[Layout, ...] = (Layout(), TILES_LAYOUT)
+    apart: bool = False
 
 
-CAPTIONS = Mix(0, {}, 1.0, 0.0)
-QUESTIONS = Mix(
-    9,
-    {
-        "count": 4.0,
-        "shape": 2.0,
-        "colour": 2.5,
-        "left of": 3.5,
-        "left of, yes or no": 4.0,
-        "above": 3.0,
-        "above, yes or no": 3.0,
-        "where": 3.0,
-        "side": 5.0,
-        "read number": 1.2,
-        "read word": 1.0,
-    },
-    0.05,
-    0.2,
-    num_wordings=2,
-    num_scenes=2,
-)
+WEIGHTS = {
+    "describe": 0.0,
+    "colour": 1.5,
+    "shape": 1.2,
+    "thing": 2.0,
+    "place": 1.0,
+    "where": 1.5,
+    "count": 2.5,
+    "left of": 2.5,
+    "above": 2.2,
+    "is there": 1.8,
+    "absent": 0.9,
+    "read": 3.5,
+}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on questions and answers; texts of signs and numbers remain single characters."""
-    backend = Tokenizer(models.BPE())
+def build_tokenizer(art: Art) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a token for every word of the questions and answers; printed text is spelled."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    control_tokens = [PAD, END, IMAGE, QUERY, USER, ASSISTANT]
+    words = sorted(set(_words(art)) - set(alphabet))
+    vocabulary = {token: number for number, token in enumerate([*control_tokens, *alphabet, *words])}
+    backend = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
     # `lstrip`: the space before "ASSISTANT:" is part of the token.
-    control_tokens = [
-        AddedToken(token, lstrip=token == ASSISTANT) for token in (PAD, END, IMAGE, QUERY, USER, ASSISTANT)
-    ]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=control_tokens,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(_tokenizer_corpus(), trainer)
+    added = [AddedToken(token, lstrip=token == ASSISTANT, special=True) for token in control_tokens]
+    backend.add_special_tokens(added)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=END,
-        additional_special_tokens=[IMAGE, QUERY, USER, control_tokens[-1]],
+        additional_special_tokens=[IMAGE, QUERY, USER, added[-1]],
         padding_side="left",
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
     )
 
 
-def _tokenizer_corpus() -> Iterator[str]:
+def _words(art: Art) -> Iterator[str]:
+    """Words of questions and answers as a byte-level pre-tokenizer cuts them, without those of printed text."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in _tokenizer_corpus(art):
+        for word, _ in split.pre_tokenize_str(text):
+            if (len(word.lstrip("Ġ")) > 1 or word == "Ġa") and LETTERS & set(word.lower()):
+                yield word
+
+
+def _tokenizer_corpus(art: Art) -> Iterator[str]:
     for index in range(NUM_TOKENIZER_SCENES):
-        scene = scene_at("train", index)
-        for _, question, answer in questions(scene, random.Random(index)):
-            words = [word for word in answer.split() if word.islower()]  # neither texts of signs nor numbers
-            yield f"{question} {' '.join(words)}"
+        scene = scene_at("train", index, art)
+        texts = {thing.text for thing in scene.things if thing.text}
+        for question in questions(scene, random.Random(index), clear=False):
+            answer = " ".join(part for part in question.answer.split() if part.strip(",") not in texts)
+            yield f"{question.text} {answer}"
+    for name in (*THINGS, *SHAPES, *COLOURS):
+        yield f"a {name}, {plural(name)}. {name.capitalize()}"
+    for wordings in (*WORDINGS.values(), *BESIDE.values()):
+        yield from wordings
+    yield f"the first, the second, both, image picture. In which? Which {REFUSAL}"
 
 
 def build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerFast) -> FlashSlothProcessor:
@@ -118,97 +132,124 @@ def build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerFast
     )
 
 
-def _plan(index: int, mix: Mix) -> tuple[Scene, list[tuple[str, str]]]:
-    """Choose a scene of the split "train", questions about it, and their answers."""
-    rng = random.Random(f"conversation:{index}")
-    scene = _choose_scene(index, mix.num_scenes)
-    (_, describe, description), *others = questions(scene, rng)
-    for _ in range(mix.num_wordings - 1):
-        others += questions(scene, rng)[1:]
-    by_kind = _by_kind(others, scene, mix)
-    kinds = list(by_kind)
-    turns = []
-    for kind in rng.choices(kinds, [mix.weights.get(kind, 1.0) for kind in kinds], k=mix.num_questions):
-        turn = rng.choice(by_kind[kind])
-        if turn not in turns:
-            turns.append(turn)
-    described = rng.random()
-    if described < mix.described_first:
-        turns.insert(0, (describe, description))
-    elif described < mix.described_first + mix.described_last:
-        turns.append((describe, description))
-    return scene, turns
+def choose(asked: Sequence[Question], mix: Mix, rng: random.Random) -> list[Question]:
+    """Choose questions by the weights of their kinds.
 
-
-def _messages(scene: Scene, turns: list[tuple[str, str]], size: int) -> list[dict]:
-    messages = []
-    for question, answer in turns:
-        content: list[dict] = [{"type": "text", "text": question}]
-        if not messages:
-            content.insert(0, {"type": "image", "image": draw(scene, size)})
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
-
-
-def _choose_scene(index: int, num_scenes: int) -> Scene:
-    for number in range(index * num_scenes, (index + 1) * num_scenes):
-        scene = scene_at("train", number)
-        cells = [(thing.row, thing.column) for thing in scene.things]
-        if any((row, 0) in cells and (row, 1) in cells for row in (0, 1)):
-            break
-    return scene
-
-
-def _by_kind(asked: list[tuple[str, str, str]], scene: Scene, mix: Mix) -> dict[str, list[tuple[str, str]]]:
-    """Group questions and answers by the kinds that a mix distinguishes."""
-    by_kind: dict[str, list[tuple[str, str]]] = {}
-    for kind, question, answer in asked:
-        confirmed = f"{kind}, yes or no"
-        is_apart = answer in ("yes", "no") and confirmed in mix.weights
-        by_kind.setdefault(confirmed if is_apart else kind, []).append((question, answer))
-    named = [(name, thing) for thing in scene.things for name in names_of(thing, scene)]
-    if "where" in mix.weights and named:
-        by_kind["where"] = [(WHERE.format(name), thing.place) for name, thing in named]
-    if "side" in mix.weights and named:
-        by_kind["side"] = [turn for name, thing in named for turn in _sides(name, thing)]
-    return by_kind
-
-
-def _sides(name: str, thing: Thing) -> Iterator[tuple[str, str]]:
-    """Questions about the side of the image that an object is on, worded like those about two objects."""
-    for place, words in ((thing.column, ("left", "right")), (thing.row, ("above", "below"))):
-        if place is not None:
-            for wording in SIDES:
-                yield wording.format(name, " or ".join(words)), words[place]
-                for number, word in enumerate(words):
-                    yield wording.format(name, word), "yes" if number == place else "no"
+    A description helps other answers, so most conversations have none, and half of the others have it last. It comes
+    first in the other half: what is only asked last is not learned for a first question.
+    """
+    by_kind: dict[str, list[Question]] = {}
+    for question in asked:
+        by_kind.setdefault(question.kind, []).append(question)
+    kinds = [kind for kind in by_kind if mix.weights.get(kind, 1.0) > 0]
+    chosen: list[Question] = []
+    if kinds:
+        weights = [mix.weights.get(kind, 1.0) for kind in kinds]
+        for kind in rng.choices(kinds, weights, k=mix.num_questions):
+            question = rng.choice(by_kind[kind])
+            if question not in chosen:
+                chosen.append(question)
+    described = by_kind.get("describe", [])
+    if described and (not chosen or rng.random() < mix.share_described):
+        chosen.insert(rng.choice((0, len(chosen))), rng.choice(described))
+    return chosen
 
 
 class ConversationDataset(Dataset):
-    """Training conversations, generated on access, as rows for `FlashSlothDataCollator`.
+    """Training conversations, generated on access, as rows for `TileCollator`.
 
     Each block is sorted by length, so that batches read in order have rows of similar length.
 
     Args:
         start: Number of the first conversation.
         length: Number of conversations.
-        size: Side of an image, in pixels.
-        mix: Which questions are asked.
-        block: Number of conversations in a sorted block.
+        mix: What is asked about.
+        art: Emoji art and fonts.
+        foreign: Images that are nothing that the model knows.
+        batch: Number of conversations in a batch of all processes.
+        block: Number of batches in a sorted block; all images of a block are split into tiles, or none.
     """
 
-    def __init__(self, start: int, length: int, size: int, mix: Mix, *, block: int = 1) -> None:
-        self.start, self.length, self.size, self.mix, self.block = start, length, size, mix, block
-        self._sorted: tuple[int, list[tuple[Scene, list[tuple[str, str]]]]] = (-1, [])  # number and plans of a block
+    def __init__(
+        self, start: int, length: int, mix: Mix, art: Art, foreign: ForeignImages, *, batch: int, block: int
+    ) -> None:
+        self.start, self.length, self.mix, self.art, self.foreign = start, length, mix, art, foreign
+        self.batch, self.block = batch, block
+        self._sorted: tuple[int, list[tuple[list[Any], list[Question]]]] = (-1, [])  # number and plans of a block
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, list[dict]]:
-        block, place = divmod(index, self.block)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        size = self.block * self.batch
+        block, place = divmod(index, size)
         if block != self._sorted[0]:
-            rows = range(block * self.block, min((block + 1) * self.block, self.length))
-            plans = [_plan(self.start + row, self.mix) for row in rows]
-            self._sorted = block, sorted(plans, key=lambda plan: len("".join(map("".join, plan[1]))))
-        return {"messages": _messages(*self._sorted[1][place], self.size)}
+            rows = range(block * size, min((block + 1) * size, self.length))
+            plans = [self._plan(self.start + row) for row in rows]
+            self._sorted = block, sorted(plans, key=lambda plan: len("".join(q.text + q.answer for q in plan[1])))
+        images, asked = self._sorted[1][place]
+        messages = as_messages([self._show(image) for image in images], asked)
+        sizes = [(1, 1) if isinstance(image, int) else image[0].size for image in images]
+        looks = [parts_of(question, sizes, self.art, self.mix.apart) for question in asked]
+        return {"messages": messages, "do_image_splitting": self._is_split(block), "looks": looks, "sizes": sizes}
+
+    def _is_split(self, block: int) -> bool:
+        return random.Random(f"split:{self.start + block}").random() < self.mix.share_split
+
+    def _plan(self, index: int) -> tuple[list[Any], list[Question]]:
+        """What is shown, scenes with their layouts or the seed of a foreign image, and what is asked."""
+        rng = random.Random(f"conversation:{index}")
+        is_split = self._is_split((index - self.start) // (self.block * self.batch))
+        layout = rng.choice(self.mix.split_layouts if is_split else self.mix.layouts)
+
+        def scene(number: int = 0) -> Scene:
+            return scene_at("train", 2 * index + number, self.art, layout)
+
+        kind = rng.random()
+        if kind < self.mix.share_foreign:
+            asked = choose([*refusals(rng, scene)], self.mix, rng)[: rng.randint(1, 3)]
+            return [rng.randrange(2**31)], asked
+        if kind < self.mix.share_foreign + self.mix.share_two:
+            first, second = scene(), scene(1)
+            return [(first, layout), (second, layout)], choose(questions_on_two(first, second, rng), self.mix, rng)
+        asked = [*questions(scene(), rng, clear=False), *questions(scene(), rng, clear=False)]
+        return [(scene(), layout)], choose(asked, self.mix, rng)
+
+    def _show(self, plan: tuple[Scene, Layout] | int) -> Image.Image:
+        if isinstance(plan, int):
+            return self.foreign.sample(random.Random(plan))
+        return draw(plan[0], self.art, plan[1])
+
+
+def as_messages(images: Sequence[Image.Image], asked: Sequence[Question]) -> list[dict]:
+    """A conversation that begins with images."""
+    messages = []
+    for number, question in enumerate(asked):
+        content: list[dict] = [{"type": "image", "image": image} for image in images] if number == 0 else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question.text}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
+    return messages
+
+
+class TileCollator:
+    """Collates rows of `ConversationDataset`: batches of one tile per image, and batches of five.
+
+    Args:
+        processor: The model's processor.
+        grid: Number of patches along a side of a tile; 0: batches have no `looks`.
+    """
+
+    def __init__(self, processor: FlashSlothProcessor, grid: int = 0) -> None:
+        split = deepcopy(processor)
+        split.image_processor.do_image_splitting = True
+        self.collators = {False: FlashSlothDataCollator(processor), True: FlashSlothDataCollator(split)}
+        self.grid = grid
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:
+        """Collate rows; the first one decides."""
+        is_split = rows[0]["do_image_splitting"]
+        batch = self.collators[is_split]([{"messages": row["messages"]} for row in rows])
+        if self.grid:
+            num_tiles = NUM_HD_TILES if is_split else 1
+            batch["looks"] = looks_of([(row["looks"], row["sizes"]) for row in rows], self.grid, num_tiles)
+        return batch

@@ -1,4 +1,4 @@
-"""Learning curves: share of questions that a model answers correctly during training.
+"""Learning curves: share of questions that a model answers correctly during training, by suite.
 
     python examples/tiny/curve.py tiny-flashsloth-work --output docs/learning_curve
 
@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from scenes import QUESTION_KINDS
-from score import as_table, evaluate
+from score import Item, answer, evaluate
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -23,20 +22,20 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "learning_curve.jsonl"
-STAGES = ("captions", "conversations")
-SPLIT = "evaluation"  # the split for tuning; the final evaluation uses another one
+STAGES = ("captions", "conversations", "refinement")
+STEPS_BETWEEN = 300  # points of a curve, a multiple of the steps between checkpoints
 
 
 class LearningCurve(TrainerCallback):
-    """Evaluates a model whenever a checkpoint is saved, and appends the counts to a file.
+    """Evaluates a model at some of its checkpoints and at the last one, and appends the counts to a file.
 
     Args:
         processor: The model's processor.
-        num_images: Number of images of `SPLIT`; 0 disables the evaluation.
+        items: Questions, of another split than the final evaluation's.
     """
 
-    def __init__(self, processor: FlashSlothProcessor, num_images: int) -> None:
-        self.processor, self.num_images = processor, num_images
+    def __init__(self, processor: FlashSlothProcessor, items: list[Item]) -> None:
+        self.processor, self.items = processor, items
 
     def on_save(
         self,
@@ -47,18 +46,22 @@ class LearningCurve(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """See `TrainerCallback`."""
-        if not state.is_world_process_zero or not self.num_images:
+        is_due = state.global_step % STEPS_BETWEEN == 0 or state.global_step == state.max_steps
+        if not (is_due and self.items and state.is_world_process_zero):
             return
         model.eval()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            result = evaluate(model, self.processor, self.num_images, split=SPLIT, with_second_turns=False)
+            result = evaluate(self.items, lambda batch: answer(model, self.processor, batch))
         model.train()
         seen = state.global_step * args.per_device_train_batch_size * args.world_size
-        right = {kind: [counts["right"], counts["asked"]] for kind, counts in result.items()}
+        right = {suite: [kinds["all"].right, kinds["all"].asked] for suite, kinds in result.items()}
         point = {"stage": Path(args.output_dir).name, "step": state.global_step, "images": seen, "right": right}
         with (Path(args.output_dir) / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
-        logger.info("step %d:\n%s", state.global_step, as_table(result))
+        shares = ", ".join(f"{suite} {counts[0] / counts[1]:.1%}" for suite, counts in right.items())
+        logger.info("step %d: %s", state.global_step, shares)
+        kinds = ", ".join(f"{kind} {found.right / found.asked:.0%}" for kind, found in result["scenes"].items())
+        logger.info("scenes: %s", kinds)
 
 
 def read_curve(work: Path, stages: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -73,21 +76,21 @@ def read_curve(work: Path, stages: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def plot(points: list[dict[str, Any]], file: Path) -> None:
-    """Plot the share of exact answers against the images seen, with a line for every kind of question."""
+    """Plot the share of exact answers against the images seen, with a line for every suite."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="thousand images", ylabel="exact answers, %")
     seen = [point["images"] / 1000 for point in points]
-    for number, kind in enumerate((*QUESTION_KINDS, "all")):
-        shares = [100 * point["right"][kind][0] / max(1, point["right"][kind][1]) for point in points]
-        style = {"color": "black", "linewidth": 2.5} if kind == "all" else {"color": f"C{number}", "linewidth": 1.3}
-        axes.plot(seen, shares, label=kind, **style)
-    for before, after in itertools.pairwise(points):
-        if before["stage"] != after["stage"]:
-            axes.axvline(before["images"] / 1000, color="0.7", linestyle="dotted")
-            for name, side in ((before["stage"], "right"), (after["stage"], "left")):
-                axes.text(before["images"] / 1000, 2, f" {name} ", ha=side, color="0.4")
-    axes.set_ylim(0, 101)
+    for suite in points[0]["right"]:
+        shares = [100 * point["right"][suite][0] / point["right"][suite][1] for point in points]
+        axes.plot(seen, shares, label=suite, linewidth=1.5)
+    start = 0.0
+    for stage, group in itertools.groupby(points, key=lambda point: point["stage"]):
+        end = max(point["images"] for point in group) / 1000
+        axes.axvline(end, color="0.7", linestyle="dotted")
+        axes.text((start + end) / 2, 102, stage, ha="center", color="0.4")
+        start = end
+    axes.set(xlim=(0, start), ylim=(0, 101))
     axes.legend(loc="lower right", ncols=2, fontsize="small")
     figure.savefig(file, dpi=100)
 
@@ -96,9 +99,10 @@ def main() -> None:
     """Collect the points of a run, and plot them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="the `--work` folder of `make_checkpoint.py`")
+    parser.add_argument("--stages", nargs="+", default=STAGES, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
-    points = read_curve(args.work, STAGES)
+    points = read_curve(args.work, args.stages)
     text = ",\n".join(json.dumps(point) for point in points)
     args.output.with_suffix(".json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
     plot(points, args.output.with_suffix(".png"))

@@ -4,8 +4,8 @@ Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
 https://kellerjordan.github.io/posts/muon. Updates are scaled as in Liu et al., "Muon is scalable for LLM training",
 2025, https://arxiv.org/abs/2502.16982, so that one learning rate and one weight decay suit all parameters.
 
-`torch.optim.Muon` accepts only matrices, repeats all of its work in every process, and computes in bfloat16, which is
-many times slower on a CPU without bfloat16 instructions.
+`torch.optim.Muon` accepts only matrices, repeats all of its work in every process, and always computes in bfloat16,
+which is many times slower on a CPU without bfloat16 instructions.
 """
 
 from collections.abc import Callable
@@ -49,10 +49,20 @@ class Muon(torch.optim.AdamW):
         model: The model to train; frozen parameters are skipped.
         lr: Learning rate of both.
         momentum: Muon's momentum.
+        dtype: Type in which updates are orthogonalized: bfloat16 is three times faster on processors that have it.
         kwargs: Arguments of `torch.optim.AdamW`; `weight_decay` also applies to Muon.
     """
 
-    def __init__(self, model: nn.Module, lr: float, *, momentum: float = 0.95, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> None:
+        self.dtype = dtype
         matrices, others = [], []
         for name, weight in model.named_parameters():
             if weight.requires_grad:
@@ -87,7 +97,8 @@ class Muon(torch.optim.AdamW):
             state["step"] += 1
             state["exp_avg"].lerp_(weight.grad, 1 - group["momentum"])
             if place % num_processes == rank:
-                directions.append(orthogonalize(weight.grad.lerp(state["exp_avg"], group["momentum"])))  # Nesterov's
+                step = weight.grad.lerp(state["exp_avg"], group["momentum"])  # Nesterov's
+                directions.append(orthogonalize(step.to(self.dtype)).float())
             else:
                 directions.append(torch.zeros_like(weight))
         if num_processes > 1:

@@ -10,8 +10,8 @@ import type { ModelInfo, Reply, Request, ShownImage } from "./protocol";
 
 const DEFAULT_MODEL = "./model/";
 const EXAMPLES = [
-  { image: scene, description: "a sign and shapes", question: "Read the sign." },
-  { image: scene, description: "a sign and shapes", question: "Which colour is the star?" },
+  { image: scene, description: "a star, a rocket, a sign and a turtle", question: "Read the sign." },
+  { image: scene, description: "a star, a rocket, a sign and a turtle", question: "What is in the top right corner?" },
   { image: shapes, description: "four shapes", question: "Describe the picture." },
   { image: shapes, description: "four shapes", question: "How many shapes are there?" },
 ];
