@@ -103,6 +103,7 @@ setup(
             "optimum-quanto",
             "pytest",
             "pytest-xdist",
+            "resvg-py>=0.5",
             "selenium",
         ],
         "train": TRAINING,

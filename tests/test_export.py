@@ -380,7 +380,7 @@ BROKEN = {
     ),
     "cannot be exported: ": lambda folder: (folder / "model.safetensors").write_bytes(b"broken"),
     "name one with --processor": remove("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    "its number of query tokens is 5, but the model's is 4": change_json("processor_config.json", num_query_tokens=5),
+    "its number of query tokens is 5, but the model's is 8": change_json("processor_config.json", num_query_tokens=5),
     "`asked` and `right`": lambda folder: (folder / "evaluation.json").write_text('{"colour": 1}'),
 }
 

@@ -144,8 +144,10 @@ def test_a_second_turn_asks_about_the_image_of_the_first(client):
 
 
 def test_images_may_be_in_one_turn_or_in_several(client):
-    one, other = user(shown("scene"), "Read the sign."), user(shown("shapes"), "Which colour is the circle?")
-    both = user(shown("scene"), shown("shapes"), "Which colour is the circle?")
+    question = "Which colour is the circle in the second image?"
+    one, other = user(shown("scene"), "Read the sign."), user(shown("shapes"), question)
+    both = user(shown("scene"), shown("shapes"), question)
+    assert ask(client, both) == "green"
     assert ask(client, one, {"role": "assistant", "content": "PULL"}, other) == "green"
     usage = [client.chat.completions.create(model=".", messages=[turn], max_tokens=5).usage for turn in (other, both)]
     assert usage[1].prompt_tokens == usage[0].prompt_tokens + 9 + 1, "9 tokens and a line break more"
@@ -314,7 +316,6 @@ def test_twenty_concurrent_requests_get_their_own_answers(client):
         if [(thing.name, 1 < len(thing.text) < 5) for thing in scene.things] == [("sign", True)]
     ]
     words = [scene.things[0].text for scene in scenes]
-    assert len(set(words[:20])) > 10
 
     def read(index):
         buffer = io.BytesIO()
@@ -322,8 +323,11 @@ def test_twenty_concurrent_requests_get_their_own_answers(client):
         question = user(data_url(buffer.getvalue()), "Read the sign.")
         return "".join(stream(client, question)).strip() if index % 2 else ask(client, question)
 
+    alone = list(map(read, range(20)))
+    assert len(set(alone)) > 15
+    assert sum(answer == word for answer, word in zip(alone, words, strict=False)) >= 17
     with ThreadPoolExecutor(20) as pool:
-        assert list(pool.map(read, range(20))) == words[:20]
+        assert list(pool.map(read, range(20))) == alone
 
 
 def test_a_client_that_hangs_up_does_not_keep_the_next_one_waiting(client):

@@ -299,11 +299,11 @@ def test_unsupported_options_and_sources_of_a_video_are_refused(processor, clip)
 
 def test_too_many_images_for_the_models_positions_cause_a_warning(caplog):
     processor = FlashSlothProcessor.from_pretrained(ROOT)
-    frames = [numbered(i) for i in range(64)]
-    prepare(processor, question({"type": "video", "video": frames}), num_frames=50)
+    frames = [numbered(i) for i in range(114)]
+    prepare(processor, question({"type": "video", "video": frames}), num_frames=90)
     assert "the model was made for" not in caplog.text
-    prepare(processor, question({"type": "video", "video": frames}), num_frames=64)
-    assert "1024 are image tokens of 64 tiles, but the model was made for 1024" in caplog.text
+    prepare(processor, question({"type": "video", "video": frames}), num_frames=114)
+    assert "1026 are image tokens of 114 tiles, but the model was made for 1024" in caplog.text
 
 
 def test_a_row_with_thirty_images_equals_the_row_alone(model, processor, images):
