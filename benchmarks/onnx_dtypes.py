@@ -26,7 +26,7 @@ from score import MAX_ANSWER_TOKENS, Item, build_inputs, scene_items  # noqa: E4
 
 logger = logging.getLogger(__name__)
 
-IMAGES, BATCH_SIZE = 500, 25
+IMAGES, BATCH_SIZE = 200, 25
 
 
 class Answers(NamedTuple):

@@ -58,7 +58,7 @@ RECIPES = {
         llm_int8_skip_modules=SKIPPED,
     ),
 }
-IMAGES, NEW_TOKENS, ROUNDS = 500, 16, 3
+IMAGES, NEW_TOKENS, ROUNDS = 200, 16, 3
 FIGURES = ("first_token_s", "token_s")
 
 
