@@ -1,7 +1,7 @@
 /** A canvas to draw on, with pointer or keyboard. */
 
 export const SIDE = 384; // pixels
-export const PAPER = "rgb(178, 178, 178)";
+export const PAPER = "rgb(255, 255, 255)";
 const MIN_RADIUS = 12;
 const DEFAULT_RADIUS = 62;
 const KEYBOARD_STEP = 12;
