@@ -187,9 +187,8 @@ def tiles_seen(adapter):
     """A list of the number of tiles that the vision tower encodes in each call."""
     num_tiles = []
     tower = adapter.model.model.vision_tower
-    hook = tower.register_forward_pre_hook(lambda _, args: num_tiles.append(len(args[0])))
-    yield num_tiles
-    hook.remove()
+    with tower.register_forward_pre_hook(lambda _, args: num_tiles.append(len(args[0]))):
+        yield num_tiles
 
 
 @needs_lmms_eval
