@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,14 +136,43 @@ REFINEMENT = replace(
     layouts=(Layout(), Layout(), SMALL_LAYOUT, LARGE),
     apart=True,
 )
-MIXES = {  # of every stage, for equal parts of its steps
-    "captions": (Mix(0, WEIGHTS, layouts=(replace(Layout(), num_things=(1, 3)), Layout())),),
-    "conversations": (CONVERSATIONS,),
-    "refinement": (
-        REFINEMENT,
-        replace(REFINEMENT, weights=REFINEMENT.weights | {"is there": 2.4, "absent": 2.2}, share_two=0.35),
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the whole model's training.
+
+    Attributes:
+        name: Its folder.
+        mixes: What is asked about, for equal parts of its steps.
+        batch_size: Number of conversations in a batch.
+        learning_rate: Learning rate.
+        schedule: Its schedule, by transformers' name.
+        trains_tower: Whether the vision tower is trained, too.
+    """
+
+    name: str
+    mixes: tuple[Mix, ...]
+    batch_size: int
+    learning_rate: float = 2e-3
+    schedule: str = "constant_with_warmup"
+    trains_tower: bool = False
+
+
+PAIRS = replace(REFINEMENT, weights=REFINEMENT.weights | {"is there": 2.4, "absent": 2.2}, share_two=0.35)
+STAGES = (
+    Stage("captions", (Mix(0, WEIGHTS, layouts=(replace(Layout(), num_things=(1, 3)), Layout())),), BATCH_SIZE),
+    Stage("conversations", (CONVERSATIONS,), BATCH_SIZE // 2),
+    Stage("refinement", (REFINEMENT, PAIRS), BATCH_SIZE // 2, schedule="linear"),
+    Stage(
+        "whole",
+        (replace(PAIRS, share_described=0.45, share_two=0.3),),
+        BATCH_SIZE // 2,
+        learning_rate=1e-3,
+        schedule="linear",
+        trains_tower=True,
     ),
-}
+)
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FlashSlothConfig:
@@ -330,13 +359,13 @@ def train_in_stages(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
     work: Path,
-    steps: dict[str, int],
+    steps: Sequence[int],
     art: Art,
     foreign: ForeignImages,
     items: list[Item],
     compiled: bool = False,
 ) -> Trainer:
-    """Train on conversations, with one mix after the other, and evaluate on `items` now and then.
+    """Train in `STAGES`, and evaluate on `items` now and then.
 
     Returns:
         The last stage's Trainer.
@@ -345,17 +374,21 @@ def train_in_stages(
     if compiled:
         for part in (model.model.vision_tower, model.model.language_model):
             compile_layers(part)
-    for name, num_steps in steps.items():
-        batch_size = BATCH_SIZE if name == "captions" else BATCH_SIZE // 2
-        schedule = "linear" if name == list(steps)[-1] else "constant_with_warmup"
+    for stage, num_steps in zip(STAGES, steps, strict=True):
+        if stage.trains_tower:
+            model.model.vision_tower.requires_grad_(True).set_attn_implementation(ATTENTION)
         args = training_arguments(
-            work / name, num_steps, batch_size=batch_size, learning_rate=2e-3, lr_scheduler_type=schedule
+            work / stage.name,
+            num_steps,
+            batch_size=stage.batch_size,
+            learning_rate=stage.learning_rate,
+            lr_scheduler_type=stage.schedule,
         )
         rows = []
-        for mix in MIXES[name]:
-            length = num_steps // len(MIXES[name]) * batch_size
+        for mix in stage.mixes:
+            length = num_steps // len(stage.mixes) * stage.batch_size
             rows.append(
-                ConversationDataset(start, length, mix, art, foreign, batch=batch_size, block=NUM_SORTED_BATCHES)
+                ConversationDataset(start, length, mix, art, foreign, batch=stage.batch_size, block=NUM_SORTED_BATCHES)
             )
             start += length
         trainer = LooksTrainer(
@@ -367,7 +400,7 @@ def train_in_stages(
             callbacks=[LearningCurve(processor, items)],
             optimizers=(build_optimizer(model, args), None),
         )
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work / name))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work / stage.name))
     return trainer
 
 
@@ -385,9 +418,9 @@ def main() -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        nargs=3,
-        default=(900, 1500, 3500),
-        help=f"steps of {BATCH_SIZE} captions, of {BATCH_SIZE // 2} conversations, and of their refinement",
+        nargs=len(STAGES),
+        default=(900, 1500, 3500, 3000),
+        help=f"steps of {BATCH_SIZE} captions, and of {BATCH_SIZE // 2} conversations, in three stages",
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers: faster, needs a C++ compiler")
     parser.add_argument("--curve-scenes", type=int, default=20, help="scenes for every point of the learning curve")
@@ -407,8 +440,7 @@ def main() -> None:
     tower_weights = pretrain_tower(config, processor, work / "tower", args.tower_steps, art, foreign, args.compile)
     model = build_model(config, tower_weights)
     items = curve_items(args.curve_scenes, folder)
-    steps = dict(zip(MIXES, args.steps, strict=True))
-    trainer = train_in_stages(model, processor, work, steps, art, foreign, items, args.compile)
+    trainer = train_in_stages(model, processor, work, args.steps, art, foreign, items, args.compile)
     if trainer.is_world_process_zero():
         model = model.to(torch.bfloat16).eval()
         model.save_pretrained(args.output)
