@@ -8,7 +8,9 @@ https://kellerjordan.github.io/posts/muon. Updates are scaled as in Liu et al., 
 which is many times slower on a CPU without bfloat16 instructions.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ class Muon(torch.optim.AdamW):
         model: The model to train; frozen parameters are skipped.
         lr: Learning rate of both.
         momentum: Muon's momentum.
+        adamw: Learning rates of parts of the model that AdamW trains, by a regular expression for their names;
+            the first one that fits counts.
         dtype: Type in which updates are orthogonalized: bfloat16 is three times faster on processors that have it.
         kwargs: Arguments of `torch.optim.AdamW`; `weight_decay` also applies to Muon.
     """
@@ -59,16 +63,21 @@ class Muon(torch.optim.AdamW):
         lr: float,
         *,
         momentum: float = 0.95,
+        adamw: Mapping[str, float] = MappingProxyType({}),
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ) -> None:
         self.dtype = dtype
         matrices, others = [], []
+        parts: dict[str, list[nn.Parameter]] = {part: [] for part in adamw}
         for name, weight in model.named_parameters():
             if weight.requires_grad:
                 is_hidden = weight.ndim == 2 and not any(part in name for part in NOT_HIDDEN)
-                (matrices if is_hidden else others).append(weight)
-        super().__init__([{"params": matrices, "momentum": momentum}, {"params": others}], lr=lr, **kwargs)
+                part = next((part for part in adamw if re.search(part, name)), None)
+                (parts[part] if part else matrices if is_hidden else others).append(weight)
+        groups = [{"params": matrices, "momentum": momentum}, {"params": others}]
+        groups += [{"params": weights, "lr": adamw[part]} for part, weights in parts.items() if weights]
+        super().__init__(groups, lr=lr, **kwargs)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
