@@ -47,6 +47,23 @@ def test_embeddings_and_vectors_are_updated_by_torch_adamw():
         assert torch.equal(vector, twin)
 
 
+def test_named_parts_are_updated_by_torch_adamw_at_their_learning_rate():
+    model = build_model()
+    weights = dict(model.named_parameters())
+    ours = Muon(model, 0.01, weight_decay=0.1, adamw={r"^0\.weight": 0.001, r"^[02]": 0.002, "nowhere": 0.1})
+    rates = {"0.weight": 0.001, "0.bias": 0.002, "2.weight": 0.002, "3.weight": 0.01, "embed_tokens.weight": 0.01}
+    twins = {name: nn.Parameter(weights[name].detach().clone()) for name in rates}
+    theirs = torch.optim.AdamW([{"params": [twins[name]], "lr": lr} for name, lr in rates.items()], weight_decay=0.1)
+    for _ in range(NUM_STEPS):
+        for name, twin in twins.items():
+            twin.grad = torch.randn_like(twin)
+            weights[name].grad = twin.grad.clone()
+        ours.step()
+        theirs.step()
+    for name, twin in twins.items():
+        assert torch.equal(weights[name], twin), name
+
+
 def test_frozen_weights_are_skipped():
     model = build_model()
     model[0].requires_grad_(False)
