@@ -572,7 +572,7 @@ def test_a_learning_curve_continues_across_stages(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_script_goes_on_and_its_checkpoint_loads(art_folder, tmp_path):
-    counts = {"--tower-steps": ["6"], "--steps": ["2"] * 4, "--curve-scenes": ["1"], "--evaluation-scenes": ["2"]}
+    counts = {"--tower-steps": ["6"], "--steps": ["2"] * 5, "--curve-scenes": ["1"], "--evaluation-scenes": ["2"]}
     arguments = [part for name, values in counts.items() for part in (name, *values)]
     script = [sys.executable, ROOT / "examples" / "tiny" / "make_checkpoint.py", "--output", tmp_path / "tiny"]
     script += ["--art", art_folder, *arguments]
@@ -594,4 +594,10 @@ def test_a_killed_script_goes_on_and_its_checkpoint_loads(art_folder, tmp_path):
     assert {"scenes", "five tiles", "two images", "other program", "naming", "naming, fxemoji"} <= set(result)
     points = curve.read_curve(tmp_path / "tiny-work", curve.STAGES)
     found = [(point["stage"], point["step"], point["images"]) for point in points]
-    assert found == [("captions", 2, 128), ("conversations", 2, 192), ("refinement", 2, 256), ("whole", 2, 320)]
+    assert found == [
+        ("captions", 2, 128),
+        ("conversations", 2, 192),
+        ("refinement", 2, 256),
+        ("whole", 2, 320),
+        ("hardest", 2, 384),
+    ]

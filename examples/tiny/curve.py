@@ -22,7 +22,7 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "learning_curve.jsonl"
-STAGES = ("captions", "conversations", "refinement", "whole")
+STAGES = ("captions", "conversations", "refinement", "whole", "hardest")
 STEPS_BETWEEN = 300  # points of a curve, a multiple of the steps between checkpoints
 
 

@@ -162,18 +162,14 @@ class Stage:
 
 
 PAIRS = replace(REFINEMENT, weights=REFINEMENT.weights | {"is there": 2.4, "absent": 2.2}, share_two=0.35)
+WHOLE = replace(PAIRS, share_described=0.45, share_two=0.3)
+HARDEST = replace(WHOLE, weights=WHOLE.weights | {"count": 4.0, "read": 5.0, "place": 2.0, "colour": 2.0})
 STAGES = (
     Stage("captions", (Mix(0, WEIGHTS, layouts=(replace(Layout(), num_things=(1, 3)), Layout())),), BATCH_SIZE),
     Stage("conversations", (CONVERSATIONS,), BATCH_SIZE // 2),
     Stage("refinement", (REFINEMENT, PAIRS), BATCH_SIZE // 2, schedule="linear"),
-    Stage(
-        "whole",
-        (replace(PAIRS, share_described=0.45, share_two=0.3),),
-        BATCH_SIZE // 2,
-        learning_rate=5e-4,
-        schedule="linear",
-        trains_tower=True,
-    ),
+    Stage("whole", (WHOLE,), BATCH_SIZE // 2, learning_rate=5e-4, schedule="linear", trains_tower=True),
+    Stage("hardest", (HARDEST,), BATCH_SIZE // 2, learning_rate=3e-4, schedule="linear", trains_tower=True),
 )
 
 
@@ -421,8 +417,8 @@ def main() -> None:
         "--steps",
         type=int,
         nargs=len(STAGES),
-        default=(900, 1500, 3500, 3000),
-        help=f"steps of {BATCH_SIZE} captions, and of {BATCH_SIZE // 2} conversations, in three stages",
+        default=(900, 1500, 3500, 3000, 1200),
+        help=f"steps of {BATCH_SIZE} captions, and of {BATCH_SIZE // 2} conversations, in four stages",
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers: faster, needs a C++ compiler")
     parser.add_argument("--curve-scenes", type=int, default=20, help="scenes for every point of the learning curve")
