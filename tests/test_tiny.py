@@ -15,6 +15,7 @@ from pathlib import Path
 import art
 import curve
 import matplotlib
+import new_styles
 import numpy as np
 import pytest
 import torch
@@ -53,10 +54,10 @@ from score import (
     scene_items,
     write_page,
 )
-from tower import IGNORED, NAMES, crop, find_patch_targets, scale_features
+from tower import IGNORED, NAMES, TowerForPatches, crop, find_patch_targets, scale_features
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 
 ROOT = Path(__file__).parents[1]
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -412,6 +413,20 @@ def test_scaled_features_are_the_same_but_for_their_size():
         before = tower(pixels).last_hidden_state
         scale_features(tower, 0.1)
         torch.testing.assert_close(10 * tower(pixels).last_hidden_state, before, rtol=1e-3, atol=1e-3 * before.std())
+
+
+def test_towers_for_new_styles_learn_and_choose_among_some_names_and_styles(art_folder):
+    assert set(new_styles.ORDER) == set(art.STYLES)
+    assert set(new_styles.first_names(52)) < set(new_styles.first_names(104))
+    drawn = new_styles.load_art(art_folder, ("noto", "twemoji"), ("apple", "dog", "ghost"))
+    assert {file.parent.name for file in itertools.chain(*drawn.drawings.values())} == {"noto", "twemoji"}
+    tower = TowerForPatches(FlashSlothConfig.from_pretrained(ROOT).vision_config, new_styles.WINDOW_SIZE)
+    torch.nn.init.zeros_(tower.head.weight)
+    with torch.no_grad():
+        tower.head.bias[NAMES.index("dog")] = 1
+        tower.head.bias[NAMES.index("house")] = 2
+    assert new_styles.count_right(tower, drawn, ("apple", "dog", "ghost")) == (4, 8)
+    assert new_styles.count_right(tower, drawn, ("apple", "dog", "house")) == (0, 8)
 
 
 def test_questions_are_about_the_patches_of_their_things():
