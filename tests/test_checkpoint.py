@@ -69,7 +69,7 @@ def test_it_answers_most_questions(shipped):
     model = FlashSlothForConditionalGeneration.from_pretrained(ROOT, dtype=working_dtype("cpu")).eval()
     result = evaluate(list(scene_items(40)), partial(answer, model, shipped[1]))["scenes"]
     assert set(result) == {*KINDS, "all"} - {"refuse"}
-    assert result["all"].right >= 0.92 * result["all"].asked  # measured: 314 of 335
+    assert result["all"].right >= 0.93 * result["all"].asked  # measured: 318 of 335
 
 
 @pytest.fixture(scope="module")
