@@ -6,7 +6,7 @@ The small checkpoint's vision tower is trained from scratch by the first stage o
 one thing each (`examples/tiny/make_checkpoint.py`), but without shapes and texts, and with some of the styles or names
 only. Then it names things on white, each in four sizes: the name with the largest mean logit over the patches is its
 answer. All towers see the same number of windows. Names are a random order's first ones; "52 names" counts only
-pictures of the first 52, with only these names as answers, so that these figures can be compared.
+images of the first 52, with only these names as answers, so that these figures can be compared.
 
 Windows with one thing are a small part of the recipe, so the shares are far below those of the finished checkpoint.
 """
@@ -95,7 +95,7 @@ def count_right(tower: TowerForPatches, art: Art, names: Sequence[str]) -> tuple
     """Let a tower choose among names for every one that is drawn.
 
     Returns:
-        The numbers of right answers and of pictures.
+        The numbers of right answers and of images.
     """
     preprocess = FlashSlothImageProcessor.from_pretrained(ROOT)
     side = WINDOW_SIZE * PATCH_SIZE
