@@ -4,9 +4,9 @@
 
 The small checkpoint's vision tower is trained from scratch by the first stage of its recipe, windows of 48 pixels with
 one thing each (`examples/tiny/make_checkpoint.py`), but without shapes and texts, and with some of the styles or names
-only. Then it names things on white, each in four sizes: the name with the largest mean logit over the patches is its
-answer. All towers see the same number of windows. Names are a random order's first ones; "52 names" counts only
-images of the first 52, with only these names as answers, so that these figures can be compared.
+only. Then it names things on white, one drawing of each in four sizes: the name with the largest mean logit over the
+patches is its answer. All towers see the same number of windows. Names are a random order's first ones; "52 names"
+counts only images of the first 52, with only these names as answers, so that these figures can be compared.
 
 Windows with one thing are a small part of the recipe, so the shares are far below those of the finished checkpoint.
 """
@@ -41,9 +41,8 @@ from make_checkpoint import (  # noqa: E402
     training_arguments,
 )
 from scenes import THINGS, Art, Box, Layout, Scene, Thing, draw  # noqa: E402
+from score import WHITE  # noqa: E402
 from tower import NAMES, PatchDataset, TowerForPatches, TowerTrainer  # noqa: E402
-
-logger = logging.getLogger(__name__)
 
 ORDER = ("noto", "twemoji", "fluent-emoji-flat", "streamline-emojis")  # unlike each other; the others follow
 ORDER += tuple(style for style in STYLES if style not in ORDER)
@@ -51,7 +50,6 @@ ALL, FEWEST = len(THINGS), 52
 TOWERS = ((1, ALL), (2, ALL), (4, ALL), (8, ALL), (8, 104), (8, FEWEST))  # numbers of styles and of names
 SIZES = (0.6, 0.7, 0.8, 0.9)  # of a thing, as a fraction of its window
 LAYOUT = replace(DENSE, share_shapes=0.0, share_texts=0.0)
-WHITE = ((255, 255, 255), (255, 255, 255))
 
 
 def first_names(number: int) -> list[str]:
@@ -119,14 +117,14 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--art", type=Path, required=True, help="the folder that examples/tiny/art.py fills")
     parser.add_argument("--work", type=Path, default=Path("runs/new_styles"), help="folder for every tower's figures")
-    parser.add_argument("--steps", type=int, default=700, help=f"steps of {4 * BATCH_SIZE} windows")
+    parser.add_argument("--steps", type=int, default=400, help=f"steps of {4 * BATCH_SIZE} windows")
     parser.add_argument("--compile", action="store_true", help="compile the layers: faster, needs a C++ compiler")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = []
     for num_styles, num_names in TOWERS:
         styles, names = ORDER[:num_styles], first_names(num_names)
-        folder = args.work / f"{num_styles}-styles-{num_names}-names"
+        folder = args.work / f"{num_styles}-styles-{num_names}-names-{args.steps}-steps"
         figures = folder / "right.json"
         if not figures.exists():
             tower = train_tower(load_art(args.art, styles, names), folder, args.steps, args.compile)

@@ -14,7 +14,7 @@ from flashsloth.training.lora import LORA_TARGET_MODULES, UNQUANTIZED_MODULES
 ROOT = Path(__file__).parents[1]
 SKIPPED = list(UNQUANTIZED_MODULES)
 DECODER = "model.language_model."
-LOGIT_TOLERANCE = {"torchao int8": 0.012, "torchao int4": 0.1, "bitsandbytes 8-bit": 0.02, "bitsandbytes 4-bit": 0.15}
+LOGIT_TOLERANCE = {"torchao int8": 0.01, "torchao int4": 0.07, "bitsandbytes 8-bit": 0.015, "bitsandbytes 4-bit": 0.12}
 """The longest difference of the logits, relative to their own length; measured: 0.004, 0.033, 0.006 and 0.071."""
 SHARES = {"torchao int8": 0.55, "torchao int4": 0.35, "bitsandbytes 8-bit": 0.55, "bitsandbytes 4-bit": 0.35}
 """The most memory that the decoder's layers may take, relative to bfloat16."""
